@@ -1,0 +1,32 @@
+"""What all commands share at the terminal: a user's mistake is one message and exit code 2, never a traceback."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable
+
+from moelm.config import UserError
+
+
+def import_builtins() -> None:
+    """Fill the registry: importing a package registers everything in it."""
+    import moelm.callbacks
+    import moelm.data.sources
+    import moelm.model.attention
+    import moelm.moe.balancing
+    import moelm.moe.dispatch
+    import moelm.moe.routing  # noqa: F401
+
+
+def run(main: Callable[[list[str]], None]) -> None:
+    """Call a command's `main` with the command line and end the process as the shell expects."""
+    try:
+        main(sys.argv[1:])
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(2)
+    except BrokenPipeError:  # `... | head` closed the pipe
+        sys.exit(0)
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        sys.exit(130)
