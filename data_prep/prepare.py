@@ -1,0 +1,54 @@
+"""Command: text -> token shards. Training does it by itself where they are missing; this does it
+beforehand."""
+
+from __future__ import annotations
+
+import argparse
+
+import moelm.data.sources  # noqa: F401  (registers the sources that a config can name)
+from moelm.command_line import run
+from moelm.config import load_corpus
+from moelm.data.prepare import prepare
+from moelm.data.token_shards import SPLITS, TokenShards
+
+EXAMPLE = """example:
+  python -m data_prep.prepare --config configs/data/stdlib.yaml
+  python -m data_prep.prepare --config configs/data/stdlib.yaml tokenizer.vocab_size=8192 dir=data/stdlib-8k
+"""
+
+
+def main(arguments: list[str]) -> None:
+    parser = argparse.ArgumentParser(
+        prog="python -m data_prep.prepare",
+        description="Split, tokenise and store a corpus. What is there already is kept.",
+        epilog=EXAMPLE,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument(
+        "--config", required=True, metavar="YAML", help="a corpus, such as configs/data/stdlib.yaml"
+    )
+    parser.add_argument("--force", action="store_true", help="prepare again and replace what is there")
+    parser.add_argument("overrides", nargs="*", metavar="key=value", help="change a setting of the config")
+    options = parser.parse_intermixed_args(arguments)
+    shards = prepare(load_corpus(options.config, options.overrides), force=options.force)
+    print(table(shards))
+
+
+def table(shards: TokenShards) -> str:
+    """Documents, MB of text and tokens, by split and domain."""
+    lines = [f"{shards.folder}: {shards.vocab_size:,} tokens in the vocabulary"]
+    lines.append(f"{'split':<6} {'domain':<20} {'documents':>10} {'MB':>10} {'tokens':>15}")
+    for split in SPLITS:
+        for domain, counts in shards.split_counts(split).items():
+            megabytes = f"{counts.bytes / 1e6:,.2f}"
+            lines.append(
+                f"{split:<6} {domain:<20} {counts.documents:>10,} {megabytes:>10} {counts.tokens:>15,}"
+            )
+    for name, value in shards.baselines.items():
+        if value is not None:
+            lines.append(f"{name.split('_')[0]} on the validation text: {value:.3f} bits per byte")
+    return "\n".join(lines)
+
+
+if __name__ == "__main__":
+    run(main)

@@ -1,0 +1,89 @@
+"""The `throughput` callback: tokens a second, and the share of the chip's peak that they are."""
+
+from __future__ import annotations
+
+import time
+from dataclasses import dataclass
+from typing import Any
+
+import lightning.pytorch as pl
+import torch
+from lightning.pytorch.callbacks import Callback
+
+from moelm.config import Config, NamedConfig, register
+from moelm.model.size import flops_per_token
+from moelm.training.lightning_module import MoELightningModule
+
+# Dense bf16 matrix products without sparsity, FLOP/s, from the vendors' data sheets; the first name that fits.
+PEAK_BF16 = {
+    "H100 PCIe": 756e12,
+    "H100 NVL": 835e12,
+    "H100": 989e12,
+    "H200": 989e12,
+    "GH200": 989e12,
+    "B200": 2250e12,
+    "A100": 312e12,
+    "L40S": 362e12,
+    "L4": 121e12,
+    "RTX 4090": 165e12,
+}
+
+
+def peak_flops(device_name: str) -> float | None:
+    """None for a chip that is not in the table: no figure is better than a wrong one."""
+    return next((peak for name, peak in PEAK_BF16.items() if name.lower() in device_name.lower()), None)
+
+
+def mfu(tokens_per_s: float, flops: int, peak: float, n_devices: int) -> float:
+    """Model FLOPs utilisation: tokens/s x training FLOPs a token of the active parameters / peak of all devices."""
+    return tokens_per_s * flops / (peak * n_devices)
+
+
+@dataclass
+class ThroughputConfig(NamedConfig):
+    pass
+
+
+@register("callback", "throughput", ThroughputConfig)
+class Throughput(Callback):
+    """perf/tokens_per_s between two log steps, without validation and saving, from the end of the first step on;
+    perf/mfu under bf16-mixed on a known chip; perf/peak_memory_gib on CUDA."""
+
+    def __init__(self, config: ThroughputConfig, run: Config) -> None:
+        self.flops = flops_per_token(run.model, run.data.seq_len)
+        self.batch_tokens = run.optim.batch_tokens
+        self.mixed = run.trainer.precision == "bf16-mixed"
+        self.device: torch.device | None = None
+        self._mark: tuple[int, float] | None = None  # step and time of the last log
+        self._pause: float | None = None
+
+    def on_train_batch_end(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        assert isinstance(pl_module, MoELightningModule)
+        if self._pause is not None and self._mark is not None:
+            self._mark = (self._mark[0], self._mark[1] + self._pause)
+            self._pause = None
+        if self._mark is not None and not pl_module.is_log_step or not pl_module.is_step_end:
+            return
+        device = pl_module.device
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
+        now, step = time.perf_counter(), pl_module.step
+        if self._mark is not None:
+            tokens_per_s = (step - self._mark[0]) * self.batch_tokens / (now - self._mark[1])
+            scalars = {"perf/tokens_per_s": tokens_per_s}
+            peak = peak_flops(torch.cuda.get_device_name(device)) if device.type == "cuda" else None
+            if peak is not None and self.mixed:
+                scalars["perf/mfu"] = mfu(tokens_per_s, self.flops, peak, trainer.world_size)
+            if device.type == "cuda":
+                scalars["perf/peak_memory_gib"] = torch.cuda.max_memory_allocated(device) / 2**30
+            pl_module.log_scalars({**scalars})
+        self._mark = (step, now)
+
+    def on_validation_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        self._paused_at = time.perf_counter()
+
+    def on_validation_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        if not trainer.sanity_checking:
+            self._pause = (self._pause or 0.0) + time.perf_counter() - self._paused_at

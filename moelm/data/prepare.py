@@ -1,0 +1,432 @@
+"""Text -> token shards: split by document, train or load the tokenizer, tokenise in parallel, write, swap in.
+
+Reading order: `prepare`, `_build`, then the steps as `_build` calls them. A corpus is streamed, never held:
+with a tokenizer to train it is read twice, once to sample and once to tokenise. What is being prepared
+stays in a folder beside its final place until it is whole, under a lock, so that neither a crash nor a
+second process can leave data that is half done.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import gzip
+import json
+import lzma
+import os
+import platform
+import shutil
+import sys
+import time
+from collections import deque
+from collections.abc import Iterable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import numpy.typing as npt
+import tokenizers
+from tokenizers import AddedToken, Tokenizer
+from tqdm import tqdm
+
+from moelm.config import CorpusConfig, TokenizerConfig, UserError, build, to_dict
+from moelm.data.sampler import hash64
+from moelm.data.sources import Piece
+from moelm.data.token_shards import (
+    FORMAT_VERSION,
+    MAX_DOMAINS,
+    SPLITS,
+    Counts,
+    StreamWriter,
+    TokenShards,
+    hash_file,
+    read_manifest,
+)
+
+_BATCH_BYTES = 4 * 2**20  # of text tokenised in one call; about 50 times as many bytes are held meanwhile
+_BATCH_PIECES = 8192
+_BATCHES_IN_FLIGHT = 3  # two in the tokenizer, one written
+_MAX_BASELINE_BYTES = 32 * 2**20
+_FEWEST_TOKENS = 16  # in a split
+
+
+def prepare(corpus: CorpusConfig, *, force: bool = False, progress: bool = True) -> TokenShards:
+    """The token shards of `corpus`, made first if they are missing. With `force` they are made again.
+
+    Raises UserError where the folder holds data of another config, or the text cannot be read or split.
+    """
+    folder = corpus.path.absolute()
+    if force or not _is_prepared(folder, corpus):
+        with _lock(folder, progress):
+            _clean(folder)
+            if force or not _is_prepared(folder, corpus):  # another process may have done it meanwhile
+                _refuse_foreign(folder)
+                stage = folder.with_name(f"{folder.name}.tmp-{os.getpid()}")
+                try:
+                    stage.mkdir()
+                    _build(corpus, stage, progress)
+                    _swap_in(stage, folder)
+                except OSError as error:
+                    raise UserError(
+                        f"writing {folder} failed: {error}\n"
+                        "  remedy: make room, or set another data.corpus.dir"
+                    ) from error
+                finally:
+                    shutil.rmtree(stage, ignore_errors=True)
+    return TokenShards(folder)
+
+
+def _build(corpus: CorpusConfig, stage: Path, progress: bool) -> None:
+    started = time.perf_counter()
+    if corpus.tokenizer.file is None:
+        tokenizer, total = _train_tokenizer(corpus, progress)
+    else:
+        tokenizer, total = _load_tokenizer(corpus.tokenizer, corpus.tokenizer.file), None
+    tokenizer.save(str(stage / "tokenizer.json"))
+    tokenising = time.perf_counter()
+    writer = _Writer(corpus, stage, tokenizer)
+    with _progress_bar("tokenise", progress, total) as bar:
+        for pieces, ids in _tokenise(_pieces(corpus), tokenizer):
+            writer.write(pieces, ids)
+            bar.update(sum(piece.n_bytes for piece in pieces))
+    ended = time.perf_counter()
+    write_manifest(corpus, writer)
+    if progress:
+        documents, tokens, n_bytes = (sum(count) for count in zip(*writer.counts(), strict=True))
+        print(
+            f"prepared {corpus.path}: {documents:,} documents, {n_bytes / 1e6:.1f} MB, {tokens:,} tokens "
+            f"in {time.perf_counter() - started:.1f} s, "
+            f"tokenised at {n_bytes / 1e6 / (ended - tokenising):.1f} MB/s",
+            file=sys.stderr,
+        )
+
+
+# ------------------------------------------------------------------------------------------ text and split
+
+
+class _SplitPiece(NamedTuple):
+    text: str
+    domain: str
+    ends_document: bool
+    split: str
+    n_bytes: int
+
+
+def _pieces(corpus: CorpusConfig) -> Iterator[_SplitPiece]:
+    """All sources, one after the other. A document is held out iff a hash of the seed and of its number, a
+    uniform number in [0, 1), is below `val_fraction`: it does not depend on what comes after."""
+    domains: set[str] = set()
+    document, n_written = 0, 0
+    for source in corpus.sources:
+        for piece in build("source", source):
+            assert isinstance(piece, Piece)
+            domains.add(piece.domain)
+            if len(domains) > MAX_DOMAINS:
+                raise UserError(
+                    f"source {source.name!r}: more than {MAX_DOMAINS} domains, as {sorted(domains)[:3]}\n"
+                    "  remedy: set `domain` of the source, which puts all of it into one"
+                )
+            held_out = hash64(corpus.seed, document) / 2**64 < corpus.val_fraction
+            n_bytes = len(piece.text) if piece.text.isascii() else len(piece.text.encode())
+            yield _SplitPiece(*piece, SPLITS[held_out], n_bytes)
+            n_written += n_bytes
+            document += piece.ends_document
+    if n_written == 0:
+        raise UserError("the corpus holds no text\n  remedy: check `sources`")
+
+
+def _progress_bar(what: str, progress: bool, total: int | None = None) -> Any:
+    return tqdm(
+        desc=what, total=total, unit="B", unit_scale=True, disable=not progress, file=sys.stderr, leave=False
+    )
+
+
+# ----------------------------------------------------------------------------------------------- tokenizer
+
+
+def _train_tokenizer(corpus: CorpusConfig, progress: bool) -> tuple[Tokenizer, int]:
+    """A byte-level BPE, and the bytes of the corpus. Held-out documents take no part."""
+    sample, total = Sample(corpus.tokenizer.train_bytes, corpus.seed), 0
+    with _progress_bar("sample for the tokenizer", progress) as bar:
+        for piece in _pieces(corpus):
+            total += piece.n_bytes
+            bar.update(piece.n_bytes)
+            if piece.split == "train":
+                sample.add(piece.text, piece.domain, piece.n_bytes)
+    tokenizer = Tokenizer(tokenizers.models.BPE())
+    tokenizer.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = tokenizers.decoders.ByteLevel()
+    trainer = tokenizers.trainers.BpeTrainer(
+        vocab_size=corpus.tokenizer.vocab_size,
+        special_tokens=[corpus.tokenizer.end_of_text],
+        initial_alphabet=tokenizers.pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    tokenizer.train_from_iterator(sample.texts(), trainer)
+    return tokenizer, total
+
+
+class Sample:
+    """At most about `budget` bytes of text from a stream of any length, in one pass, the same in every run.
+
+    Each piece has a hash, uniform in [0, 1); a domain keeps those below its rate, at first all. Whenever the
+    budget is exceeded, the domain that holds most halves its rate. So every domain is sampled over its whole
+    length, a small one is kept whole beside a large one, and none vanishes: each keeps at least one piece.
+    """
+
+    def __init__(self, budget: int, seed: int) -> None:
+        self.budget = budget
+        self.seed = seed
+        self.n_seen = 0
+        self.kept: dict[str, list[tuple[float, str, int]]] = {}  # domain -> (hash, text, bytes)
+        self.n_bytes: dict[str, int] = {}
+        self.rate: dict[str, float] = {}
+
+    def add(self, text: str, domain: str, n_bytes: int) -> None:
+        chance = hash64(self.seed, self.n_seen, 1) / 2**64
+        self.n_seen += 1
+        if chance < self.rate.setdefault(domain, 1.0):
+            self.kept.setdefault(domain, []).append((chance, text, n_bytes))
+            self.n_bytes[domain] = self.n_bytes.get(domain, 0) + n_bytes
+            self._thin()
+
+    def _thin(self) -> None:
+        while sum(self.n_bytes.values()) > self.budget:
+            shrinkable = [domain for domain, kept in self.kept.items() if len(kept) > 1]
+            if not shrinkable:
+                return
+            domain = max(shrinkable, key=lambda name: self.n_bytes[name])
+            self.rate[domain] /= 2
+            kept = self.kept[domain]
+            self.kept[domain] = [one for one in kept if one[0] < self.rate[domain]] or [min(kept)]
+            self.n_bytes[domain] = sum(n_bytes for _, _, n_bytes in self.kept[domain])
+
+    def texts(self) -> Iterator[str]:
+        return (text for kept in self.kept.values() for _, text, _ in kept)
+
+
+def _load_tokenizer(config: TokenizerConfig, file: str) -> Tokenizer:
+    try:
+        tokenizer = Tokenizer.from_file(file)
+    except Exception as error:  # the library raises plain Exception
+        raise UserError(
+            f"{file}: not a tokenizer: {error}\n  remedy: give a tokenizer.json of the `tokenizers` library"
+        ) from None
+    if tokenizer.token_to_id(config.end_of_text) is None:
+        raise UserError(
+            f"{file}: has no token {config.end_of_text!r}\n"
+            "  remedy: set data.corpus.tokenizer.end_of_text to the one that it has"
+        )
+    tokenizer.add_special_tokens([AddedToken(config.end_of_text, special=True)])  # if it was an ordinary one
+    tokenizer.no_truncation()
+    tokenizer.no_padding()
+    return tokenizer
+
+
+# --------------------------------------------------------------------------------------- tokenise and write
+
+
+def _tokenise(
+    pieces: Iterable[_SplitPiece], tokenizer: Tokenizer
+) -> Iterator[tuple[list[_SplitPiece], list[npt.NDArray[np.uint32]]]]:
+    """Batches of pieces with their ids, in order. Rust threads encode; reading, the conversion of ids and
+    writing happen meanwhile. Text that spells a special token is encoded as the text that it is."""
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")  # else it warns in each data worker forked later
+    tokenizer.encode_special_tokens = True
+
+    def encode(batch: list[_SplitPiece]) -> list[npt.NDArray[np.uint32]]:
+        encodings = tokenizer.encode_batch_fast([piece.text for piece in batch], add_special_tokens=False)
+        return [np.array(encoding.ids, dtype=np.uint32) for encoding in encodings]
+
+    waiting: deque[tuple[list[_SplitPiece], Future[list[npt.NDArray[np.uint32]]]]] = deque()
+    with ThreadPoolExecutor(_BATCHES_IN_FLIGHT - 1) as pool:
+        for batch in _batches(pieces):
+            waiting.append((batch, pool.submit(encode, batch)))
+            if len(waiting) == _BATCHES_IN_FLIGHT:
+                oldest, ids = waiting.popleft()
+                yield oldest, ids.result()
+        for oldest, ids in waiting:
+            yield oldest, ids.result()
+
+
+def _batches(pieces: Iterable[_SplitPiece]) -> Iterator[list[_SplitPiece]]:
+    batch: list[_SplitPiece] = []
+    n_bytes = 0
+    for piece in pieces:
+        batch.append(piece)
+        n_bytes += piece.n_bytes
+        if n_bytes >= _BATCH_BYTES or len(batch) >= _BATCH_PIECES:
+            yield batch
+            batch, n_bytes = [], 0
+    if batch:
+        yield batch
+
+
+class _Writer:
+    """Sorts batches into the streams of their split and domain; keeps the held-out text for the baselines."""
+
+    def __init__(self, corpus: CorpusConfig, folder: Path, tokenizer: Tokenizer) -> None:
+        self.folder = folder
+        self.vocab_size = max(tokenizer.get_vocab(with_added_tokens=True).values()) + 1
+        self.end_of_text_id = tokenizer.token_to_id(corpus.tokenizer.end_of_text)
+        self.dtype = np.dtype("<u2" if self.vocab_size <= 2**16 else "<u4")
+        self.shard_tokens = corpus.shard_tokens
+        self.streams: dict[tuple[str, str], StreamWriter] = {}
+        self.val_text: dict[str, list[str]] | None = {}  # None: too much of it
+        self._val_bytes = 0
+
+    def write(self, pieces: list[_SplitPiece], ids: list[npt.NDArray[np.uint32]]) -> None:
+        end_of_text = np.array([self.end_of_text_id], dtype=np.uint32)
+        parts: dict[tuple[str, str], list[npt.NDArray[np.uint32]]] = {}
+        documents: dict[tuple[str, str], int] = {}
+        n_bytes: dict[tuple[str, str], int] = {}
+        for piece, piece_ids in zip(pieces, ids, strict=True):
+            key = (piece.split, piece.domain)
+            parts.setdefault(key, []).append(piece_ids)
+            if piece.ends_document:
+                parts[key].append(end_of_text)
+            documents[key] = documents.get(key, 0) + piece.ends_document
+            n_bytes[key] = n_bytes.get(key, 0) + piece.n_bytes
+            if piece.split == "val":
+                self._keep(piece)
+        for (split, domain), arrays in parts.items():
+            key = (split, domain)
+            if key not in self.streams:
+                self.streams[key] = StreamWriter(self.folder, split, domain, self.dtype, self.shard_tokens)
+            self.streams[key].append(np.concatenate(arrays), documents[key], n_bytes[key])
+
+    def _keep(self, piece: _SplitPiece) -> None:
+        self._val_bytes += piece.n_bytes
+        if self._val_bytes > _MAX_BASELINE_BYTES:
+            self.val_text = None
+        if self.val_text is not None:
+            self.val_text.setdefault(piece.domain, []).append(piece.text)
+
+    def counts(self) -> list[Counts]:
+        return [Counts(one.documents, one.tokens, one.bytes) for one in self.streams.values()]
+
+    def baselines(self) -> dict[str, float | None]:
+        """What general compressors make of the held-out text; null above 32 MiB."""
+        if self.val_text is None:
+            return {"gzip_bits_per_byte": None, "xz_bits_per_byte": None}
+        text = "".join(text for domain in sorted(self.val_text) for text in self.val_text[domain]).encode()
+        lzma_filter = {"id": lzma.FILTER_LZMA2, "preset": 9, "dict_size": max(2**12, len(text))}
+        return {
+            "gzip_bits_per_byte": 8 * len(gzip.compress(text, 9)) / len(text),
+            "xz_bits_per_byte": 8 * len(lzma.compress(text, filters=[lzma_filter])) / len(text),
+        }
+
+
+def write_manifest(corpus: CorpusConfig, writer: _Writer) -> None:
+    """Raises UserError if a split is too small to train or to validate on."""
+    splits: dict[str, dict[str, Any]] = {split: {} for split in SPLITS}
+    for split, domain in sorted(writer.streams):
+        splits[split][domain] = writer.streams[split, domain].entry()
+    for split, entries in splits.items():
+        tokens = sum(entry["tokens"] for entry in entries.values())
+        if tokens < _FEWEST_TOKENS:
+            documents = sum(entry["documents"] for entries in splits.values() for entry in entries.values())
+            raise UserError(
+                f"the {split} split gets {tokens} tokens of {documents} documents "
+                f"(val_fraction = {corpus.val_fraction:g}, seed = {corpus.seed})\n"
+                "  remedy: change val_fraction or seed, or cut the text into more documents; "
+                "the source `files` has `separator` for it"
+            )
+    manifest = {
+        "format_version": FORMAT_VERSION,
+        "corpus": to_dict(corpus),
+        "made_with": {"python": platform.python_version(), "tokenizers": tokenizers.__version__},
+        "tokenizer_sha256": hash_file(writer.folder / "tokenizer.json"),
+        "vocab_size": writer.vocab_size,
+        "dtype": writer.dtype.str,
+        "end_of_text_id": writer.end_of_text_id,
+        "splits": splits,
+        "baselines": writer.baselines(),
+    }
+    (writer.folder / "manifest.json").write_text(json.dumps(manifest, indent=1) + "\n", encoding="utf-8")
+
+
+# ---------------------------------------------------------------------------------------- the folder on disk
+
+
+def _is_prepared(folder: Path, corpus: CorpusConfig) -> bool:
+    """Raises UserError if the folder holds data that another config made."""
+    if not (folder / "manifest.json").is_file():
+        return False
+    made_from = _flatten({"": read_manifest(folder).get("corpus")})
+    wanted = _flatten({"": json.loads(json.dumps(to_dict(corpus)))})
+    differing = sorted(
+        key
+        for key in made_from.keys() | wanted.keys()
+        if made_from.get(key) != wanted.get(key) and key != "dir"
+    )
+    if differing:
+        listed = "\n".join(
+            f"  {key}: {made_from.get(key)!r} on disk, {wanted.get(key)!r} in the config" for key in differing
+        )
+        raise UserError(
+            f"data.corpus: {folder} was prepared with another config:\n{listed}\n"
+            "  remedy: set another data.corpus.dir or name, or replace the data: "
+            "python -m data_prep.prepare --config ... --force"
+        )
+    return True
+
+
+def _flatten(tree: Any, key: str = "") -> dict[str, Any]:
+    """{"a": {"b": [1]}} -> {"a.b.0": 1}"""
+    if isinstance(tree, list):
+        tree = dict(enumerate(tree))
+    if not isinstance(tree, dict) or not tree:
+        return {key: tree}
+    flat: dict[str, Any] = {}
+    for name, branch in tree.items():
+        flat |= _flatten(branch, f"{key}.{name}".strip("."))
+    return flat
+
+
+@contextlib.contextmanager
+def _lock(folder: Path, progress: bool) -> Iterator[None]:
+    """One process at a time; the kernel releases the lock of one that dies. The file beside the folder stays:
+    to remove it while another process waits for it would let a third one in."""
+    try:
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        stream = open(folder.with_name(f"{folder.name}.lock"), "w")  # noqa: SIM115
+    except OSError as error:
+        raise UserError(f"cannot write beside {folder}: {error}\n  remedy: set data.corpus.dir") from None
+    with stream:
+        try:
+            fcntl.flock(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            if progress:
+                print(f"another process prepares {folder}; waiting for it", file=sys.stderr)
+            fcntl.flock(stream, fcntl.LOCK_EX)
+        yield
+
+
+def _clean(folder: Path) -> None:
+    """Under the lock, what others left beside the folder is of processes that were killed."""
+    for path in list(folder.parent.iterdir()):
+        if path.name.startswith(f"{folder.name}.old-") and not folder.exists():
+            path.rename(folder)  # killed between the two steps of _swap_in
+        elif path.name.startswith((f"{folder.name}.tmp-", f"{folder.name}.old-")):
+            shutil.rmtree(path, ignore_errors=True)
+
+
+def _refuse_foreign(folder: Path) -> None:
+    if not folder.exists():
+        return
+    ours = ("manifest.json", "tokenizer.json")
+    if not folder.is_dir() or any(f.name not in ours and f.suffix != ".bin" for f in folder.iterdir()):
+        raise UserError(
+            f"data.corpus.dir: {folder} holds other things than prepared data, so it is left alone\n"
+            "  remedy: set another data.corpus.dir, or remove it yourself"
+        )
+
+
+def _swap_in(stage: Path, folder: Path) -> None:
+    old = folder.with_name(f"{folder.name}.old-{os.getpid()}")
+    if folder.exists():
+        folder.rename(old)
+    stage.rename(folder)
+    shutil.rmtree(old, ignore_errors=True)

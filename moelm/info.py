@@ -1,0 +1,92 @@
+"""python -m moelm.info --config F: what a model costs, without building more than its shapes."""
+
+from __future__ import annotations
+
+import argparse
+import json
+from typing import Any
+
+from moelm import command_line
+from moelm.config import Config, load_config
+from moelm.model.size import expert_combinations, flops_per_token, model_size, short_name, training_memory
+
+EPILOG = """example:
+  python -m moelm.info --config configs/quickstart.yaml
+  python -m moelm.info --config configs/quickstart.yaml model.moe.n_experts=64 --json
+"""
+
+
+def main(argv: list[str]) -> None:
+    parser = argparse.ArgumentParser(
+        prog="python -m moelm.info",
+        description="Parameters, operations a token and memory of a config's model, from its shapes alone.",
+        epilog=EPILOG,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("--config", required=True, metavar="F")
+    parser.add_argument("overrides", nargs="*", metavar="key=value")
+    parser.add_argument("--json", action="store_true")
+    arguments = parser.parse_args(argv)
+    command_line.import_builtins()
+    config = load_config(arguments.config, arguments.overrides)
+    facts = info(config)
+    print(json.dumps(facts, indent=1) if arguments.json else as_table(config, facts))
+
+
+def info(config: Config) -> dict[str, Any]:
+    """Counts, floating-point operations, and GiB on one device for one micro-batch under DDP or on one device."""
+    model, moe = config.model, config.model.moe
+    size, memory = model_size(model), training_memory(config)
+    return {
+        "name": short_name(size),
+        "total_params": size.total,
+        "active_params": size.active,
+        "active_params_no_input_embedding": size.active_no_input_embedding,
+        "active_params_no_embeddings": size.active_no_embeddings,
+        "flops_per_token": flops_per_token(model, config.data.seq_len),
+        "memory_gib": memory.total / 2**30,
+        "memory_parts_gib": {
+            part: getattr(memory, part) / 2**30
+            for part in ("weights", "gradients", "optimizer", "activations", "working")
+        },
+        "moe_layers": model.moe_layers,
+        "expert_combinations": expert_combinations(model),
+        "d_expert_ratio": moe and moe.d_expert / model.d_model,
+        "active_expert_ratio": moe and moe.top_k * moe.d_expert / model.d_model,
+    }
+
+
+def as_table(config: Config, facts: dict[str, Any]) -> str:
+    model, moe, memory = config.model, config.model.moe, facts["memory_parts_gib"]
+    rows = [
+        ("model", facts["name"]),
+        ("total parameters", f"{facts['total_params']:,}"),
+        ("active parameters", f"{facts['active_params']:,}"),
+        ("  without the input embedding", f"{facts['active_params_no_input_embedding']:,}"),
+        ("  without input embedding and head", f"{facts['active_params_no_embeddings']:,}"),
+        ("training FLOPs a token", f"{facts['flops_per_token']:,} (sequence length {config.data.seq_len})"),
+        (
+            "memory on one device",
+            f"{facts['memory_gib']:.2f} GiB: "
+            + ", ".join(f"{part} {value:.2f}" for part, value in memory.items())
+            + f" ({config.trainer.precision}, micro-batch {config.optim.micro_batch_size} x {config.data.seq_len})",
+        ),
+        ("layers", f"{model.n_layers}, of which {len(facts['moe_layers'])} with experts"),
+    ]
+    if moe is not None:
+        n, k = moe.n_experts, moe.top_k
+        rows += [
+            ("d_expert / d_model", f"{facts['d_expert_ratio']:.3f}"),
+            ("top_k x d_expert / d_model", f"{facts['active_expert_ratio']:.3f}"),
+            ("expert combinations a token", f"C({n},{k}) = {_count(facts['expert_combinations'])}"),
+        ]
+    width = max(len(name) for name, _ in rows)
+    return "\n".join(f"{name:<{width}}  {value}" for name, value in rows)
+
+
+def _count(value: int) -> str:
+    return f"{value:,}" if value < 10**6 else f"{value:.1e}"
+
+
+if __name__ == "__main__":
+    command_line.run(main)

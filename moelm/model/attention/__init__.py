@@ -1,0 +1,5 @@
+"""Attentions. One file each; importing this package registers them all."""
+
+from moelm.model.attention import gqa
+
+__all__ = ["gqa"]

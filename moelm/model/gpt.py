@@ -1,0 +1,134 @@
+"""The decoder-only GPT whose feed-forward is a mixture of experts in the layers that the config says."""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from moelm.config import ModelConfig
+from moelm.model.block import Block
+from moelm.model.norm import RMSNorm
+from moelm.moe.types import RouteContext, RouterStats, stack_stats
+
+IGNORE = -100  # a target that is not predicted
+MAX_LOGITS = 2**26  # elements of the logits that may exist at once when the loss is computed
+
+
+class GPTOutput(NamedTuple):
+    logits: Tensor | None  # [B, L, V], without targets
+    loss: Tensor | None  # scalar, mean cross-entropy in nats a token; with gradient
+    ce_BL: Tensor | None  # float32 cross-entropy of each token, detached; 0 where the target is ignored
+    extra_losses: dict[str, Tensor]  # named losses beside it (multi-token prediction)
+    stats: RouterStats | None  # stacked over MoE layers; None for a dense model
+    cache: list[Any] | None
+
+
+class GPT(nn.Module):
+    """Parameters are uninitialised until `moelm.model.init.initialize` fills them, so it builds on meta too."""
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        self.config = config
+        self.activation_checkpointing = False  # recompute each block in backward; changes no value
+        self.embedding = nn.Embedding(config.vocab_size, config.d_model)
+        self.blocks = nn.ModuleList(Block(config, layer) for layer in range(config.n_layers))
+        self.norm = RMSNorm(config.d_model, config.norm_eps)
+        tied = config.tied_embeddings
+        self.head = None if tied else nn.Linear(config.d_model, config.vocab_size, bias=False)
+
+    @property
+    def head_weight_VD(self) -> Tensor:
+        return self.embedding.weight if self.head is None else self.head.weight
+
+    @property
+    def moe_layers(self) -> list[Any]:
+        """The MoELayer modules, in the order of the M axis of the statistics."""
+        return [block.moe for block in self.blocks if block.moe is not None]
+
+    def init_cache(self, batch_size: int, max_len: int, dtype: torch.dtype | None = None) -> list[Any]:
+        """An empty cache for generation: one entry a layer, opaque, filled in place by `forward`."""
+        weight = self.embedding.weight
+        return [
+            block.attention.init_cache(batch_size, max_len, weight.device, dtype or weight.dtype)
+            for block in self.blocks
+        ]
+
+    def forward(
+        self,
+        tokens_BL: Tensor,
+        targets_BL: Tensor | None = None,
+        *,
+        token_mask_BL: Tensor | None = None,
+        document_ids_BL: Tensor | None = None,
+        cache: list[Any] | None = None,
+    ) -> GPTOutput:
+        """Without targets logits, with targets the loss (the full logits then never exist at once).
+
+        `targets_BL`: int64, IGNORE where nothing is predicted. `token_mask_BL`: bool, False = padding, neither
+        routed nor counted. `document_ids_BL`: attention stays within equal ids. `cache`: from `init_cache`;
+        the tokens follow those it holds.
+        """
+        B, L = tokens_BL.shape
+        start = cache[0].length if cache is not None else 0
+        positions_L = torch.arange(start, start + L, device=tokens_BL.device)
+        rotation = self.blocks[0].attention.rotation(positions_L)
+        mask_BLL = attention_mask(positions_L, document_ids_BL, start)
+        context = RouteContext(tokens_BL, token_mask_BL, self.training)
+        x_BLD = F.dropout(self.embedding(tokens_BL), self.config.dropout, self.training)
+        layer_stats = []
+        for i, block in enumerate(self.blocks):
+            entry = None if cache is None else cache[i]
+            if self.activation_checkpointing and torch.is_grad_enabled():
+                x_BLD, stats = checkpoint(block, x_BLD, rotation, mask_BLL, context, use_reentrant=False)
+            else:
+                x_BLD, stats = block(x_BLD, rotation, mask_BLL, context, entry)
+            if stats is not None:
+                layer_stats.append(stats)
+        x_BLD = self.norm(x_BLD)
+        all_stats = stack_stats(layer_stats) if layer_stats else None
+        if targets_BL is None:
+            return GPTOutput(F.linear(x_BLD, self.head_weight_VD), None, None, {}, all_stats, cache)
+        loss, ce_T = chunked_cross_entropy(x_BLD.flatten(0, 1), self.head_weight_VD, targets_BL.flatten())
+        return GPTOutput(None, loss, ce_T.view(B, L), {}, all_stats, cache)
+
+
+def attention_mask(positions_L: Tensor, document_ids_BL: Tensor | None, start: int) -> Tensor | None:
+    """bool [B or 1, L, keys], True = may attend; None where plain causal attention is the same and faster."""
+    if document_ids_BL is None and (start == 0 or len(positions_L) == 1):
+        return None
+    keys = torch.arange(start + len(positions_L), device=positions_L.device)
+    mask_BLL = (keys <= positions_L.unsqueeze(-1)).unsqueeze(0)
+    if document_ids_BL is not None:
+        if start:
+            raise ValueError("document_ids_BL with a filled cache: the ids of the cached tokens are unknown")
+        mask_BLL = mask_BLL & (document_ids_BL.unsqueeze(1) == document_ids_BL.unsqueeze(2))
+    return mask_BLL
+
+
+def chunked_cross_entropy(
+    x_TD: Tensor, weight_VD: Tensor, targets_T: Tensor, max_logits: int = MAX_LOGITS
+) -> tuple[Tensor, Tensor]:
+    """Mean cross-entropy over the targets that are not IGNORE, and each token's, detached (0 for IGNORE).
+
+    Tokens go in chunks whose logits stay below `max_logits` elements; with more than one chunk the logits are
+    recomputed in backward instead of kept. The softmax is float32.
+    """
+    chunk = max(1, max_logits // weight_VD.shape[0])
+    chunks = zip(x_TD.split(chunk), targets_T.split(chunk), strict=True)
+    if x_TD.shape[0] <= chunk or not torch.is_grad_enabled():
+        ce_T = torch.cat([_cross_entropy(x, weight_VD, targets) for x, targets in chunks])
+    else:
+        ce_T = torch.cat(
+            [checkpoint(_cross_entropy, x, weight_VD, targets, use_reentrant=False) for x, targets in chunks]
+        )
+    n_targets = (targets_T != IGNORE).sum().clamp(min=1)
+    return ce_T.sum() / n_targets, ce_T.detach()
+
+
+def _cross_entropy(x_TD: Tensor, weight_VD: Tensor, targets_T: Tensor) -> Tensor:
+    logits_TV = F.linear(x_TD, weight_VD)
+    return F.cross_entropy(logits_TV.float(), targets_T, ignore_index=IGNORE, reduction="none")

@@ -1,0 +1,133 @@
+"""What a model costs, known from its config alone: parameters, operations a token, memory."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from math import comb
+
+import torch
+
+from moelm.config import Config, ModelConfig
+from moelm.model.gpt import MAX_LOGITS, GPT
+
+
+@dataclass(frozen=True)
+class ModelSize:
+    """Parameters. `active`: all but the routed experts that a token does not use. Buffers are not counted."""
+
+    total: int
+    active: int  # routers, shared experts, norms, input embedding and head all counted
+    active_no_input_embedding: int  # without the input embedding where it is not tied to the head
+    active_no_embeddings: int  # without input embedding and head
+    routed_expert: int  # one routed expert of one layer
+
+
+def model_size(config: ModelConfig) -> ModelSize:
+    """Counted on the meta device, so any size takes a moment and no memory."""
+    with torch.device("meta"):
+        model = GPT(config)
+    total = sum(parameter.numel() for parameter in model.parameters())
+    expert = 0
+    if config.moe is not None and model.moe_layers:
+        experts = model.moe_layers[0].experts
+        expert = sum(parameter.numel() for parameter in experts.parameters()) // config.moe.n_experts
+    idle = 0 if config.moe is None else (config.moe.n_experts - config.moe.top_k) * len(config.moe_layers)
+    active = total - idle * expert
+    embedding = config.vocab_size * config.d_model
+    return ModelSize(
+        total=total,
+        active=active,
+        active_no_input_embedding=active - (0 if config.tied_embeddings else embedding),
+        active_no_embeddings=active - (1 if config.tied_embeddings else 2) * embedding,
+        routed_expert=expert,
+    )
+
+
+def flops_per_token(config: ModelConfig, seq_len: int) -> int:
+    """Training floating-point operations a token: 6 x (active parameters that multiply) + 3 x attention.
+
+    6 = 2 forward (a multiply-add) + 4 backward. The input embedding is a look-up; the head multiplies, tied or
+    not. Causal attention counts only the half of the scores that are needed. Recomputation does not count.
+    """
+    size = model_size(config)
+    head = config.vocab_size * config.d_model
+    norms = (2 * config.n_layers + 1) * config.d_model
+    attention = config.n_layers * config.attention.flops_per_token(config.d_model, seq_len)  # type: ignore[attr-defined]
+    return 6 * (size.active_no_embeddings + head - norms) + 3 * attention
+
+
+def short_name(size: ModelSize) -> str:
+    """6.9B-A1.3B: total and active parameters."""
+    return f"{_short(size.total)}-A{_short(size.active)}" if size.active != size.total else _short(size.total)
+
+
+def _short(count: int) -> str:
+    for unit, scale in (("T", 1e12), ("B", 1e9), ("M", 1e6)):
+        if count >= scale:
+            value = count / scale
+            return f"{value:.0f}{unit}" if value >= 100 else f"{value:.1f}{unit}"
+    return f"{count / 1e3:.0f}K"
+
+
+def expert_combinations(config: ModelConfig) -> int:
+    """C(n_experts, top_k): the sets of experts a token can choose in one layer; 1 for a dense model."""
+    return 1 if config.moe is None else comb(config.moe.n_experts, config.moe.top_k)
+
+
+@dataclass(frozen=True)
+class Memory:
+    """Bytes on one device at the peak of a training step."""
+
+    weights: int  # float32 master weights
+    gradients: int  # float32
+    optimizer: int  # two float32 moments
+    activations: int  # saved for backward, for one micro-batch
+    working: int  # the largest temporary things: bf16 copies of one block's weights, logits of one chunk
+
+    @property
+    def total(self) -> int:
+        return self.weights + self.gradients + self.optimizer + self.activations + self.working
+
+
+def training_memory(config: Config, n_shards: int = 1) -> Memory:
+    """An estimate for AdamW with float32 state; `n_shards` devices share weights, gradients and moments (1: DDP).
+
+    Activations count what autograd keeps, tensor by tensor, from the shapes (see `_activation_bytes`); the
+    allocator's fragmentation is not included.
+    """
+    model, micro = config.model, config.optim.micro_batch_size * config.data.seq_len
+    mixed = config.trainer.precision == "bf16-mixed"
+    size = model_size(model)
+    state = 4 * size.total // n_shards
+    per_block = [_activation_bytes(model, layer, micro, mixed) for layer in range(model.n_layers)]
+    residual = 4 * micro * model.d_model
+    if config.trainer.activation_checkpointing == "full":
+        activations = residual * model.n_layers + max(per_block)
+    else:
+        activations = sum(per_block)
+    head_bytes = 2 if mixed else 4
+    logits = min(micro * model.vocab_size, MAX_LOGITS)
+    activations += 2 * residual + head_bytes * micro * model.d_model
+    # logits in compute dtype, in float32, and their float32 gradient exist together in backward
+    working = logits * (8 + head_bytes)
+    if mixed:
+        working += 2 * size.total  # autocast and the experts keep bf16 copies for the backward pass
+    return Memory(state, state, 2 * state, activations, working)
+
+
+def _activation_bytes(model: ModelConfig, layer: int, tokens: int, mixed: bool) -> int:
+    """Saved for backward by one block: c bytes an element in the compute dtype, 4 in float32."""
+    c, d = (2 if mixed else 4), model.d_model
+    attention = model.attention
+    q = attention.n_heads * attention.width(d)  # type: ignore[attr-defined]
+    kv = attention.kv_heads * attention.width(d)  # type: ignore[attr-defined]
+    residual = 2 * 4 * d  # the inputs of the two norms, float32
+    normed = 2 * c * d if mixed else 2 * 4 * d  # what the projections and the FFN read
+    attended = c * (2 * q + 2 * kv) + 4 * 2 * (q + kv)  # q, k, v, output; RoPE's float32 halves
+    moe = model.moe
+    if moe is None or not model.is_moe_layer(layer):
+        ffn = c * 4 * model.feed_forward.d_ff  # gate, up, silu(gate), product
+    else:
+        rows = moe.top_k * (c * d + c * 4 * moe.d_expert + c * d)  # input rows, hidden, output rows
+        ffn = rows + 4 * d + 4 * 2 * moe.n_experts + c * 4 * moe.shared_width
+    return tokens * (residual + normed + attended + ffn)

@@ -1,0 +1,1 @@
+"""The mixture of experts, in pure PyTorch: routing, dispatch, experts, balancing."""

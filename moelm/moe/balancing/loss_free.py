@@ -1,0 +1,41 @@
+"""The `loss_free` balancer: a bias on the choice instead of a loss, stepped once per optimizer step."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from moelm.config import ConfigError, MoEConfig, register, setting
+from moelm.moe.balancing.base import Balancer, BalancerConfig
+
+
+@dataclass
+class LossFreeConfig(BalancerConfig):
+    coef: float = setting(0.0, allowed=(0.0,))  # there is no loss
+    rate: float = setting(0.001, gt=0)  # step of the bias, in units of the router's scores
+    centred: bool = True  # subtract the mean step, so that the bias does not drift (Moonlight)
+
+    def check(self, key: str, config: MoEConfig) -> None:
+        if not getattr(config.router, "selection_bias", False):
+            raise ConfigError(
+                key,
+                f"loss_free moves a bias that the router {config.router.name!r} does not use here",
+                "set model.moe.router.selection_bias=true",
+            )
+
+
+@register("balancer", "loss_free", LossFreeConfig)
+class LossFreeBalancer(Balancer):
+    """b_e += rate * (s_e - mean(s)), s_e = sign(mean load - load_e)  (arXiv 2408.15664, algorithm 1; centred as in
+    Moonlight, 2502.16982). Counts the choices as made, biased, over the whole batch of the optimizer step.
+    """
+
+    config: LossFreeConfig
+
+    def update_bias(self, bias_ME: Tensor, load_ME: Tensor) -> Tensor:
+        step_ME = torch.sign(load_ME.mean(-1, keepdim=True) - load_ME).float()
+        if self.config.centred:
+            step_ME = step_ME - step_ME.mean(-1, keepdim=True)
+        return bias_ME + self.config.rate * step_ME

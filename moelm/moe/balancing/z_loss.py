@@ -1,0 +1,23 @@
+"""The `z_loss` balancer: keeps router logits small, so that the softmax stays exact and gradients calm."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from torch import Tensor
+
+from moelm.config import register
+from moelm.moe.balancing.base import Balancer, BalancerConfig
+from moelm.moe.types import RouterStats
+
+
+@dataclass
+class ZLossConfig(BalancerConfig):
+    coef: float = 0.001
+
+
+@register("balancer", "z_loss", ZLossConfig)
+class ZLossBalancer(Balancer):
+    def loss(self, stats: RouterStats, window_ME: Tensor | None) -> Tensor:
+        """L_m = mean over tokens of logsumexp(logits)^2 (ST-MoE, arXiv 2202.08906, eq. 5); (ln E)^2 at zero logits."""
+        return stats.log_z_sq

@@ -1,0 +1,5 @@
+"""Dispatchers: rows sorted by expert, and back. One file each; importing this package registers them all."""
+
+from moelm.moe.dispatch import dropless
+
+__all__ = ["dropless"]

@@ -1,0 +1,66 @@
+"""What crosses the seams of a mixture of experts: routing decisions and their statistics.
+
+Shape suffixes, used on every tensor in `model/` and `moe/`:
+
+    B batch (sequences)    L sequence length     T = B * L tokens    D d_model
+    H query heads          F d_expert or d_ff    V vocabulary        M MoE layers
+    E routed experts       K top_k               R = T * K rows after dispatch
+    C expert capacity      Q head dimension      G groups of experts
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+from torch import Tensor
+
+
+class TokenChoice(NamedTuple):
+    """Tokens choose experts. Tuples, so that checkpointing, compile and FSDP2 carry them as they are."""
+
+    expert_ids_TK: Tensor  # int64; the id n_experts means "none" (a masked token, a choice not taken)
+    gates_TK: Tensor  # float32 combine weights; the router's gradient flows here
+
+
+class ExpertChoice(NamedTuple):
+    """Experts choose tokens."""
+
+    token_ids_EC: Tensor  # int64
+    gates_EC: Tensor  # float32
+
+
+Routing = TokenChoice | ExpertChoice
+
+
+class RouteContext(NamedTuple):
+    """What a router may look at beside the tokens' vectors."""
+
+    token_ids_BL: Tensor  # int64
+    token_mask_BL: Tensor | None  # bool, True = counted and dispatched; None = all
+    training: bool
+
+
+class RouterStats(NamedTuple):
+    """What one MoE layer did with its tokens: a few kB, returned from forward and never stored by it.
+
+    `GPT` stacks them over MoE layers, which puts an M before every shape.
+    """
+
+    load_BE: Tensor  # float32 choices as made, per sequence and expert, before capacity; no gradient
+    kept_BE: Tensor  # float32, the same after capacity
+    first_choice_BE: Tensor  # float32 counts of the first choice only (GShard)
+    unbiased_load_BE: Tensor  # float32 counts had there been no selection bias (DeepSeek-V3 eq. 18)
+    prob_BE: Tensor  # float32 mean router probability over the sequence's counted tokens; with gradient
+    gate_BE: Tensor  # float32 sum of combine weights (importance); with gradient
+    n_tokens_B: Tensor  # float32 counted tokens
+    log_z_sq: Tensor  # float32 scalar, mean of logsumexp(logits)^2 over counted tokens; with gradient
+    extra: dict[str, Tensor]  # what one router shares with its own balancer, or with the callbacks
+
+
+def stack_stats(layers: list[RouterStats]) -> RouterStats:
+    """One RouterStats with a leading dimension M from those of M layers. Raises IndexError for none."""
+    import torch
+
+    stacked = [torch.stack(column) for column in list(zip(*layers, strict=True))[:-1]]
+    extra = {key: torch.stack([layer.extra[key] for layer in layers]) for key in layers[0].extra}
+    return RouterStats(*stacked, extra)

@@ -1,0 +1,169 @@
+"""python -m moelm.train --config F [key=value ...] [--resume auto|PATH]: train the model that a YAML describes."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+from moelm import command_line
+from moelm.config import Config, ConfigError, UserError, load_config, to_yaml
+from moelm.data.datamodule import TokenDataModule
+from moelm.data.prepare import prepare
+from moelm.data.token_shards import TokenShards
+from moelm.model.size import flops_per_token, model_size, short_name
+from moelm.training.checkpoint_io import find_checkpoint, newest_checkpoint, step_of
+from moelm.training.lightning_module import MoELightningModule
+from moelm.training.trainer import build_trainer, hardware
+
+EPILOG = """example:
+  python -m moelm.train --config configs/quickstart.yaml trainer.max_steps=200 run.name=short
+  python -m moelm.train --config configs/quickstart.yaml --resume auto
+"""
+
+
+def main(argv: list[str]) -> None:
+    parser = argparse.ArgumentParser(
+        prog="python -m moelm.train",
+        description="Train the model that a YAML describes; everything it leaves is in <run.dir>/<run.name>/.",
+        epilog=EPILOG,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("--config", required=True, metavar="F", help="a YAML file, see configs/")
+    parser.add_argument("overrides", nargs="*", metavar="key=value", help="change a key, e.g. optim.lr=1e-3")
+    parser.add_argument(
+        "--resume", metavar="auto|PATH", help="continue: auto = the newest valid checkpoint of this run, if any"
+    )
+    parser.add_argument("--print-config", action="store_true", help="print the resolved config and stop")
+    arguments = parser.parse_args(argv)
+    command_line.import_builtins()
+    config = load_config(arguments.config, arguments.overrides)
+    if arguments.print_config:
+        print(to_yaml(config), end="")
+        return
+    train(config, resume=arguments.resume)
+
+
+def train(config: Config, resume: str | None = None) -> dict[str, Any]:
+    """Prepare missing data, train, validate, save; returns what `summary.json` holds.
+
+    `resume`: None refuses a run folder with checkpoints or events in it; "auto" continues its newest valid
+    checkpoint or starts; a path continues that checkpoint. Raises UserError.
+    """
+    checkpoint = _checkpoint_to_resume(config, resume)
+    shards = prepare(config.data.corpus)
+    data = TokenDataModule(config, shards)
+    module = MoELightningModule(config, shards.domains, shards.end_of_text_id)
+    step = None if checkpoint is None else step_of(checkpoint)
+    if step is not None and step >= config.trainer.max_steps:
+        raise ConfigError(
+            "trainer.max_steps", f"{config.trainer.max_steps} steps are done already in {checkpoint}", "raise it"
+        )
+    data.consumed_samples = (step or 0) * module.batch_samples
+    trainer = build_trainer(config, shards.tokenizer_file, step)
+    if trainer.is_global_zero:
+        config.run_folder.mkdir(parents=True, exist_ok=True)
+        _write(config.run_folder / "config.yaml", to_yaml(config))
+        _say_start(config, shards, hardware(trainer), checkpoint)
+    started = time.perf_counter()
+    trainer.fit(module, data, ckpt_path=checkpoint)
+    summary = _summary(config, module, shards, time.perf_counter() - started, step or 0)
+    if trainer.is_global_zero:
+        _write(config.run_folder / "summary.json", json.dumps(summary, indent=1) + "\n")
+        _say_summary(summary, config)
+    return summary
+
+
+def _checkpoint_to_resume(config: Config, resume: str | None) -> Path | None:
+    folder = config.run_folder
+    if resume is None:
+        child_of_launcher = "LOCAL_RANK" in os.environ  # rank 0 has made the folder by now
+        trained = [*folder.glob("step-*"), *folder.glob("events.*"), *folder.glob("summary.json")]
+        if trained and not child_of_launcher:
+            raise ConfigError(
+                "run.name",
+                f"the run {folder} exists",
+                "continue it with --resume auto, choose another run.name, or delete the folder",
+            )
+        return None
+    checkpoint = newest_checkpoint(folder) if resume == "auto" else find_checkpoint(resume)
+    if checkpoint is None:
+        print(f"no checkpoint in {folder} yet: starting from step 0", file=sys.stderr)
+    return checkpoint
+
+
+def _write(file: Path, text: str) -> None:
+    try:
+        stage = file.with_name(f".{file.name}.tmp-{os.getpid()}")
+        stage.write_text(text, encoding="utf-8")
+        os.replace(stage, file)
+    except OSError as error:
+        raise UserError(f"{file}: cannot be written: {error}") from error
+
+
+def _say_start(config: Config, shards: TokenShards, device: str, checkpoint: Path | None) -> None:
+    size = model_size(config.model)
+    tokens = sum(counts.tokens for counts in shards.split_counts("train").values())
+    accumulation = config.optim.batch_tokens // (config.optim.micro_batch_size * config.data.seq_len)
+    print(
+        f"run    {config.run_folder}" + (f", continuing {checkpoint.name}" if checkpoint else "") + "\n"
+        f"model  {short_name(size)}: {size.total:,} parameters, {size.active:,} active a token\n"
+        f"data   {config.data.corpus.path}: {tokens / 1e6:.1f} M training tokens\n"
+        f"steps  {config.trainer.max_steps:,} of {config.optim.batch_tokens:,} tokens "
+        f"({accumulation} micro-batches on one device)\n"
+        f"device {device}, {config.trainer.precision}",
+        file=sys.stderr,
+        flush=True,
+    )
+
+
+def _summary(
+    config: Config, module: MoELightningModule, shards: TokenShards, wall_s: float, first_step: int
+) -> dict[str, Any]:
+    size = model_size(config.model)
+    everything = module.evaluation.get("all")
+    tokens = module.step * config.optim.batch_tokens
+    return {
+        "run": config.run_name,
+        "step": module.step,
+        "tokens": tokens,
+        "wall_s": round(wall_s, 1),
+        "tokens_per_s": round((module.step - first_step) * config.optim.batch_tokens / wall_s, 1),
+        "total_params": size.total,
+        "active_params": size.active,
+        "train_flops": tokens * flops_per_token(config.model, config.data.seq_len),
+        "train/ce": None if module.last_step is None else float(module.last_step.ce),
+        "val/ce": everything and everything.ce,
+        "val/bits_per_byte": everything and everything.bits_per_byte,
+        **module.load_summary(),
+        **{f"val/{name}": value for name, value in shards.baselines.items()},
+    }
+
+
+def _say_summary(summary: dict[str, Any], config: Config) -> None:
+    def number(key: str, form: str) -> str:
+        value = summary[key]
+        return "-" if value is None else format(value, form)
+
+    rows = [
+        ("steps", f"{summary['step']:,} ({summary['tokens']:,} tokens, {summary['train_flops']:.2e} FLOPs)"),
+        ("time", f"{summary['wall_s']:.0f} s with validation ({summary['tokens_per_s']:,.0f} tokens/s)"),
+        ("parameters", f"{summary['total_params']:,} total, {summary['active_params']:,} active"),
+        ("training cross-entropy", f"{number('train/ce', '.4f')} nats/token (last batch)"),
+        ("validation cross-entropy", f"{number('val/ce', '.4f')} nats/token"),
+        ("validation bits per byte", number("val/bits_per_byte", ".4f")),
+        ("  gzip -9 on the same text", number("val/gzip_bits_per_byte", ".4f")),
+        ("  xz -9 on the same text", number("val/xz_bits_per_byte", ".4f")),
+        ("expert load", f"MaxVio {number('moe/max_violation', '.3f')}, {number('moe/dead_experts', 'd')} dead experts"),
+        ("folder", f"{config.run_folder}  (tensorboard --logdir {config.run.dir})"),
+    ]
+    width = max(len(name) for name, _ in rows)
+    print("\n".join(f"{name:<{width}}  {value}" for name, value in rows))
+
+
+if __name__ == "__main__":
+    command_line.run(main)

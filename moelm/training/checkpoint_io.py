@@ -1,0 +1,228 @@
+"""Checkpoints on disk: folders `step-XXXXXXXX/` that are either whole or not there.
+
+    model.pt        weights and expert biases      all that evaluation and generation need
+    training.pt     optimizer, schedule, RNG, position
+    config.yaml     the resolved config
+    tokenizer.json
+    manifest.json   size and sha256 of each file; written last
+
+Tensors load with `torch.load(weights_only=True)`; nothing else is pickled.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import re
+import shutil
+from pathlib import Path
+from typing import Any
+
+import lightning.pytorch as pl
+import torch
+from lightning.fabric.plugins.io.checkpoint_io import CheckpointIO
+from lightning.pytorch.callbacks import Checkpoint
+
+import moelm
+from moelm.config import Config, UserError, from_dict, read_yaml, to_yaml
+from moelm.training.lightning_module import MoELightningModule
+
+FORMAT = 1
+STEP_FOLDER = re.compile(r"step-(\d{8})")
+
+
+class CheckpointError(UserError):
+    pass
+
+
+def step_folder(run_folder: Path, step: int) -> Path:
+    return run_folder / f"step-{step:08d}"
+
+
+def step_of(folder: Path) -> int:
+    match = STEP_FOLDER.fullmatch(folder.name)
+    assert match is not None, folder
+    return int(match[1])
+
+
+class FolderCheckpointIO(CheckpointIO):
+    """Stages beside the target, writes the manifest last, syncs, then renames: a kill leaves the old or the new."""
+
+    def __init__(self, config: Config, tokenizer_file: Path) -> None:
+        self.config, self.tokenizer_file = config, tokenizer_file
+
+    def save_checkpoint(self, checkpoint: dict[str, Any], path: Any, storage_options: Any = None) -> None:
+        target = Path(path)
+        stage = target.with_name(f".{target.name}.tmp-{os.getpid()}")
+        try:
+            shutil.rmtree(stage, ignore_errors=True)
+            stage.mkdir(parents=True)
+            rest = {key: value for key, value in checkpoint.items() if key != "state_dict"}
+            torch.save(checkpoint["state_dict"], stage / "model.pt")
+            torch.save(rest, stage / "training.pt")
+            (stage / "config.yaml").write_text(to_yaml(self.config), encoding="utf-8")
+            shutil.copyfile(self.tokenizer_file, stage / "tokenizer.json")
+            write_manifest(stage, int(checkpoint["moelm"]["step"]))
+            if target.exists():
+                shutil.rmtree(target)
+            os.replace(stage, target)
+            _sync(target.parent)
+        except OSError as error:
+            shutil.rmtree(stage, ignore_errors=True)
+            raise CheckpointError(f"{target}: the checkpoint could not be written: {error}") from error
+
+    def load_checkpoint(
+        self, path: Any, map_location: Any = None, weights_only: bool | None = None
+    ) -> dict[str, Any]:
+        folder = Path(path)
+        verify_checkpoint(folder)
+        checkpoint: dict[str, Any] = load_tensors(folder / "training.pt")
+        checkpoint["state_dict"] = load_tensors(folder / "model.pt")
+        return checkpoint
+
+    def remove_checkpoint(self, path: Any) -> None:
+        shutil.rmtree(path, ignore_errors=True)
+
+
+def write_manifest(folder: Path, step: int) -> None:
+    files = {}
+    for file in sorted(folder.iterdir()):
+        _sync(file)
+        files[file.name] = {"bytes": file.stat().st_size, "sha256": _sha256(file)}
+    manifest = {
+        "format": FORMAT,
+        "step": step,
+        "files": files,
+        "versions": {"moelm": moelm.__version__, "torch": torch.__version__, "lightning": pl.__version__},
+    }
+    (folder / "manifest.json").write_text(json.dumps(manifest, indent=1), encoding="utf-8")
+    _sync(folder / "manifest.json")
+    _sync(folder)
+
+
+def _sync(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def _sha256(file: Path) -> str:
+    with file.open("rb") as stream:
+        return hashlib.file_digest(stream, "sha256").hexdigest()
+
+
+def verify_checkpoint(folder: Path) -> None:
+    """Raises CheckpointError that names the first file which is not what the manifest says."""
+    try:
+        manifest = json.loads((folder / "manifest.json").read_text(encoding="utf-8"))
+        files, version = manifest["files"], manifest["format"]
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise CheckpointError(f"{folder}: not a checkpoint (manifest.json: {error})") from None
+    if version != FORMAT:
+        raise CheckpointError(f"{folder}: format {version}, this moelm reads {FORMAT}")
+    for name in ("model.pt", "training.pt", "config.yaml", "tokenizer.json"):
+        file, expected = folder / name, files.get(name)
+        if expected is None or not file.is_file():
+            raise CheckpointError(f"{file}: missing")
+        if file.stat().st_size != expected["bytes"]:
+            raise CheckpointError(f"{file}: {file.stat().st_size} bytes, the manifest says {expected['bytes']}")
+        if _sha256(file) != expected["sha256"]:
+            raise CheckpointError(f"{file}: the content does not match its sha256 in the manifest")
+
+
+def load_tensors(file: Path) -> dict[str, Any]:
+    """A file of tensors and plain values, on the CPU; never unpickles anything else."""
+    try:
+        loaded: dict[str, Any] = torch.load(file, map_location="cpu", weights_only=True)
+    except Exception as error:  # torch raises many kinds for a damaged or foreign file
+        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise CheckpointError(f"{file}: cannot be loaded: {reason}") from None
+    return loaded
+
+
+def load_weights(folder: Path) -> dict[str, torch.Tensor]:
+    """The GPT's state dict from a checkpoint."""
+    return {name.removeprefix("model."): value for name, value in load_tensors(folder / "model.pt").items()}
+
+
+def load_checkpoint_config(folder: Path) -> Config:
+    return from_dict(Config, read_yaml(folder / "config.yaml"))
+
+
+def is_valid(folder: Path) -> bool:
+    try:
+        verify_checkpoint(folder)
+    except CheckpointError:
+        return False
+    return True
+
+
+def step_folders(run_folder: Path) -> list[Path]:
+    """Oldest first, valid or not."""
+    if not run_folder.is_dir():
+        return []
+    return sorted(path for path in run_folder.iterdir() if STEP_FOLDER.fullmatch(path.name) and path.is_dir())
+
+
+def newest_checkpoint(run_folder: Path) -> Path | None:
+    """The newest valid checkpoint, by content; an invalid one is passed over."""
+    return next((folder for folder in reversed(step_folders(run_folder)) if is_valid(folder)), None)
+
+
+def find_checkpoint(path: str | Path) -> Path:
+    """A run folder (its newest valid checkpoint) or a step folder. Raises CheckpointError."""
+    folder = Path(path)
+    if not folder.is_dir():
+        raise CheckpointError(f"{folder}: no such folder; give a run's folder or one of its step-XXXXXXXX")
+    if (folder / "manifest.json").exists() or STEP_FOLDER.fullmatch(folder.resolve().name):
+        verify_checkpoint(folder)
+        return folder
+    newest = newest_checkpoint(folder)
+    if newest is None:
+        raise CheckpointError(f"{folder}: no valid checkpoint (step-XXXXXXXX/manifest.json) in it")
+    return newest
+
+
+class StepCheckpoint(Checkpoint):
+    """Saves every n optimizer steps and at the end, after the validation if one is due, and keeps the last k."""
+
+    def __init__(self, config: Config) -> None:
+        self.every, self.keep_last, self.run_folder = (
+            config.checkpoint.every_n_steps,
+            config.checkpoint.keep_last,
+            config.run_folder,
+        )
+        self._saved_step = -1
+
+    def on_train_batch_end(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        assert isinstance(pl_module, MoELightningModule)
+        if pl_module.is_step_end and not pl_module.is_validation_step:
+            self._save_if_due(trainer)  # else after the validation
+
+    def on_validation_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        if not trainer.sanity_checking:
+            self._save_if_due(trainer, force=trainer.should_stop)
+
+    def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        self._save_if_due(trainer, force=True)
+
+    def _save_if_due(self, trainer: pl.Trainer, force: bool = False) -> None:
+        step = trainer.global_step
+        due = step % self.every == 0 or force
+        if not due or step == self._saved_step:
+            return
+        self._saved_step = step
+        trainer.save_checkpoint(step_folder(self.run_folder, step))
+        if trainer.is_global_zero:
+            for old in [folder for folder in step_folders(self.run_folder) if is_whole(folder)][: -self.keep_last]:
+                shutil.rmtree(old, ignore_errors=True)
+
+
+def is_whole(folder: Path) -> bool:
+    """Has a manifest: it was complete when it was renamed into place. Cheaper than `is_valid`."""
+    return (folder / "manifest.json").is_file()

@@ -1,0 +1,257 @@
+"""The training step under Lightning: loss, balancing, statistics, and what a checkpoint must remember."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import lightning.pytorch as pl
+import torch
+import torch.distributed as dist
+from lightning.pytorch.utilities.types import OptimizerLRScheduler
+from torch import Tensor
+from torch.optim import Optimizer
+from torch.optim.lr_scheduler import LambdaLR
+
+from moelm.config import Config, build, to_dict
+from moelm.model.gpt import GPT
+from moelm.model.init import initialize
+from moelm.moe.balancing.base import Balancer, auxiliary_losses
+from moelm.moe.load_metrics import dead_experts, max_violation
+from moelm.training.evaluation import Evaluation, EvaluationSums, forward_batch
+from moelm.training.optim import build_optimizer, lr_factor
+from moelm.training.rng import rng_state, seed_rank, set_rng_state
+from moelm.training.statistics import RecentLoad, StepAccumulator, StepStatistics
+
+
+class MoELightningModule(pl.LightningModule):
+    """One optimizer step = `accumulation` micro-batches; everything that is counted is counted per step.
+
+    Callbacks read `step`, `last_step`, `recent_load`, `evaluation` and `latest`, and change nothing.
+    """
+
+    def __init__(self, config: Config, domains: list[str], end_of_text: int) -> None:
+        super().__init__()
+        self.config = config
+        self.domains = domains
+        self.document_separator = end_of_text if config.data.mask_documents else None
+        self.model: GPT
+        moe = config.model.moe
+        self.balancers: list[Balancer] = (
+            [build("balancer", balancer) for balancer in moe.balancers] if moe and config.model.moe_layers else []
+        )
+        self.accumulator = StepAccumulator()
+        self.last_step: StepStatistics | None = None
+        self.recent_load = RecentLoad()
+        self.bias_update_ME: Tensor | None = None  # what the last optimizer step added to expert_bias
+        self.grad_norm: Tensor | None = None
+        self.lr = 0.0
+        self.evaluation: dict[str, Evaluation] = {}
+        self.evaluation_sums: EvaluationSums | None = None
+        self.latest: dict[str, float] = {}  # every scalar by tag, as last logged
+        self._rng_to_restore: dict[str, Any] | None = None
+        self._step_before_batch = 0
+
+    # ------------------------------------------------------------------------------------------ set-up
+
+    def configure_model(self) -> None:
+        if hasattr(self, "model"):
+            return
+        with torch.device("meta"):
+            model = GPT(self.config.model)
+        model.to_empty(device=self.trainer.strategy.root_device if self._trainer else "cpu")
+        initialize(model, self.config.run.seed)
+        options = self.config.trainer
+        model.activation_checkpointing = options.activation_checkpointing == "full"
+        on_cuda = next(model.parameters()).is_cuda
+        if options.compile is True or (options.compile == "auto" and on_cuda):
+            for block in model.blocks:
+                block.compile(dynamic=False)
+        self.model = model
+
+    def configure_optimizers(self) -> OptimizerLRScheduler:
+        config = self.config
+        optimizer = build_optimizer(self.model, config.optim, fused=next(self.model.parameters()).is_cuda)
+        scheduler = LambdaLR(optimizer, lr_factor(config.optim.schedule, config.trainer.max_steps))
+        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
+
+    @property
+    def expert_bias_ME(self) -> Tensor | None:
+        """A copy of the routers' expert_bias, stacked; None where no router has one."""
+        biases = [getattr(layer.router, "expert_bias", None) for layer in self.model.moe_layers]
+        if not biases or biases[0] is None:
+            return None
+        return torch.stack(biases)
+
+    # ---------------------------------------------------------------------------------------- training
+
+    @property
+    def step(self) -> int:
+        """Optimizer steps done."""
+        return int(self.trainer.global_step)
+
+    @property
+    def batch_samples(self) -> int:
+        """Sequences an optimizer step, over all ranks."""
+        return self.config.optim.batch_tokens // self.config.data.seq_len
+
+    def on_fit_start(self) -> None:
+        seed_rank(self.config.run.seed, self.global_rank)
+
+    def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
+        self._step_before_batch = self.step
+        if self._rng_to_restore is not None:  # last of all, since building loaders and models draws numbers
+            set_rng_state(self._rng_to_restore)
+            self._rng_to_restore = None
+
+    def training_step(self, batch: dict[str, Tensor], batch_idx: int) -> Tensor:
+        output = forward_batch(self.model, batch, self.document_separator)
+        assert output.loss is not None
+        losses = {} if output.stats is None else auxiliary_losses(self.balancers, output.stats)
+        loss = output.loss
+        for part in (*output.extra_losses.values(), *(aux.weighted for aux in losses.values())):
+            loss = loss + part
+        self.accumulator.add(output.loss, loss, output.extra_losses, losses, output.stats)
+        return loss
+
+    @torch.no_grad()
+    def on_before_optimizer_step(self, optimizer: Optimizer) -> None:
+        self.last_step = self.accumulator.finish()
+        self.lr = float(optimizer.param_groups[0]["lr"])
+        if self.last_step.load_ME is not None:
+            self.recent_load.add(self.last_step.load_ME, self.step)
+            self._update_expert_bias(self.last_step.load_ME)
+
+    def _update_expert_bias(self, load_ME: Tensor) -> None:
+        bias_ME = self.expert_bias_ME
+        if bias_ME is None:
+            return
+        new_ME = bias_ME
+        for balancer in self.balancers:
+            updated = balancer.update_bias(new_ME, load_ME)
+            new_ME = new_ME if updated is None else updated
+        self.bias_update_ME = new_ME - bias_ME
+        for layer, new_E in zip(self.model.moe_layers, new_ME, strict=True):
+            layer.router.expert_bias.copy_(new_E)
+
+    def configure_gradient_clipping(
+        self,
+        optimizer: Optimizer,
+        gradient_clip_val: int | float | None = None,
+        gradient_clip_algorithm: str | None = None,
+    ) -> None:
+        limit = float("inf") if gradient_clip_val is None else float(gradient_clip_val)
+        self.grad_norm = torch.nn.utils.clip_grad_norm_(self.model.parameters(), limit)
+
+    @property
+    def is_step_end(self) -> bool:
+        """In `on_train_batch_end`: did this micro-batch complete an optimizer step?"""
+        return self.step > self._step_before_batch
+
+    @property
+    def is_log_step(self) -> bool:
+        """In `on_train_batch_end`: is this the moment at which scalars are logged and the device may be read?"""
+        every, last = self.config.trainer.log_every_n_steps, self.config.trainer.max_steps
+        return self.is_step_end and (self.step % every == 0 or self.step == last)
+
+    @property
+    def is_validation_step(self) -> bool:
+        """Does a validation follow the optimizer step just done?"""
+        due = self.step % self.config.data.val_every_n_steps == 0 or self.is_last_step
+        return bool(self.trainer.enable_validation and due)
+
+    @property
+    def is_last_step(self) -> bool:
+        return bool(self.step == self.config.trainer.max_steps or self.trainer.should_stop)
+
+    def on_train_batch_end(self, outputs: Any, batch: Any, batch_idx: int) -> None:
+        if self.is_step_end and self.is_last_step:
+            self.trainer.should_stop = True  # which makes Lightning validate once more
+        if self.is_log_step:
+            assert self.last_step is not None and self.grad_norm is not None
+            step = self.last_step
+            scalars = {"train/ce": step.ce, "train/loss": step.loss, "train/grad_norm": self.grad_norm}
+            scalars |= {f"train/{name}": value for name, value in step.extra.items()}
+            self.log_scalars({**scalars, "train/lr": self.lr})
+
+    def log_scalars(self, scalars: dict[str, Tensor | float]) -> None:
+        """Write scalars against the current step. Tensors come to the host together, in one transfer."""
+        names = [name for name, value in scalars.items() if isinstance(value, Tensor)]
+        values = {name: float(value) for name, value in scalars.items() if not isinstance(value, Tensor)}
+        if names:
+            stacked = torch.stack([torch.as_tensor(scalars[name]).double().reshape(()) for name in names])
+            values |= dict(zip(names, stacked.tolist(), strict=True))
+        self.latest |= values
+        if self.logger is not None:
+            self.logger.log_metrics(values, step=self.step)
+
+    # -------------------------------------------------------------------------------------- validation
+
+    def on_validation_epoch_start(self) -> None:
+        self.evaluation_sums = EvaluationSums(self.domains)
+
+    def validation_step(self, batch: dict[str, Tensor], batch_idx: int) -> None:
+        assert self.evaluation_sums is not None
+        self.evaluation_sums.add(batch, forward_batch(self.model, batch, self.document_separator))
+
+    def on_validation_epoch_end(self) -> None:
+        assert self.evaluation_sums is not None
+        self.evaluation = self.evaluation_sums.results()
+        if not self.trainer.sanity_checking:
+            scalars = self.evaluation["all"].scalars()
+            self.log_scalars({f"val/{name}": value for name, value in scalars.items()})
+            self.log("val/ce", scalars["ce"], logger=False)  # for EarlyStopping and its like
+
+    # -------------------------------------------------------------------------------------- checkpoints
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        checkpoint["moelm"] = {
+            "step": self.step,
+            "consumed_samples": self.step * self.batch_samples,
+            "rng_by_rank": _gather(rng_state()),
+            "recent_load": self.recent_load.ring,
+            "config": to_dict(self.config),
+        }
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        state = checkpoint["moelm"]
+        states = state["rng_by_rank"]
+        # another number of ranks: their streams cannot be continued, so the seeds of on_fit_start stand
+        self._rng_to_restore = states[self.global_rank] if len(states) == self.trainer.world_size else None
+        self.recent_load.ring = state["recent_load"]
+        set_loop_position(checkpoint["loops"]["fit_loop"], state["step"], self.trainer.accumulate_grad_batches)
+
+    def load_summary(self) -> dict[str, float | None]:
+        """`moe/max_violation` of the last batch (mean over layers) and the dead experts of the last steps."""
+        if self.last_step is None or self.last_step.load_ME is None:
+            return {"moe/max_violation": None, "moe/dead_experts": None}
+        return {
+            "moe/max_violation": float(max_violation(self.last_step.load_ME).mean()),
+            "moe/dead_experts": int(dead_experts(self.recent_load.total()).sum()),
+        }
+
+
+def _gather(value: Any) -> list[Any]:
+    """One value from every rank, by rank."""
+    if not (dist.is_available() and dist.is_initialized()):
+        return [value]
+    gathered: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(gathered, value)
+    return gathered
+
+
+def set_loop_position(fit_loop: dict[str, Any], step: int, accumulation: int) -> None:
+    """Rewrite Lightning's saved loop counters to "just after optimizer step `step`", inside one endless epoch.
+
+    Lightning's own depend on the hook that saved (in the middle of a batch's bookkeeping, after a validation, at
+    the end of fit), and count micro-batches, of which another device count makes another number.
+    """
+    done = {name: step * accumulation for name in ("ready", "started", "processed", "completed")}
+    batches = fit_loop["epoch_loop.batch_progress"]
+    batches["total"], batches["current"], batches["is_last_batch"] = dict(done), dict(done), False
+    epoch = {"ready": 1, "started": 1, "processed": 0, "completed": 0}
+    fit_loop["epoch_progress"]["total"], fit_loop["epoch_progress"]["current"] = dict(epoch), dict(epoch)
+    optimizer = fit_loop["epoch_loop.automatic_optimization.optim_progress"]["optimizer"]
+    for key in ("step", "zero_grad"):
+        for span in ("total", "current"):
+            optimizer[key][span] |= {name: step for name in optimizer[key][span]}
+    fit_loop["epoch_loop.state_dict"]["_batches_that_stepped"] = step

@@ -1,0 +1,107 @@
+"""What one optimizer step did, summed over its micro-batches and over all ranks in one all-reduce."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from moelm.moe.balancing.base import AuxLoss
+from moelm.moe.types import RouterStats
+
+WINDOW = 50  # optimizer steps without a token after which an expert is called dead
+
+
+@dataclass
+class StepStatistics:
+    """Means over the micro-batches of one optimizer step on all ranks; tensors on the device, no gradient."""
+
+    ce: Tensor  # scalar, nats a token
+    loss: Tensor  # scalar, what was differentiated
+    extra: dict[str, Tensor]  # scalars, weighted losses beside cross-entropy and balancers
+    aux: dict[str, Tensor]  # scalars, weighted
+    aux_raw_M: dict[str, Tensor]
+    load_ME: Tensor | None  # float64 counts summed, not averaged; None for a dense model
+
+
+class StepAccumulator:
+    """Sums the returned statistics of micro-batches; `finish` reduces them over ranks and starts anew.
+
+    Plain tensors, not buffers: DDP would overwrite buffers with rank 0's, and precision plugins cast them.
+    float64, so that counts stay exact to 2^53.
+    """
+
+    def __init__(self) -> None:
+        self._sums: dict[str, Tensor] = {}
+        self._n_micro_batches = 0
+
+    @torch.no_grad()
+    def add(
+        self,
+        ce: Tensor,
+        loss: Tensor,
+        extra: dict[str, Tensor],
+        aux: dict[str, AuxLoss],
+        stats: RouterStats | None,
+    ) -> None:
+        parts = {"ce": ce, "loss": loss}
+        parts |= {f"extra/{name}": value for name, value in extra.items()}
+        parts |= {f"aux/{name}": value.weighted for name, value in aux.items()}
+        parts |= {f"raw/{name}": value.raw_M for name, value in aux.items()}
+        if stats is not None:
+            parts["load"] = stats.load_BE.sum(1)
+        for name, value in parts.items():
+            value = value.detach().double()
+            self._sums[name] = self._sums[name] + value if name in self._sums else value
+        self._n_micro_batches += 1
+
+    @torch.no_grad()
+    def finish(self) -> StepStatistics:
+        sums, n = self._sums, self._n_micro_batches
+        if dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1:
+            sums = all_reduce_sums(sums)
+            n *= dist.get_world_size()
+        self._sums, self._n_micro_batches = {}, 0
+        load_ME = sums.pop("load", None)
+        means = {name: value / n for name, value in sums.items()}
+        return StepStatistics(
+            ce=means["ce"],
+            loss=means["loss"],
+            extra=_with_prefix(means, "extra/"),
+            aux=_with_prefix(means, "aux/"),
+            aux_raw_M=_with_prefix(means, "raw/"),
+            load_ME=load_ME,
+        )
+
+
+def _with_prefix(values: dict[str, Tensor], prefix: str) -> dict[str, Tensor]:
+    return {name.removeprefix(prefix): value for name, value in values.items() if name.startswith(prefix)}
+
+
+def all_reduce_sums(sums: dict[str, Tensor]) -> dict[str, Tensor]:
+    """All tensors summed over ranks in ONE all-reduce; the same names and shapes on every rank."""
+    flat = torch.cat([value.flatten() for value in sums.values()])
+    dist.all_reduce(flat)
+    parts = flat.split([value.numel() for value in sums.values()])
+    return {name: part.view_as(value) for (name, value), part in zip(sums.items(), parts, strict=True)}
+
+
+class RecentLoad:
+    """The load of the last WINDOW optimizer steps, float32 [M, E] summed, from a ring on the device."""
+
+    def __init__(self) -> None:
+        self.ring: Tensor | None = None  # [WINDOW, M, E]
+
+    def add(self, load_ME: Tensor, step: int) -> None:
+        """`step` counts optimizer steps from 0."""
+        if self.ring is None:
+            self.ring = torch.zeros(WINDOW, *load_ME.shape, device=load_ME.device)
+        elif self.ring.device != load_ME.device:  # restored from a checkpoint
+            self.ring = self.ring.to(load_ME.device)
+        self.ring[step % WINDOW] = load_ME.float()
+
+    def total(self) -> Tensor:
+        assert self.ring is not None, "no step was added"
+        return self.ring.sum(0)

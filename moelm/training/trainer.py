@@ -1,0 +1,109 @@
+"""The Lightning Trainer that a config asks for."""
+
+from __future__ import annotations
+
+import dataclasses
+import logging
+import warnings
+from pathlib import Path
+from typing import Any
+
+import lightning.pytorch as pl
+import torch
+from lightning.pytorch.callbacks import Callback
+from lightning.pytorch.loggers import TensorBoardLogger
+from lightning.pytorch.strategies import DDPStrategy, Strategy
+
+from moelm.callbacks.progress_bar import StepProgressBar
+from moelm.config import OWN_TRAINER_KEYS, Config, ConfigError, build
+from moelm.training.checkpoint_io import FolderCheckpointIO, StepCheckpoint
+
+
+def build_trainer(config: Config, tokenizer_file: Path, resume_step: int | None = None) -> pl.Trainer:
+    """`resume_step`: TensorBoard hides what was logged after it, so that a curve never runs backward."""
+    options = {
+        name: value
+        for name, value in dataclasses.asdict(config.trainer).items()
+        if name not in OWN_TRAINER_KEYS and value is not None
+    }
+    progress = options.pop("enable_progress_bar")
+    strategy = _strategy(config)
+    options |= {"strategy": strategy} if strategy is not None else {}
+    callbacks: list[Callback] = [build("callback", callback, config) for callback in config.callbacks]
+    if progress:
+        callbacks.append(StepProgressBar(config))
+    torch.set_float32_matmul_precision(config.trainer.float32_matmul_precision)
+    _silence_lightning()
+    try:
+        trainer = pl.Trainer(
+            **options,
+            max_epochs=-1,
+            check_val_every_n_epoch=None,
+            val_check_interval=config.data.val_every_n_steps,
+            use_distributed_sampler=False,
+            enable_model_summary=False,
+            logger=RunLogger(
+                config.run.dir,
+                name=config.run_name,
+                version="",
+                purge_step=None if resume_step is None else resume_step + 1,
+            ),
+            callbacks=[*callbacks, StepCheckpoint(config)],
+            plugins=[FolderCheckpointIO(config, tokenizer_file)],
+            enable_progress_bar=progress,
+        )
+    except (ValueError, TypeError, RuntimeError) as error:  # Lightning's MisconfigurationException is one
+        raise ConfigError("trainer", f"Lightning refuses it: {' '.join(str(error).split())}") from error
+    _set_intervals(trainer, config)
+    return trainer
+
+
+class RunLogger(TensorBoardLogger):
+    def save(self) -> None:
+        """Without the empty hparams.yaml: the run folder has config.yaml."""
+        self.experiment.flush()
+
+
+def _strategy(config: Config) -> Strategy | None:
+    """None: Lightning's choice for one device. Counters are no buffers, so none is broadcast."""
+    options = config.trainer
+    single = options.num_nodes == 1 and options.devices in (1, "1", "auto") and options.strategy == "auto"
+    if single and (options.devices != "auto" or options.accelerator == "cpu" or torch.cuda.device_count() <= 1):
+        return None
+    backend = "gloo" if options.accelerator == "cpu" or not torch.cuda.is_available() else "nccl"
+    return DDPStrategy(process_group_backend=backend, broadcast_buffers=False, gradient_as_bucket_view=True)
+
+
+def _set_intervals(trainer: pl.Trainer, config: Config) -> None:
+    """Accumulation and validation in micro-batches, now that the number of devices is known."""
+    micro_tokens = config.optim.micro_batch_size * config.data.seq_len * trainer.world_size
+    if config.optim.batch_tokens % micro_tokens:
+        raise ConfigError(
+            "optim.batch_tokens",
+            f"{config.optim.batch_tokens} is not a multiple of micro_batch_size x seq_len x devices = {micro_tokens}",
+            f"try {max(1, round(config.optim.batch_tokens / micro_tokens)) * micro_tokens}",
+        )
+    trainer.accumulate_grad_batches = config.optim.batch_tokens // micro_tokens
+    trainer.val_check_interval = config.data.val_every_n_steps * trainer.accumulate_grad_batches
+
+
+def _silence_lightning() -> None:
+    """Advice that does not hold here: the loader has no workers on purpose, the epoch is endless on purpose; and
+    its announcements, which `moelm.train` makes in fewer lines."""
+    logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)
+    for message in (
+        ".*does not have many workers.*",
+        ".*Checkpoint directory .* exists and is not empty.*",
+        ".*no `epoch`.*",
+        ".*`max_epochs`.*",
+        ".*isinstance.treespec, LeafSpec.*",
+        ".*recommended to use `self.log.*sync_dist=True.*",
+    ):
+        warnings.filterwarnings("ignore", message=message)
+
+
+def hardware(trainer: pl.Trainer) -> str:
+    """One phrase for the console: what this run runs on."""
+    device: Any = trainer.strategy.root_device
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else f"CPU, {torch.get_num_threads()} threads"
+    return f"{trainer.world_size} x {name}" if trainer.world_size > 1 else name
