@@ -1,5 +1,4 @@
-"""Command: text -> token shards. Training does it by itself where they are missing; this does it
-beforehand."""
+"""Command: text -> token shards, before training, which would else do it itself."""
 
 from __future__ import annotations
 
@@ -37,13 +36,12 @@ def main(arguments: list[str]) -> None:
 def table(shards: TokenShards) -> str:
     """Documents, MB of text and tokens, by split and domain."""
     lines = [f"{shards.folder}: {shards.vocab_size:,} tokens in the vocabulary"]
-    lines.append(f"{'split':<6} {'domain':<20} {'documents':>10} {'MB':>10} {'tokens':>15}")
+    width = max(len(domain) for domain in ["domain", *shards.domains])
+    lines.append(f"{'split':<6} {'domain':<{width}} {'documents':>10} {'MB':>10} {'tokens':>15}")
     for split in SPLITS:
         for domain, counts in shards.split_counts(split).items():
-            megabytes = f"{counts.bytes / 1e6:,.2f}"
-            lines.append(
-                f"{split:<6} {domain:<20} {counts.documents:>10,} {megabytes:>10} {counts.tokens:>15,}"
-            )
+            row = f"{split:<6} {domain:<{width}} {counts.documents:>10,} {counts.bytes / 1e6:>10,.2f}"
+            lines.append(f"{row} {counts.tokens:>15,}")
     for name, value in shards.baselines.items():
         if value is not None:
             lines.append(f"{name.split('_')[0]} on the validation text: {value:.3f} bits per byte")

@@ -40,8 +40,8 @@ class TokenDataModule(LightningDataModule):
         n_windows = shards.n_windows("train", config.data.seq_len)
         if n_windows < self.batch_size:
             raise UserError(
-                f"optim.batch_tokens: a batch takes {self.batch_size} windows of {config.data.seq_len} tokens, "
-                f"but the training text fills {n_windows}\n"
+                f"optim.batch_tokens: a batch takes {self.batch_size} windows of {config.data.seq_len} "
+                f"tokens, but the training text fills {n_windows}\n"
                 "  remedy: lower optim.batch_tokens or data.seq_len, or add text"
             )
 
