@@ -49,8 +49,8 @@ def _fill_normal(tensor: Tensor, std: float, truncate_sigmas: float | None, seed
     parts = tensor.unbind(0) if tensor.ndim == 3 else [tensor]  # one draw an expert
     for i, part in enumerate(parts):
         key = hashlib.blake2b(f"{seed}/{name}/{i}".encode(), digest_size=8).digest()
-        generator = torch.Generator().manual_seed(int.from_bytes(key, "little") >> 1)
-        values = torch.empty(part.shape, dtype=torch.float32)
+        generator = torch.Generator("cpu").manual_seed(int.from_bytes(key, "little") >> 1)
+        values = torch.empty(part.shape, dtype=torch.float32, device="cpu")
         if truncate_sigmas is None:
             values.normal_(0.0, std, generator=generator)
         else:

@@ -3,7 +3,6 @@
 import gzip
 import json
 import lzma
-import os
 import signal
 import subprocess
 import sys
@@ -25,7 +24,9 @@ END = "<|endoftext|>"
 
 
 def texts(n: int = 40) -> list[str]:
-    return [f"document {i}: " + "some words and 数字 " * (i % 7) + f"\nend {END} of {i * i}" for i in range(n)]
+    return [
+        f"document {i}: " + "some words and 数字 " * (i % 7) + f"\nend {END} of {i * i}" for i in range(n)
+    ]
 
 
 def write_corpus(folder: Path, documents: dict[str, list[str]]) -> Path:
@@ -148,7 +149,9 @@ def test_baselines_are_those_of_the_validation_text(corpus, monkeypatch):
     stored = stored_documents(shards)
     text = "".join(text for (split, _), found in stored.items() if split == "val" for text in found).encode()
     assert shards.baselines["gzip_bits_per_byte"] == 8 * len(gzip.compress(text, 9)) / len(text)
-    assert shards.baselines["xz_bits_per_byte"] == pytest.approx(8 * len(lzma.compress(text, preset=9)) / len(text), rel=0.02)
+    assert shards.baselines["xz_bits_per_byte"] == pytest.approx(
+        8 * len(lzma.compress(text, preset=9)) / len(text), rel=0.02
+    )
     monkeypatch.setattr(preparation, "_MAX_BASELINE_BYTES", 100)
     shards = prepare(corpus, force=True, progress=False)
     assert shards.baselines == {"gzip_bits_per_byte": None, "xz_bits_per_byte": None}
@@ -275,7 +278,9 @@ def test_a_folder_with_other_things_is_left_alone(corpus, force):
 
 def test_a_corpus_that_cannot_be_split_is_refused_and_leaves_nothing(tmp_path):
     one = corpus_of(write_corpus(tmp_path / "text", {"a": [texts()[3] * 9]}))
-    with pytest.raises(UserError, match=r"the val split gets 0 tokens of 1 documents .*\n  remedy: .*separator"):
+    with pytest.raises(
+        UserError, match=r"the val split gets 0 tokens of 1 documents .*\n  remedy: .*separator"
+    ):
         prepare(one, progress=False)
     assert beside(one.path) == ["prepared.lock"]
 
@@ -409,4 +414,3 @@ def test_the_embedded_corpus_is_a_valid_config():
     corpus = load_corpus(ROOT / "configs/data/stdlib.yaml")
     assert (corpus.name, [source.name for source in corpus.sources]) == ("stdlib", ["stdlib"])
     assert corpus.path == Path("data/stdlib")
-    assert os.environ.get("TOKENIZERS_PARALLELISM") != "false"

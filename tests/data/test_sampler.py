@@ -50,7 +50,9 @@ def test_order_never_changes_between_versions():
     assert hash64(1, 2) != hash64(12) != hash64(2, 1)
 
 
-def global_batches(n_batches: int, micro: int, world: int, start: int = 0, batch: int = 24) -> list[list[int]]:
+def global_batches(
+    n_batches: int, micro: int, world: int, start: int = 0, batch: int = 24
+) -> list[list[int]]:
     """What all ranks together read for each optimizer step, in the order of the samples."""
     n_micro = batch // (micro * world)
     per_rank = [
@@ -58,12 +60,19 @@ def global_batches(n_batches: int, micro: int, world: int, start: int = 0, batch
         for rank in range(world)
     ]
     return [
-        [p for m in range(step * n_micro, (step + 1) * n_micro) for rank in range(world) for p in per_rank[rank][m]]
+        [
+            p
+            for m in range(step * n_micro, (step + 1) * n_micro)
+            for rank in range(world)
+            for p in per_rank[rank][m]
+        ]
         for step in range(n_batches)
     ]
 
 
-@pytest.mark.parametrize(("micro", "world"), [(24, 1), (1, 1), (4, 1), (12, 2), (3, 2), (1, 8), (2, 4), (6, 4)])
+@pytest.mark.parametrize(
+    ("micro", "world"), [(24, 1), (1, 1), (4, 1), (12, 2), (3, 2), (1, 8), (2, 4), (6, 4)]
+)
 def test_a_global_batch_holds_the_same_samples_whatever_the_ranks_and_micro_batches(micro, world):
     batches = global_batches(3, micro, world)
     assert batches == [list(range(0, 24)), list(range(24, 48)), list(range(48, 72))]
@@ -76,5 +85,3 @@ def test_a_resumed_run_continues_where_it_stopped_with_other_ranks():
 def test_a_batch_that_the_ranks_cannot_share_is_refused():
     with pytest.raises(UserError, match="24 sequences cannot be shared by 5 ranks"):
         GlobalBatchSampler(0, 24, 1, 0, 5)
-
-

@@ -52,7 +52,7 @@ def test_stdlib_is_code_and_prose_without_tests_and_packages(tmp_path, monkeypat
     assert [text for domain, text in found if domain == "python"] == ["a.py", "b.py", "json/x.py"]
     prose = [text for domain, text in found if domain == "docs"]
     assert len(prose) > 50
-    assert any("The \"for\" statement" in text for text in prose)
+    assert any('The "for" statement' in text for text in prose)
 
 
 def test_stdlib_is_large_enough_to_train_on():
@@ -99,7 +99,10 @@ def test_a_separator_line_ends_a_document_and_line_ends_are_kept(tmp_path):
     found = documents(read(name="files", path=str(file), separator="---"))
     assert [text for _, text in found] == ["one\r\nmore\r\n", "two ---\n---x\n"]
     file = write(tmp_path / "g.txt", "one\n\n\ntwo\n")
-    assert [text for _, text in documents(read(name="files", path=str(file), separator=""))] == ["one\n", "two\n"]
+    assert [text for _, text in documents(read(name="files", path=str(file), separator=""))] == [
+        "one\n",
+        "two\n",
+    ]
 
 
 def test_a_long_file_is_streamed_in_pieces_that_join_to_it(tmp_path, monkeypatch):
@@ -217,7 +220,11 @@ def test_a_column_that_is_not_text_is_named(form, tmp_path):
 
 @pytest.mark.parametrize(
     ("line", "problem"),
-    [('{"text": "cut', "not valid JSON"), ("[1]", "list, not an object"), ('{"tex": ""}', "no column 'text'")],
+    [
+        ('{"text": "cut', "not valid JSON"),
+        ("[1]", "list, not an object"),
+        ('{"tex": ""}', "no column 'text'"),
+    ],
 )
 def test_a_bad_line_of_jsonl_is_named_by_file_and_number(line, problem, tmp_path):
     file = write(tmp_path / "f.jsonl", '{"text": "fine"}\n\n' + line + '\n{"text": "fine"}\n')

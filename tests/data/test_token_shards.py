@@ -109,12 +109,18 @@ def test_counts_and_domains_are_those_of_the_manifest(folder):
     shards = TokenShards(folder)
     assert shards.domains == ["a", "b", "c"]
     assert shards.split_counts("val") == {"b": (3, 17, 34), "c": (3, 8, 16)}
-    assert (shards.vocab_size, shards.end_of_text_id, shards.tokenizer_file.name) == (VOCAB, END, "tokenizer.json")
+    assert (shards.vocab_size, shards.end_of_text_id, shards.tokenizer_file.name) == (
+        VOCAB,
+        END,
+        "tokenizer.json",
+    )
 
 
 def test_a_large_vocabulary_takes_four_bytes(tmp_path):
     stream = np.array([1, 65_535, 65_536, 99_999])
-    shards = TokenShards(write_shards(tmp_path / "corpus", {"train": {"a": stream}, "val": {"a": [1]}}, vocab=10**5))
+    shards = TokenShards(
+        write_shards(tmp_path / "corpus", {"train": {"a": stream}, "val": {"a": [1]}}, vocab=10**5)
+    )
     assert shards.window("train", 0, 4).targets.tolist() == stream.tolist()
 
 
@@ -151,7 +157,9 @@ def flip_byte(file: Path, offset: int) -> None:
 
 def test_a_flipped_byte_is_found_and_its_file_named(folder):
     flip_byte(folder / "train.b.00002.bin", 5)
-    with pytest.raises(DataError, match=r"train\.b\.00002\.bin: is damaged .*\n  remedy: prepare again.*--force"):
+    with pytest.raises(
+        DataError, match=r"train\.b\.00002\.bin: is damaged .*\n  remedy: prepare again.*--force"
+    ):
         TokenShards(folder)
 
 
@@ -204,7 +212,9 @@ def test_a_bad_manifest_is_named(folder, text, problem):
 def test_an_id_outside_the_vocabulary_is_named_by_file_and_offset(tmp_path):
     stream = ids(30)
     stream[17] = VOCAB
-    shards = TokenShards(write_shards(tmp_path / "corpus", {"train": {"a": stream}, "val": {}}, shard_tokens=12))
+    shards = TokenShards(
+        write_shards(tmp_path / "corpus", {"train": {"a": stream}, "val": {}}, shard_tokens=12)
+    )
     shards.window("train", 1, 8)
     where = rf"train\.a\.00001\.bin: token id {VOCAB} at token offset 5 is outside the vocabulary of {VOCAB}"
     with pytest.raises(DataError, match=where):
