@@ -66,8 +66,14 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         config = load_config(
             ROOT / "configs/quickstart.yaml",
-            [*OVERRIDES, f"trainer.max_steps={arguments.steps}", "data.val_every_n_steps=100000"]
-            + [f"run.dir={folder}/runs", f"data.corpus.dir={folder}/data", *arguments.overrides],
+            [
+                *OVERRIDES,
+                f"trainer.max_steps={arguments.steps}",
+                "data.val_every_n_steps=100000",
+                f"run.dir={folder}/runs",
+                f"data.corpus.dir={folder}/data",
+                *arguments.overrides,
+            ],
         )
         torch.cuda.reset_peak_memory_stats()
         summary = train(config)

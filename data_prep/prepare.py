@@ -23,9 +23,7 @@ def main(arguments: list[str]) -> None:
         epilog=EXAMPLE,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument(
-        "--config", required=True, metavar="YAML", help="a corpus, such as configs/data/stdlib.yaml"
-    )
+    parser.add_argument("--config", required=True, metavar="YAML", help="a corpus, such as configs/data/stdlib.yaml")
     parser.add_argument("--force", action="store_true", help="prepare again and replace what is there")
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="change a setting of the config")
     options = parser.parse_intermixed_args(arguments)

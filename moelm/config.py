@@ -6,16 +6,20 @@ balancers, attentions, sources and callbacks bring a dataclass of their own, the
 Every error is a `ConfigError` that names the key, the value, what is allowed and the remedy.
 """
 
+# ruff: noqa: RUF009  (setting, named and named_list return dataclass fields)
 from __future__ import annotations
 
 import dataclasses
 import difflib
+import io
+import math
+import operator
 import re
 import typing
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field, fields, is_dataclass
 from pathlib import Path
-from types import NoneType
+from types import NoneType, UnionType
 from typing import Any, TypeVar
 
 import yaml
@@ -85,9 +89,9 @@ def build(kind: str, config: NamedConfig, *args: Any, **kwargs: Any) -> Any:
 
 
 def setting(default: Any, **limits: Any) -> Any:
-    """A field with limits: `allowed=(...)`, `ge`, `gt`, `le`, `lt`. Mutable defaults are copied."""
-    if isinstance(default, list | dict):
-        return field(default_factory=lambda: type(default)(default), metadata=limits)
+    """A field with limits: `allowed=(...)`, `is_a=(regex, its meaning)`, `ge`, `gt`, `le`, `lt`."""
+    if isinstance(default, list):
+        return field(default_factory=lambda: list(default), metadata=limits)
     return field(default=default, metadata=limits)
 
 
@@ -97,16 +101,18 @@ def named(kind: str, default: str) -> Any:
 
 
 def named_list(kind: str, *defaults: str) -> Any:
-    return field(
-        default_factory=lambda: [make_named(kind, name) for name in defaults], metadata={"registry": kind}
-    )
+    return field(default_factory=lambda: [make_named(kind, name) for name in defaults], metadata={"registry": kind})
+
+
+FOLDER_NAME = (r"\w[\w.+-]{0,79}", "a name of at most 80 letters, digits, '_', and further on '.', '+', '-'")
+NOT_EMPTY = (r"(?s).+", "a text that is not empty")
 
 
 @dataclass
 class RunConfig:
-    name: str | None = None  # null: the file name of the config
+    name: str | None = setting(None, is_a=FOLDER_NAME)  # null: the file name of the config
     seed: int = setting(0, ge=0)
-    dir: str = "checkpoints"
+    dir: str = setting("checkpoints", is_a=NOT_EMPTY)
 
 
 @dataclass
@@ -183,15 +189,15 @@ class TokenizerConfig:
     file: str | None = None  # an existing tokenizer.json; null: train a byte-level BPE on the corpus
     vocab_size: int = setting(4096, ge=257)  # 256 bytes, the end-of-text token, and merges
     train_bytes: int = setting(20_000_000, ge=1)  # how much of the corpus the training of the tokenizer reads
-    end_of_text: str = "<|endoftext|>"
+    end_of_text: str = setting("<|endoftext|>", is_a=NOT_EMPTY)
 
 
 @dataclass
 class CorpusConfig:
     """What `data_prep.prepare` turns into token shards: the content of a `configs/data/*.yaml`."""
 
-    name: str = "stdlib"
-    dir: str | None = None  # null: data/<name>
+    name: str = setting("stdlib", is_a=FOLDER_NAME)
+    dir: str | None = setting(None, is_a=NOT_EMPTY)  # null: data/<name>
     sources: list[NamedConfig] = named_list("source", "stdlib")
     tokenizer: TokenizerConfig = field(default_factory=TokenizerConfig)
     val_fraction: float = setting(0.01, gt=0, lt=1)  # of the documents
@@ -219,7 +225,7 @@ class ScheduleConfig:
     name: str = setting("cosine", allowed=("constant", "linear", "cosine", "wsd", "step"))
     warmup_steps: int = setting(0, ge=0)
     min_lr_ratio: float = setting(0.1, ge=0, le=1)  # where linear, cosine and wsd end
-    decay_steps: int | None = setting(None, ge=1)  # wsd: length of the final decay; null: a tenth of max_steps
+    decay_steps: int | None = setting(None, ge=1)  # wsd: length of the final decay; null: max_steps / 10
     milestones: list[float] = setting([0.8, 0.9])  # step: fractions of max_steps
     factor: float = setting(0.316, gt=0, lt=1)  # step: lr is multiplied by it at each milestone
 
@@ -246,26 +252,23 @@ class TrainerConfig:
 
     max_steps: int = setting(1000, ge=1)
     accelerator: str = setting("auto", allowed=("auto", "cpu", "gpu", "cuda"))
-    devices: Any = "auto"
+    devices: int | str | list[int] = "auto"  # how many (-1: all), or the indices of some
     num_nodes: int = setting(1, ge=1)
     strategy: str = setting("auto", allowed=("auto", "ddp"))
     precision: str = setting("32-true", allowed=("32-true", "bf16-mixed"))
     gradient_clip_val: float | None = setting(1.0, gt=0)
     log_every_n_steps: int = setting(10, ge=1)
-    limit_train_batches: Any = None
-    limit_val_batches: Any = None
+    limit_val_batches: int | float | None = setting(None, ge=0)  # 2: two micro-batches, 0.5: half of them
     num_sanity_val_steps: int = setting(0, ge=0)
-    max_time: Any = None
-    fast_dev_run: Any = None
-    overfit_batches: Any = None
+    max_time: str | None = setting(None, is_a=(r"\d+:\d\d:\d\d:\d\d", "a time DD:HH:MM:SS, in quotes"))
     enable_progress_bar: bool = True
-    deterministic: Any = None
+    deterministic: bool | str | None = setting(None, allowed=(None, True, False, "warn"))
     benchmark: bool | None = None
     detect_anomaly: bool | None = None
     profiler: str | None = setting(None, allowed=(None, "simple", "advanced"))
     # moelm's own
     activation_checkpointing: str = setting("none", allowed=("none", "full"))
-    compile: Any = setting("auto", allowed=("auto", True, False))  # per block; auto: on CUDA only
+    compile: bool | str = setting("auto", allowed=("auto", True, False))  # per block; auto: on CUDA only
     float32_matmul_precision: str = setting("highest", allowed=("highest", "high", "medium"))
     expert_parallel: int = setting(1, ge=1, le=1)
     profile: bool = setting(False, allowed=(False,))
@@ -285,6 +288,9 @@ MANAGED_TRAINER_ARGUMENTS = {
     "min_steps": "a run ends at trainer.max_steps; set that",
     "val_check_interval": "validation is counted in optimizer steps; set data.val_every_n_steps",
     "check_val_every_n_epoch": "validation is counted in optimizer steps; set data.val_every_n_steps",
+    "limit_train_batches": "a run is measured in optimizer steps; set trainer.max_steps",
+    "overfit_batches": "the order of samples never repeats within an epoch; train on a small corpus",
+    "fast_dev_run": "for a quick try set trainer.max_steps=2 and trainer.limit_val_batches=2",
     "limit_test_batches": "there is no test loop; use python -m moelm.evaluate",
     "limit_predict_batches": "there is no predict loop; use python -m moelm.generate",
     "logger": "a run logs to TensorBoard in its own folder; set run.dir and run.name",
@@ -332,6 +338,7 @@ class Config:
 # ----------------------------------------------------------------------------------------------- loader
 
 C = TypeVar("C")
+_UNPARSABLE = (yaml.YAMLError, OmegaConfBaseException, ValueError, RecursionError)
 
 
 def load_config(file: str | Path, overrides: Iterable[str] = ()) -> Config:
@@ -339,11 +346,10 @@ def load_config(file: str | Path, overrides: Iterable[str] = ()) -> Config:
 
     Raises ConfigError; touches no device and no data.
     """
-    raw = read_yaml(file)
-    raw.setdefault("run", {})
-    if isinstance(raw["run"], dict) and raw["run"].get("name") is None:
-        raw["run"]["name"] = Path(file).stem
-    raw = _merge(raw, _parse_overrides(overrides))
+    raw = _override(read_yaml(file), overrides)
+    run = raw.setdefault("run", {})
+    if isinstance(run, dict) and run.get("name") is None:
+        run["name"] = Path(file).stem
     config = from_dict(Config, raw)
     check(config)
     return config
@@ -351,51 +357,69 @@ def load_config(file: str | Path, overrides: Iterable[str] = ()) -> Config:
 
 def load_corpus(file: str | Path, overrides: Iterable[str] = ()) -> CorpusConfig:
     """The same for a `configs/data/*.yaml`."""
-    raw = _merge(read_yaml(file), _parse_overrides(overrides))
-    raw.setdefault("name", Path(file).stem)
+    raw = {"name": Path(file).stem} | _override(read_yaml(file), overrides)
     corpus = from_dict(CorpusConfig, raw)
     check_corpus(corpus, "")
     return corpus
 
 
-def read_yaml(file: str | Path, seen: tuple[Path, ...] = ()) -> dict[str, Any]:
-    """One YAML with its parents (`extends`) and the corpus file it names merged in; still untyped."""
+def read_yaml(file: str | Path, named_by: str = "", seen: tuple[Path, ...] = ()) -> dict[str, Any]:
+    """One YAML with its parents (`extends`) and the corpus file it names merged in; still untyped.
+
+    `named_by` is the key that named the file, `seen` the files that led to it.
+    """
     path = Path(file)
-    if path.resolve() in seen:
-        raise ConfigError("extends", f"{path} extends itself", "remove one `extends`")
+    where = f"{named_by}: {path}" if named_by else str(path)
     try:
-        loaded = OmegaConf.to_container(OmegaConf.create(path.read_text(encoding="utf-8")), resolve=False)
-    except FileNotFoundError:
-        raise ConfigError(str(path), "no such file", "give the path of a YAML file") from None
-    except (OSError, UnicodeDecodeError) as error:
-        raise ConfigError(str(path), f"cannot be read: {error}") from None
-    except (yaml.YAMLError, OmegaConfBaseException, ValueError) as error:
-        problem = " ".join(str(error).split())
-        raise ConfigError(str(path), f"is not valid YAML: {problem}", "correct the line named") from None
-    if not isinstance(loaded, dict):
-        raise ConfigError(str(path), "is not a mapping of sections", "see configs/quickstart.yaml")
-    raw: dict[str, Any] = {str(key): value for key, value in loaded.items()}
-    data = raw.get("data")
-    if isinstance(data, dict) and isinstance(data.get("corpus"), str):
-        data["corpus"] = _read_corpus(data["corpus"], path.parent)
+        if path.resolve() in seen:
+            raise ConfigError(where, "is part of itself", f"remove one `{named_by}`")
+        text = path.read_text(encoding="utf-8-sig")
+        loaded = OmegaConf.to_container(OmegaConf.load(io.StringIO(text)), resolve=False)
+    except OSError as error:  # also what OmegaConf raises for a lone number
+        remedy = "give the path of a YAML file with sections"
+        raise ConfigError(where, f"cannot be read: {error.strerror or error}", remedy) from None
+    except _UNPARSABLE as error:
+        raise ConfigError(where, f"is not valid YAML: {_reason(error)}", "correct the line; quote signs") from None
+    if not isinstance(loaded, dict) or not loaded:
+        raise ConfigError(where, "is not a mapping of sections", "see configs/quickstart.yaml")
+    raw = {str(key): value for key, value in loaded.items()}
     parent = raw.pop("extends", None)
-    if parent is None:
-        return raw
-    if not isinstance(parent, str):
-        raise ConfigError("extends", f"{parent!r} is not a path", "name one YAML file")
-    return _merge(read_yaml(path.parent / parent, (*seen, path.resolve())), raw)
+    if not isinstance(parent, str | None):
+        raise ConfigError("extends", f"{_show(parent)} is not a path", "name one YAML file")
+    seen = (*seen, path.resolve())
+    base = {} if parent is None else read_yaml(path.parent / parent, "extends", seen)
+    return _merge_file(base, raw, path.parent, seen)
 
 
-def _read_corpus(file: str, folder: Path) -> dict[str, Any]:
-    raw = read_yaml(folder / file)
-    raw.setdefault("name", Path(file).stem)
+def _override(raw: dict[str, Any], overrides: Iterable[str]) -> dict[str, Any]:
+    for text in overrides:
+        key = text.partition("=")[0]
+        if "=" not in text or not re.fullmatch(r"\w+(\.\w+)*", key):
+            raise ConfigError(text, "is not of the form key=value", "for example trainer.max_steps=100")
+        try:
+            parsed = OmegaConf.to_container(OmegaConf.from_dotlist([text]), resolve=False)
+        except _UNPARSABLE as error:
+            raise ConfigError(text, f"cannot be parsed: {_reason(error)}", "quote the value") from None
+        raw = _merge_file(raw, parsed, Path())
     return raw
+
+
+def _merge_file(base: Any, change: Any, folder: Path, seen: tuple[Path, ...] = ()) -> dict[str, Any]:
+    """`change` over `base`; the corpus file that it may name, relative to `folder`, replaces the corpus."""
+    merged: dict[str, Any] = _merge(base, change)
+    data = change.get("data")
+    if isinstance(data, dict) and isinstance(data.get("corpus"), str):
+        corpus = read_yaml(folder / data["corpus"], "data.corpus", seen)
+        merged["data"]["corpus"] = {"name": Path(data["corpus"]).stem} | corpus
+    return merged
 
 
 def _merge(base: Any, change: Any, key: str = "") -> Any:
     """`change` over `base`. A section that names another thing (`name`) replaces the old one whole, since the
-    old one's fields mean nothing to it. `{0: ...}` changes an element of a list; a list replaces a list."""
-    if isinstance(base, list) and isinstance(change, dict) and change and all(str(k).isdigit() for k in change):
+    old one's fields mean nothing to it; the names of runs and corpora are only names. `{0: ...}` changes an
+    element of a list; a list replaces a list."""
+    indices = isinstance(change, dict) and change and all(str(index).isdecimal() for index in change)
+    if isinstance(base, list) and indices:
         merged = list(base)
         for index, value in change.items():
             if int(index) >= len(merged):
@@ -404,48 +428,36 @@ def _merge(base: Any, change: Any, key: str = "") -> Any:
         return merged
     if not (isinstance(base, dict) and isinstance(change, dict)):
         return change
-    if key != "run" and "name" in base and "name" in change and base["name"] != change["name"]:
+    only_a_name = key in ("", "run", "data.corpus") or "name" not in base or "name" not in change
+    if not only_a_name and base["name"] != change["name"]:
         return change
     return base | {
-        name: _merge(base[name], value, _join(key, str(name))) if name in base else value
-        for name, value in change.items()
+        name: _merge(base[name], value, _join(key, name)) if name in base else value for name, value in change.items()
     }
-
-
-def _parse_overrides(overrides: Iterable[str]) -> dict[str, Any]:
-    merged: dict[str, Any] = {}
-    for text in overrides:
-        if not re.match(r"^[\w.]+=", text):
-            raise ConfigError(text, "is not of the form key=value", "for example trainer.max_steps=100")
-        try:
-            parsed = OmegaConf.to_container(OmegaConf.from_dotlist([text]), resolve=False)
-        except (yaml.YAMLError, OmegaConfBaseException, ValueError) as error:
-            raise ConfigError(text, f"cannot be parsed: {' '.join(str(error).split())}") from None
-        assert isinstance(parsed, dict)
-        data = parsed.get("data")
-        if isinstance(data, dict) and isinstance(data.get("corpus"), str):
-            data["corpus"] = _read_corpus(data["corpus"], Path())
-        merged = _merge(merged, parsed)
-    return merged
 
 
 def from_dict(cls: type[C], raw: Any, key: str = "") -> C:
     """A plain mapping -> `cls`, strictly: unknown keys, wrong types and values out of range are errors."""
-    if not isinstance(raw, dict):
-        raise ConfigError(key or "config", f"{raw!r} is not a mapping", f"give the fields of {cls.__name__}")
-    try:
-        raw = OmegaConf.to_container(OmegaConf.create(raw), resolve=True) if not key else raw
-    except OmegaConfBaseException as error:
-        raise ConfigError(str(error.full_key or "config"), " ".join(str(error.msg).split())) from None
     assert is_dataclass(cls)
     known = {f.name: f for f in fields(cls) if not (f.name == "name" and issubclass(cls, NamedConfig))}
+    listed = ", ".join(known) or "none"
+    if not isinstance(raw, dict):
+        raise ConfigError(key or "config", f"{_show(raw)} is not a mapping", f"give its keys, of: {listed}")
+    try:
+        if not key:
+            raw = OmegaConf.to_container(OmegaConf.create(raw), resolve=True, throw_on_missing=True)
+    except OmegaConfBaseException as error:
+        where = re.sub(r"\[(\d+)\]", r".\1", str(error.full_key or "config"))
+        remedy = "${...} is a key that the YAML sets, such as ${model.d_model}; ??? is a value to fill in"
+        raise ConfigError(where, str(error).splitlines()[0], remedy) from None
     for name in raw:
+        if cls is TrainerConfig and name in MANAGED_TRAINER_ARGUMENTS:
+            raise ConfigError(_join(key, name), "is managed by moelm", MANAGED_TRAINER_ARGUMENTS[name])
         if name not in known:
-            raise _unknown_key(_join(key, str(name)), str(name), list(known), cls)
+            remedy = f"{_did_you_mean(name, known)}allowed: {listed}"
+            raise ConfigError(_join(key, name), "unknown key", remedy)
     hints = typing.get_type_hints(cls)
-    values = {
-        name: _from_value(hints[name], known[name], value, _join(key, name)) for name, value in raw.items()
-    }
+    values = {name: _from_value(hints[name], known[name], value, _join(key, name)) for name, value in raw.items()}
     return typing.cast(C, cls(**values))
 
 
@@ -455,91 +467,129 @@ def _from_value(hint: Any, f: dataclasses.Field[Any], value: Any, key: str) -> A
         if typing.get_origin(hint) is not list:
             return _from_named(kind, value, key)
         if not isinstance(value, list):
-            raise ConfigError(key, f"{value!r} is not a list", f"list them: [{{name: ...}}]; {_names(kind)}")
+            remedy = f"list them: [{{name: ...}}]; {_names(kind)}"
+            raise ConfigError(key, f"{_show(value)} is not a list", remedy)
         return [_from_named(kind, element, f"{key}.{i}") for i, element in enumerate(value)]
-    options = typing.get_args(hint) or (hint,)
+    options = typing.get_args(hint) if typing.get_origin(hint) in (UnionType, typing.Union) else (hint,)
     section = next((option for option in options if is_dataclass(option)), None)
     if section is not None:
         if value is None and NoneType in options:
             return None
         return from_dict(typing.cast(type[Any], section), value, key)
-    converted = _convert(hint, value, key)
-    _check_limits(f.metadata, converted, key)
-    return converted
+    if not isinstance(value, str):  # "2" is an int before it is text, but 1.0 a float before it is an int
+        options = tuple(sorted(options, key=lambda option: type(value) is not option))
+    for option in options:
+        try:
+            converted = _convert(option, value)
+        except (ValueError, OverflowError):
+            continue
+        _check_limits(f.metadata, converted, key)
+        return converted
+    if "allowed" in f.metadata:
+        _check_limits(f.metadata, value, key)
+    wanted = " or ".join(map(_type_name, options))
+    raise ConfigError(key, f"{_show(value)} is not {wanted}", f"give {wanted}")
 
 
 def _from_named(kind: str, value: Any, key: str) -> NamedConfig:
     if isinstance(value, str):
         value = {"name": value}
     if not isinstance(value, dict) or "name" not in value:
-        raise ConfigError(key, f"{value!r} has no `name`", _names(kind))
+        raise ConfigError(key, f"{_show(value)} has no `name`", f"write {{name: ...}}; {_names(kind)}")
     name, known = value["name"], registered(kind)
-    if name not in known:
-        close = difflib.get_close_matches(str(name), known, 1)
-        hint = f"did you mean {close[0]!r}? " if close else ""
-        raise ConfigError(f"{key}.name", f"{name!r} is not a known {kind}", hint + _names(kind))
+    if not isinstance(name, str) or name not in known:
+        problem = f"{_show(name)} is not a known {kind}"
+        raise ConfigError(f"{key}.name", problem, _did_you_mean(name, known) + _names(kind))
     config = from_dict(known[name], {k: v for k, v in value.items() if k != "name"}, key)
     config.name = name
     return config
+
+
+def _convert(wanted: Any, value: Any) -> Any:
+    """3, '3' and 3.0 -> int, but never 3.5, 'lots' or True -> int. Raises ValueError or OverflowError."""
+    if wanted is Any:
+        return value
+    if typing.get_origin(wanted) is list and isinstance(value, list):
+        return [_convert(typing.get_args(wanted)[0], element) for element in value]
+    if wanted in (int, float) and isinstance(value, int | float | str) and not isinstance(value, bool):
+        number = wanted(value)
+        if math.isfinite(number) and (isinstance(value, str) or number == value):
+            return number
+    elif wanted is bool and isinstance(value, str) and value.lower() in ("true", "false"):
+        return value.lower() == "true"
+    elif wanted is str and type(value) is int:
+        return str(value)
+    elif type(value) is wanted and not (wanted is str and ("\0" in value or "${" in value)):
+        return value
+    raise ValueError
+
+
+def _type_name(wanted: Any) -> str:
+    if typing.get_origin(wanted) is list:
+        return f"a list, each element {_type_name(typing.get_args(wanted)[0])}"
+    return _TYPE_NAMES.get(wanted, str(wanted))
+
+
+_TYPE_NAMES = {
+    int: "a whole number",
+    float: "a finite number",
+    bool: "true or false",
+    str: "text",
+    NoneType: "null",
+}
+_LIMITS = {"ge": ">=", "gt": ">", "le": "<=", "lt": "<"}  # functions of the module operator
+_REFUSED = {
+    ("trainer.precision", "bf16-true"): "it casts the expert bias and the master weights to bf16, where small"
+    " updates are lost; use bf16-mixed; ",
+    ("trainer.precision", "16-mixed"): "fp16 needs loss scaling, which skips steps; use bf16-mixed; ",
+    ("trainer.strategy", "fsdp"): "sharding is not built yet; use ddp; ",
+}
+
+
+def _check_limits(limits: typing.Mapping[str, Any], value: Any, key: str) -> None:
+    for element in value if isinstance(value, list) else [value]:
+        allowed = limits.get("allowed", [element])
+        if not any(element == a and type(element) is type(a) for a in allowed):
+            shown = [a if isinstance(a, str) else _show(a) for a in allowed]
+            reason = _REFUSED.get((key, str(element)), _did_you_mean(element, shown))
+            raise ConfigError(key, f"{_show(element)} is not allowed", f"{reason}allowed: {', '.join(shown)}")
+        if element is None:
+            continue
+        pattern, meaning = limits.get("is_a", ("", ""))
+        if pattern and not re.fullmatch(pattern, element):
+            raise ConfigError(key, f"{_show(element)} is not allowed", f"give {meaning}")
+        bounds = {"lt": 2**63, **limits} if isinstance(element, int | float) else {}
+        for limit, sign in _LIMITS.items():
+            if limit in bounds and not getattr(operator, limit)(element, bounds[limit]):
+                problem = f"{_show(element)} is out of range"
+                raise ConfigError(key, problem, f"it must be {sign} {bounds[limit]}")
+
+
+def _did_you_mean(value: Any, known: Iterable[str]) -> str:
+    close = difflib.get_close_matches(value, known, 1) if isinstance(value, str) else []
+    return f"did you mean {close[0]}? " if close else ""
 
 
 def _names(kind: str) -> str:
     return f"allowed: {', '.join(registered(kind))}"
 
 
-def _convert(hint: Any, value: Any, key: str) -> Any:
-    """OmegaConf's typed conversion of one value: 3 or '3' -> int, but never 3.5 or 'lots' -> int."""
-    if hint is Any:
-        return value
-    if typing.get_origin(hint) is list and isinstance(value, tuple):
-        value = list(value)
-    holder = OmegaConf.structured(dataclasses.make_dataclass("Holder", [("value", hint)]))
-    try:
-        holder.value = value
-        return OmegaConf.to_container(holder)["value"]  # type: ignore[index,call-overload]
-    except OmegaConfBaseException:
-        wanted = hint.__name__ if isinstance(hint, type) and not typing.get_args(hint) else str(hint)
-        raise ConfigError(key, f"{value!r} is not of type {wanted}", f"give a value of type {wanted}") from None
+def _show(value: Any) -> str:
+    """A value in an error message: on one line, not too long, and spelled as YAML spells it."""
+    if value is None or isinstance(value, bool):
+        return {None: "null", True: "true", False: "false"}[value]
+    text = repr(value)
+    return text if len(text) <= 80 else text[:77] + "..."
 
 
-def _check_limits(limits: typing.Mapping[str, Any], value: Any, key: str) -> None:
-    allowed = limits.get("allowed")
-    for element in value if isinstance(value, list) else [value]:
-        if allowed is not None and not any(element == a and type(element) is type(a) for a in allowed):
-            listed = ", ".join(map(str, allowed))
-            close = difflib.get_close_matches(str(element), [str(a) for a in allowed], 1)
-            reason = _REFUSED.get((key, element))
-            hint = f"{reason}; " if reason else f"did you mean {close[0]}? " if close else ""
-            raise ConfigError(key, f"{element!r} is not allowed", f"{hint}allowed: {listed}")
-        if element is None or allowed is not None:
-            continue
-        for limit, holds, sign in (
-            ("ge", lambda a, b: a >= b, ">="),
-            ("gt", lambda a, b: a > b, ">"),
-            ("le", lambda a, b: a <= b, "<="),
-            ("lt", lambda a, b: a < b, "<"),
-        ):
-            if limit in limits and not holds(element, limits[limit]):
-                raise ConfigError(key, f"{element!r} is out of range", f"it must be {sign} {limits[limit]}")
+def _reason(error: Exception) -> str:
+    """The message of a parser on one line, without what OmegaConf says of its own types."""
+    text = re.sub(r"\s*(object_type|reference_type)=.*", "", str(error))
+    return " ".join(re.sub(r'in "<[\w ]+>", ', "at ", text).split())
 
 
-_REFUSED = {
-    ("trainer.precision", "bf16-true"): "it casts the expert bias and the master weights to bf16, where small"
-    " updates are lost; use bf16-mixed",
-    ("trainer.precision", "16-mixed"): "fp16 needs loss scaling, which skips optimizer steps; use bf16-mixed",
-    ("trainer.strategy", "fsdp"): "sharding is not built yet; use ddp",
-}
-
-
-def _unknown_key(key: str, name: str, known: list[str], cls: type) -> ConfigError:
-    if cls is TrainerConfig and name in MANAGED_TRAINER_ARGUMENTS:
-        return ConfigError(key, "is managed by moelm", MANAGED_TRAINER_ARGUMENTS[name])
-    close = difflib.get_close_matches(name, known, 1, cutoff=0.5)
-    hint = f"did you mean {close[0]}? " if close else ""
-    return ConfigError(key, "unknown key", f"{hint}allowed: {', '.join(known)}")
-
-
-def _join(key: str, name: str) -> str:
+def _join(key: str, name: Any) -> str:
+    name = str(name) if re.fullmatch(r"\w+", str(name)) else repr(name)
     return f"{key}.{name}" if key else name
 
 
@@ -556,15 +606,23 @@ def to_yaml(config: Any) -> str:
 
 
 def check(config: Config) -> None:
-    """Everything that can be known to be wrong before data is read or a device touched. Raises ConfigError."""
-    name = config.run_name
-    if not re.fullmatch(r"[\w.+-]+", name) or name in (".", ".."):
-        raise ConfigError("run.name", f"{name!r} is not a folder name", "use letters, digits, '.', '_', '-'")
+    """All that can be known to be wrong before data is read or a device touched. Raises ConfigError."""
     check_corpus(config.data.corpus, "data.corpus")
     check_model(config.model)
     _check_optim(config)
-    for i, callback in enumerate(config.callbacks):
-        callback.check(f"callbacks.{i}", config)
+    _check_trainer(config.trainer)
+    _check_each(config.callbacks, "callbacks", config)
+    tokenizer = config.data.corpus.tokenizer
+    if tokenizer.file is None and tokenizer.vocab_size > config.model.vocab_size:
+        problem = f"{config.model.vocab_size} is less than the tokenizer's {tokenizer.vocab_size}"
+        raise ConfigError("model.vocab_size", problem, "raise it, or lower data.corpus.tokenizer.vocab_size")
+
+
+def _check_each(things: list[NamedConfig], key: str, section: Any) -> None:
+    for i, thing in enumerate(things):
+        if thing.name in [earlier.name for earlier in things[:i]]:
+            raise ConfigError(f"{key}.{i}", f"{thing.name!r} is listed twice", "remove one")
+        thing.check(f"{key}.{i}", section)
 
 
 def check_model(model: ModelConfig) -> None:
@@ -573,37 +631,22 @@ def check_model(model: ModelConfig) -> None:
     if moe is None:
         return
     if moe.top_k > moe.n_experts:
-        raise ConfigError(
-            "model.moe.top_k",
-            f"{moe.top_k} is more than n_experts = {moe.n_experts}",
-            "lower top_k or raise n_experts; shared experts do not count",
-        )
+        problem = f"{moe.top_k} is more than n_experts = {moe.n_experts}"
+        raise ConfigError("model.moe.top_k", problem, "lower top_k or raise n_experts; shared experts do not count")
     if moe.first_moe_layer >= model.n_layers:
-        raise ConfigError(
-            "model.moe.first_moe_layer",
-            f"{moe.first_moe_layer} leaves no MoE layer among n_layers = {model.n_layers}",
-            "lower it, or set `model.moe: null` for a dense model",
-        )
-    if moe.n_shared_experts == 0:
-        for key in ("d_shared", "shared_gate"):
-            if getattr(moe, key):
-                raise ConfigError(
-                    f"model.moe.{key}", "has no effect with n_shared_experts = 0", "set n_shared_experts"
-                )
+        problem = f"{moe.first_moe_layer} leaves no MoE layer among n_layers = {model.n_layers}"
+        remedy = "lower it, or set `model.moe: null` for a dense model"
+        raise ConfigError("model.moe.first_moe_layer", problem, remedy)
+    for key in ("d_shared", "shared_gate"):
+        if moe.n_shared_experts == 0 and getattr(moe, key):
+            problem = "has no effect with n_shared_experts = 0"
+            raise ConfigError(f"model.moe.{key}", problem, "set n_shared_experts")
     if moe.experts.backend == "grouped" and not grouped_widths_fit(model.d_model, moe.d_expert):
-        raise ConfigError(
-            "model.moe.experts.backend",
-            f"grouped needs d_model and d_expert in multiples of 8, not {model.d_model} and {moe.d_expert}",
-            "round the widths to a multiple of 8, or use auto or loop",
-        )
+        problem = f"grouped needs multiples of 8, not d_model = {model.d_model}, d_expert = {moe.d_expert}"
+        raise ConfigError("model.moe.experts.backend", problem, "round the widths, or use auto or loop")
     moe.router.check("model.moe.router", moe)
     moe.dispatch.check("model.moe.dispatch", moe)
-    seen: set[str] = set()
-    for i, balancer in enumerate(moe.balancers):
-        if balancer.name in seen:
-            raise ConfigError(f"model.moe.balancers.{i}", f"{balancer.name!r} is listed twice", "remove one")
-        seen.add(balancer.name)
-        balancer.check(f"model.moe.balancers.{i}", moe)
+    _check_each(moe.balancers, "model.moe.balancers", moe)
 
 
 def grouped_widths_fit(d_model: int, d_expert: int) -> bool:
@@ -612,50 +655,53 @@ def grouped_widths_fit(d_model: int, d_expert: int) -> bool:
 
 
 def check_corpus(corpus: CorpusConfig, key: str) -> None:
-    if not re.fullmatch(r"[\w.+-]+", corpus.name):
-        raise ConfigError(
-            _join(key, "name"), f"{corpus.name!r} is not a folder name", "use letters, digits, . _ -"
-        )
     if not corpus.sources:
         raise ConfigError(_join(key, "sources"), "is empty", _names("source"))
     tokenizer = corpus.tokenizer.file
     if tokenizer is not None and not Path(tokenizer).is_file():
-        raise ConfigError(
-            _join(key, "tokenizer.file"), f"{tokenizer!r}: no such file", "null trains a tokenizer"
-        )
+        problem = f"{tokenizer!r}: no such file"
+        raise ConfigError(_join(_join(key, "tokenizer"), "file"), problem, "null trains a tokenizer")
     for i, source in enumerate(corpus.sources):
-        source.check(_join(key, f"sources.{i}"), corpus)
+        source.check(_join(_join(key, "sources"), i), corpus)
+
+
+_ONLY_WITH = {"decay_steps": "wsd", "milestones": "step", "factor": "step"}  # key -> schedule
 
 
 def _check_optim(config: Config) -> None:
     optim, schedule, steps = config.optim, config.optim.schedule, config.trainer.max_steps
     if len(optim.betas) != 2 or not all(0 <= beta < 1 for beta in optim.betas):
         raise ConfigError("optim.betas", f"{optim.betas} is not two numbers in [0, 1)", "try [0.9, 0.95]")
-    micro_tokens = optim.micro_batch_size * config.data.seq_len
-    if optim.batch_tokens % micro_tokens:
-        raise ConfigError(
-            "optim.batch_tokens",
-            f"{optim.batch_tokens} is not a multiple of micro_batch_size x seq_len = {micro_tokens} tokens",
-            f"try {max(1, round(optim.batch_tokens / micro_tokens)) * micro_tokens}",
-        )
+    micro = optim.micro_batch_size * config.data.seq_len
+    if optim.batch_tokens % micro:
+        problem = f"{optim.batch_tokens} is not a multiple of micro_batch_size x seq_len = {micro} tokens"
+        raise ConfigError("optim.batch_tokens", problem, f"try {max(1, round(optim.batch_tokens / micro)) * micro}")
+    for key, name in _ONLY_WITH.items():
+        if schedule.name != name and getattr(schedule, key) != getattr(ScheduleConfig(), key):
+            problem = f"{getattr(schedule, key)} has no effect with the schedule {schedule.name}"
+            raise ConfigError(f"optim.schedule.{key}", problem, f"remove it, or set name: {name}")
     if schedule.warmup_steps >= steps and schedule.name != "constant":
-        raise ConfigError(
-            "optim.schedule.warmup_steps",
-            f"{schedule.warmup_steps} leaves nothing of trainer.max_steps = {steps}",
-            "lower it",
-        )
-    if schedule.name == "wsd" and (schedule.decay_steps or 0) + schedule.warmup_steps > steps:
-        raise ConfigError(
-            "optim.schedule.decay_steps", f"warm-up and decay exceed max_steps = {steps}", "lower one"
-        )
-    if not all(0 < m < 1 for m in schedule.milestones) or sorted(schedule.milestones) != schedule.milestones:
-        raise ConfigError(
-            "optim.schedule.milestones", f"{schedule.milestones}", "rising fractions of max_steps in (0, 1)"
-        )
-    needed_vocab = config.data.corpus.tokenizer
-    if needed_vocab.file is None and needed_vocab.vocab_size > config.model.vocab_size:
-        raise ConfigError(
-            "model.vocab_size",
-            f"{config.model.vocab_size} is less than the tokenizer's {needed_vocab.vocab_size}",
-            "raise it, or lower data.corpus.tokenizer.vocab_size",
-        )
+        problem = f"{schedule.warmup_steps} leaves nothing of trainer.max_steps = {steps}"
+        raise ConfigError("optim.schedule.warmup_steps", problem, "lower it")
+    decay = schedule.decay_steps or max(1, steps // 10)
+    if schedule.name == "wsd" and decay + schedule.warmup_steps > steps:
+        problem = f"{decay} and {schedule.warmup_steps} of warm-up exceed trainer.max_steps = {steps}"
+        raise ConfigError("optim.schedule.decay_steps", problem, "lower one of them")
+    rising = schedule.milestones == sorted(set(schedule.milestones)) != []
+    if not rising or not all(0 < milestone < 1 for milestone in schedule.milestones):
+        problem = f"{schedule.milestones} is not rising fractions of max_steps in (0, 1)"
+        raise ConfigError("optim.schedule.milestones", problem, "try [0.8, 0.9]")
+
+
+def _check_trainer(trainer: TrainerConfig) -> None:
+    devices, share = trainer.devices, trainer.limit_val_batches
+    if isinstance(devices, list):
+        right = devices != [] and len(set(devices)) == len(devices) and min(devices) >= 0
+    else:
+        right = devices in ("auto", -1) or (isinstance(devices, int) and devices >= 1)
+    if not right:
+        remedy = "give how many, -1 or auto for all, or indices such as [0, 1]"
+        raise ConfigError("trainer.devices", f"{_show(devices)} is not allowed", remedy)
+    if isinstance(share, float) and share > 1:
+        remedy = "give a whole number of batches, or a share of at most 1.0"
+        raise ConfigError("trainer.limit_val_batches", f"{share} is not allowed", remedy)

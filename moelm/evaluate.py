@@ -95,7 +95,9 @@ def as_dict(result: Evaluation) -> dict[str, Any]:
 
 
 def as_table(results: dict[str, Evaluation]) -> str:
-    lines = [f"{'domain':<16}{'tokens':>12}{'ce (nats)':>12}{'perplexity':>12}{'bits/byte':>12}{'MaxVio':>9}{'dead':>6}"]
+    lines = [
+        f"{'domain':<16}{'tokens':>12}{'ce (nats)':>12}{'perplexity':>12}{'bits/byte':>12}{'MaxVio':>9}{'dead':>6}"
+    ]
     for domain, result in results.items():
         load = torch.tensor(result.load, dtype=torch.float64)
         balance = f"{max_violation(load).mean():>9.3f}{int(dead_experts(load).sum()):>6}" if result.load else ""

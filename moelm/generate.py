@@ -47,10 +47,14 @@ def main(argv: list[str]) -> None:
     device = default_device()
     model, config = load_model(folder, device)
     tokenizer = Tokenizer.from_file(str(folder / "tokenizer.json"))
+    tokenizer.encode_special_tokens = True  # a prompt that spells a special token is the text that it is
     end = tokenizer.token_to_id(config.data.corpus.tokenizer.end_of_text)
     prompt = [end, *tokenizer.encode(arguments.prompt, add_special_tokens=False).ids]
     if len(prompt) + arguments.max_new_tokens > config.data.seq_len:
-        print(f"note: trained on sequences of {config.data.seq_len} tokens; later text is worse", file=sys.stderr)
+        print(
+            f"note: trained on sequences of {config.data.seq_len} tokens; later text is worse",
+            file=sys.stderr,
+        )
     print(arguments.prompt, end="", flush=True)
     with autocast(config, device):
         ids = generate(
@@ -84,7 +88,9 @@ def generate(
     `prompt_1L`: int64 [1, L], L >= 1. temperature 0 is greedy. The model is used in evaluation mode.
     """
     model.eval()
-    dtype = torch.get_autocast_dtype(prompt_1L.device.type) if torch.is_autocast_enabled(prompt_1L.device.type) else None
+    dtype = (
+        torch.get_autocast_dtype(prompt_1L.device.type) if torch.is_autocast_enabled(prompt_1L.device.type) else None
+    )
     cache = model.init_cache(1, prompt_1L.shape[1] + max_new_tokens, dtype) if use_cache else None
     generator = torch.Generator(device=prompt_1L.device).manual_seed(seed)
     tokens_1L = fed_1L = prompt_1L

@@ -36,7 +36,9 @@ def main(argv: list[str]) -> None:
     parser.add_argument("--config", required=True, metavar="F", help="a YAML file, see configs/")
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="change a key, e.g. optim.lr=1e-3")
     parser.add_argument(
-        "--resume", metavar="auto|PATH", help="continue: auto = the newest valid checkpoint of this run, if any"
+        "--resume",
+        metavar="auto|PATH",
+        help="continue: auto = the newest valid checkpoint of this run, if any",
     )
     parser.add_argument("--print-config", action="store_true", help="print the resolved config and stop")
     arguments = parser.parse_args(argv)
@@ -61,7 +63,9 @@ def train(config: Config, resume: str | None = None) -> dict[str, Any]:
     step = None if checkpoint is None else step_of(checkpoint)
     if step is not None and step >= config.trainer.max_steps:
         raise ConfigError(
-            "trainer.max_steps", f"{config.trainer.max_steps} steps are done already in {checkpoint}", "raise it"
+            "trainer.max_steps",
+            f"{config.trainer.max_steps} steps are done already in {checkpoint}",
+            "raise it",
         )
     data.consumed_samples = (step or 0) * module.batch_samples
     trainer = build_trainer(config, shards.tokenizer_file, step)
@@ -158,7 +162,10 @@ def _say_summary(summary: dict[str, Any], config: Config) -> None:
         ("validation bits per byte", number("val/bits_per_byte", ".4f")),
         ("  gzip -9 on the same text", number("val/gzip_bits_per_byte", ".4f")),
         ("  xz -9 on the same text", number("val/xz_bits_per_byte", ".4f")),
-        ("expert load", f"MaxVio {number('moe/max_violation', '.3f')}, {number('moe/dead_experts', 'd')} dead experts"),
+        (
+            "expert load",
+            f"MaxVio {number('moe/max_violation', '.3f')}, {number('moe/dead_experts', 'd')} dead experts",
+        ),
         ("folder", f"{config.run_folder}  (tensorboard --logdir {config.run.dir})"),
     ]
     width = max(len(name) for name, _ in rows)

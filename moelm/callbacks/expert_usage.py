@@ -30,7 +30,11 @@ class ExpertUsage(Observer):
         if module.last_step is None or module.last_step.load_ME is None:
             return
         load_ME, recent_ME = module.last_step.load_ME, module.recent_load.total()
-        violation_M, dead_M, entropy_M = max_violation(load_ME), dead_experts(recent_ME), load_entropy(load_ME)
+        violation_M, dead_M, entropy_M = (
+            max_violation(load_ME),
+            dead_experts(recent_ME),
+            load_entropy(load_ME),
+        )
         scalars = {"moe/max_violation": violation_M.mean(), "moe/dead_experts": dead_M.sum()}
         for i, layer in enumerate(module.config.model.moe_layers):
             scalars[f"moe/layer_{layer:02d}/max_violation"] = violation_M[i]

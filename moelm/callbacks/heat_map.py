@@ -15,15 +15,13 @@ Font = ImageFont.ImageFont | ImageFont.FreeTypeFont
 
 LOW_COLOUR: Colour = (16, 16, 20)  # at or below `low`: off the ramp, so that 0 and nearly 0 do not look alike
 NAN_COLOUR: Colour = (150, 150, 150)
-RAMP = (
-    np.array(  # ColorBrewer RdBu reversed, without its darkest ends: they would be confused with LOW_COLOUR
-        [
-            *((33, 102, 172), (67, 147, 195), (146, 197, 222), (209, 229, 240)),
-            (247, 247, 247),
-            *((253, 219, 199), (244, 165, 130), (214, 96, 77), (178, 24, 43)),
-        ],
-        dtype=np.float64,
-    )
+RAMP = np.array(  # ColorBrewer RdBu reversed, without its darkest ends: they would be confused with LOW_COLOUR
+    [
+        *((33, 102, 172), (67, 147, 195), (146, 197, 222), (209, 229, 240)),
+        (247, 247, 247),
+        *((253, 219, 199), (244, 165, 130), (214, 96, 77), (178, 24, 43)),
+    ],
+    dtype=np.float64,
 )
 INK: Colour = (40, 40, 40)
 LINE: Colour = (170, 170, 170)
@@ -127,9 +125,7 @@ def _coloured_cells(values: Array, low: float, high: float, cell_height: int, ce
     return enlarged
 
 
-def _write_numbers(
-    draw: ImageDraw.ImageDraw, values: Array, grid: Pixels, corner: tuple[int, int], font: Font
-) -> None:
+def _write_numbers(draw: ImageDraw.ImageDraw, values: Array, grid: Pixels, corner: tuple[int, int], font: Font) -> None:
     """Writes each value into its cell, black on light and white on dark, if the longest of them fits."""
     cell_height, cell_width = grid.shape[0] // values.shape[0], grid.shape[1] // values.shape[1]
     if cell_height < 20 or cell_width < 34:
@@ -143,9 +139,7 @@ def _write_numbers(
             continue
         x, y = column * cell_width + cell_width // 2, row * cell_height + cell_height // 2
         is_dark = float(grid[y, x] @ np.array([0.299, 0.587, 0.114])) < 140
-        draw.text(
-            (corner[0] + x, corner[1] + y), texts[row][column], "white" if is_dark else INK, font, anchor="mm"
-        )
+        draw.text((corner[0] + x, corner[1] + y), texts[row][column], "white" if is_dark else INK, font, anchor="mm")
 
 
 def _key(low: float, high: float, marks: str | None, font: Font) -> Image.Image:
@@ -157,9 +151,7 @@ def _key(low: float, high: float, marks: str | None, font: Font) -> Image.Image:
     key = Image.new("RGB", (nan_left + 26 + round(font.getlength("no data")), 40), "white")
     draw = ImageDraw.Draw(key)
     step = (high - low) / ramp_width
-    shown = low + step * (
-        0.5 + np.arange(ramp_width, dtype=np.float64)
-    )  # never `low` itself: it has its swatch
+    shown = low + step * (0.5 + np.arange(ramp_width, dtype=np.float64))  # never `low` itself: it has its swatch
     for left, values, cell_width in (
         (0, np.array([low], dtype=np.float64), 18),
         (ramp_left, shown, 1),

@@ -13,7 +13,11 @@ from tqdm import tqdm
 from moelm.config import Config
 from moelm.training.lightning_module import MoELightningModule
 
-SHOWN = (("train/ce", "ce {:.3f}"), ("perf/tokens_per_s", "{:,.0f} tokens/s"), ("moe/max_violation", "MaxVio {:.2f}"))
+SHOWN = (
+    ("train/ce", "ce {:.3f}"),
+    ("perf/tokens_per_s", "{:,.0f} tokens/s"),
+    ("moe/max_violation", "MaxVio {:.2f}"),
+)
 
 
 class StepProgressBar(ProgressBar):
@@ -48,7 +52,9 @@ class StepProgressBar(ProgressBar):
         self._pending |= pl_module.is_log_step
 
     # The module logs after the callbacks, so its scalars are shown at the next hook.
-    def on_train_batch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int) -> None:
+    def on_train_batch_start(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int
+    ) -> None:
         self._show(pl_module)
 
     def on_validation_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:

@@ -53,23 +53,19 @@ class Throughput(Callback):
         self.flops = flops_per_token(run.model, run.data.seq_len)
         self.batch_tokens = run.optim.batch_tokens
         self.mixed = run.trainer.precision == "bf16-mixed"
-        self.device: torch.device | None = None
-        self._mark: tuple[int, float] | None = None  # step and time of the last log
-        self._pause: float | None = None
+        self._mark: tuple[int, float] | None = None  # step and training time of the last log
 
     def on_train_batch_end(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
         assert isinstance(pl_module, MoELightningModule)
-        if self._pause is not None and self._mark is not None:
-            self._mark = (self._mark[0], self._mark[1] + self._pause)
-            self._pause = None
-        if self._mark is not None and not pl_module.is_log_step or not pl_module.is_step_end:
+        first = self._mark is None and pl_module.is_step_end
+        if not (pl_module.is_log_step or first):
             return
         device = pl_module.device
         if device.type == "cuda":
             torch.cuda.synchronize(device)
-        now, step = time.perf_counter(), pl_module.step
+        now, step = time.perf_counter() - pl_module.paused_s, pl_module.step
         if self._mark is not None:
             tokens_per_s = (step - self._mark[0]) * self.batch_tokens / (now - self._mark[1])
             scalars = {"perf/tokens_per_s": tokens_per_s}
@@ -80,10 +76,3 @@ class Throughput(Callback):
                 scalars["perf/peak_memory_gib"] = torch.cuda.max_memory_allocated(device) / 2**30
             pl_module.log_scalars({**scalars})
         self._mark = (step, now)
-
-    def on_validation_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        self._paused_at = time.perf_counter()
-
-    def on_validation_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        if not trainer.sanity_checking:
-            self._pause = (self._pause or 0.0) + time.perf_counter() - self._paused_at

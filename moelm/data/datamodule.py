@@ -141,9 +141,7 @@ class _TrainingWindows(_Windows):
 
 
 class _ValidationWindows(_Windows):
-    def __init__(
-        self, shards: TokenShards, seq_len: int, batch_size: int, rank: int, world_size: int
-    ) -> None:
+    def __init__(self, shards: TokenShards, seq_len: int, batch_size: int, rank: int, world_size: int) -> None:
         self.shards = shards
         self.seq_len = seq_len
         self.rank = rank
@@ -152,8 +150,7 @@ class _ValidationWindows(_Windows):
         self.n_rows = -(-self.n_windows // (world_size * batch_size)) * batch_size
         counts = shards.split_counts("val")
         self.bytes_per_token = [
-            counts[domain].bytes / counts[domain].tokens if domain in counts else 0.0
-            for domain in shards.domains
+            counts[domain].bytes / counts[domain].tokens if domain in counts else 0.0 for domain in shards.domains
         ]
 
     def __len__(self) -> int:

@@ -27,10 +27,10 @@ from typing import Any, NamedTuple
 import numpy as np
 import numpy.typing as npt
 import tokenizers
-from tokenizers import AddedToken, Tokenizer
+from tokenizers import Tokenizer
 from tqdm import tqdm
 
-from moelm.config import CorpusConfig, TokenizerConfig, UserError, build, to_dict
+from moelm.config import CorpusConfig, UserError, build, to_dict
 from moelm.data.sampler import hash64
 from moelm.data.sources import Piece
 from moelm.data.token_shards import (
@@ -43,6 +43,7 @@ from moelm.data.token_shards import (
     hash_file,
     read_manifest,
 )
+from moelm.data.tokenizer import Sample, load_tokenizer, train_tokenizer
 
 _BATCH_BYTES = 4 * 2**20  # of text tokenised in one call; about 50 times as many bytes are held meanwhile
 _BATCH_PIECES = 8192
@@ -69,8 +70,7 @@ def prepare(corpus: CorpusConfig, *, force: bool = False, progress: bool = True)
                     _swap_in(stage, folder)
                 except OSError as error:
                     raise UserError(
-                        f"writing {folder} failed: {error}\n"
-                        "  remedy: make room, or set another data.corpus.dir"
+                        f"writing {folder} failed: {error}\n  remedy: make room, or set another data.corpus.dir"
                     ) from error
                 finally:
                     shutil.rmtree(stage, ignore_errors=True)
@@ -80,10 +80,11 @@ def prepare(corpus: CorpusConfig, *, force: bool = False, progress: bool = True)
 def _build(corpus: CorpusConfig, stage: Path, progress: bool) -> None:
     started = time.perf_counter()
     if corpus.tokenizer.file is None:
-        tokenizer, total = _train_tokenizer(corpus, progress)
+        sample, total = _sample(corpus, progress)
+        tokenizer = train_tokenizer(sample.texts(), corpus.tokenizer)
     else:
-        tokenizer, total = _load_tokenizer(corpus.tokenizer, corpus.tokenizer.file), None
-    tokenizer.save(str(stage / "tokenizer.json"))
+        tokenizer, total = load_tokenizer(corpus.tokenizer, corpus.tokenizer.file), None
+    (stage / "tokenizer.json").write_text(tokenizer.to_str(pretty=True), encoding="utf-8")
     tokenising = time.perf_counter()
     writer = _Writer(corpus, stage, tokenizer)
     with _progress_bar("tokenise", progress, total) as bar:
@@ -137,16 +138,11 @@ def _pieces(corpus: CorpusConfig) -> Iterator[_SplitPiece]:
 
 
 def _progress_bar(what: str, progress: bool, total: int | None = None) -> Any:
-    return tqdm(
-        desc=what, total=total, unit="B", unit_scale=True, disable=not progress, file=sys.stderr, leave=False
-    )
+    return tqdm(desc=what, total=total, unit="B", unit_scale=True, disable=not progress, file=sys.stderr, leave=False)
 
 
-# ----------------------------------------------------------------------------------------------- tokenizer
-
-
-def _train_tokenizer(corpus: CorpusConfig, progress: bool) -> tuple[Tokenizer, int]:
-    """A byte-level BPE, and the bytes of the corpus. Held-out documents take no part."""
+def _sample(corpus: CorpusConfig, progress: bool) -> tuple[Sample, int]:
+    """What the tokenizer is trained on, and the bytes of the corpus. Held-out documents take no part."""
     sample, total = Sample(corpus.tokenizer.train_bytes, corpus.seed), 0
     with _progress_bar("sample for the tokenizer", progress) as bar:
         for piece in _pieces(corpus):
@@ -154,74 +150,7 @@ def _train_tokenizer(corpus: CorpusConfig, progress: bool) -> tuple[Tokenizer, i
             bar.update(piece.n_bytes)
             if piece.split == "train":
                 sample.add(piece.text, piece.domain, piece.n_bytes)
-    tokenizer = Tokenizer(tokenizers.models.BPE())
-    tokenizer.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
-    tokenizer.decoder = tokenizers.decoders.ByteLevel()
-    trainer = tokenizers.trainers.BpeTrainer(
-        vocab_size=corpus.tokenizer.vocab_size,
-        special_tokens=[corpus.tokenizer.end_of_text],
-        initial_alphabet=tokenizers.pre_tokenizers.ByteLevel.alphabet(),
-        show_progress=False,
-    )
-    tokenizer.train_from_iterator(sample.texts(), trainer)
-    return tokenizer, total
-
-
-class Sample:
-    """At most about `budget` bytes of text from a stream of any length, in one pass, the same in every run.
-
-    Each piece has a hash, uniform in [0, 1); a domain keeps those below its rate, at first all. Whenever the
-    budget is exceeded, the domain that holds most halves its rate. So every domain is sampled over its whole
-    length, a small one is kept whole beside a large one, and none vanishes: each keeps at least one piece.
-    """
-
-    def __init__(self, budget: int, seed: int) -> None:
-        self.budget = budget
-        self.seed = seed
-        self.n_seen = 0
-        self.kept: dict[str, list[tuple[float, str, int]]] = {}  # domain -> (hash, text, bytes)
-        self.n_bytes: dict[str, int] = {}
-        self.rate: dict[str, float] = {}
-
-    def add(self, text: str, domain: str, n_bytes: int) -> None:
-        chance = hash64(self.seed, self.n_seen, 1) / 2**64
-        self.n_seen += 1
-        if chance < self.rate.setdefault(domain, 1.0):
-            self.kept.setdefault(domain, []).append((chance, text, n_bytes))
-            self.n_bytes[domain] = self.n_bytes.get(domain, 0) + n_bytes
-            self._thin()
-
-    def _thin(self) -> None:
-        while sum(self.n_bytes.values()) > self.budget:
-            shrinkable = [domain for domain, kept in self.kept.items() if len(kept) > 1]
-            if not shrinkable:
-                return
-            domain = max(shrinkable, key=lambda name: self.n_bytes[name])
-            self.rate[domain] /= 2
-            kept = self.kept[domain]
-            self.kept[domain] = [one for one in kept if one[0] < self.rate[domain]] or [min(kept)]
-            self.n_bytes[domain] = sum(n_bytes for _, _, n_bytes in self.kept[domain])
-
-    def texts(self) -> Iterator[str]:
-        return (text for kept in self.kept.values() for _, text, _ in kept)
-
-
-def _load_tokenizer(config: TokenizerConfig, file: str) -> Tokenizer:
-    try:
-        tokenizer = Tokenizer.from_file(file)
-    except Exception as error:  # the library raises plain Exception
-        raise UserError(
-            f"{file}: not a tokenizer: {error}\n  remedy: give a tokenizer.json of the `tokenizers` library"
-        ) from None
-    if tokenizer.token_to_id(config.end_of_text) is None:
-        raise UserError(
-            f"{file}: has no token {config.end_of_text!r}\n"
-            "  remedy: set data.corpus.tokenizer.end_of_text to the one that it has"
-        )
-    tokenizer.add_special_tokens([AddedToken(config.end_of_text, special=True)])  # if it was an ordinary one
-    tokenizer.no_truncation()
-    tokenizer.no_padding()
-    return tokenizer
+    return sample, total
 
 
 # --------------------------------------------------------------------------------------- tokenise and write
@@ -357,9 +286,7 @@ def _is_prepared(folder: Path, corpus: CorpusConfig) -> bool:
     made_from = _flatten({"": read_manifest(folder).get("corpus")})
     wanted = _flatten({"": json.loads(json.dumps(to_dict(corpus)))})
     differing = sorted(
-        key
-        for key in made_from.keys() | wanted.keys()
-        if made_from.get(key) != wanted.get(key) and key != "dir"
+        key for key in made_from.keys() | wanted.keys() if made_from.get(key) != wanted.get(key) and key != "dir"
     )
     if differing:
         listed = "\n".join(

@@ -67,9 +67,7 @@ class GlobalBatchSampler(Sampler[list[int]]):
     it, with W ranks and b sequences a micro-batch.
     """
 
-    def __init__(
-        self, start: int, batch_size: int, micro_batch_size: int, rank: int = 0, world_size: int = 1
-    ) -> None:
+    def __init__(self, start: int, batch_size: int, micro_batch_size: int, rank: int = 0, world_size: int = 1) -> None:
         if batch_size % (micro_batch_size * world_size):
             raise UserError(
                 f"a batch of {batch_size} sequences cannot be shared by {world_size} ranks in micro-batches "

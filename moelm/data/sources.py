@@ -161,9 +161,7 @@ def read_jsonl(config: RowsConfig) -> Iterator[Piece]:
             except ValueError as error:
                 raise UserError(f"{where}: not valid JSON: {error}\n  remedy: correct the line") from None
             if not isinstance(row, dict):
-                raise UserError(
-                    f"{where}: {type(row).__name__}, not an object\n  remedy: write {{...}} a line"
-                )
+                raise UserError(f"{where}: {type(row).__name__}, not an object\n  remedy: write {{...}} a line")
             yield from _row_pieces(row, config, domain, where)
 
 
@@ -184,9 +182,7 @@ def read_parquet(config: RowsConfig) -> Iterator[Piece]:
                         n_rows += 1
                         yield from _row_pieces(row, config, domain, f"{path}, row {n_rows}")
         except (pyarrow.ArrowException, OSError) as error:
-            raise UserError(
-                f"{path}: cannot be read: {_first_line(error)}\n  remedy: replace the file"
-            ) from None
+            raise UserError(f"{path}: cannot be read: {_first_line(error)}\n  remedy: replace the file") from None
 
 
 @dataclass
@@ -246,9 +242,7 @@ def _row_pieces(row: Mapping[str, Any], config: RowsConfig, domain: str, where: 
     if config.domain_key is not None and row[config.domain_key] is not None:
         domain = str(row[config.domain_key])
     if not isinstance(text, str | None):
-        raise UserError(
-            f"{where}: {config.text_key!r} is {type(text).__name__}, not text\n  remedy: set text_key"
-        )
+        raise UserError(f"{where}: {config.text_key!r} is {type(text).__name__}, not text\n  remedy: set text_key")
     yield from cut(text or "", domain)
 
 
@@ -272,17 +266,13 @@ def _find_files(path: str, *patterns: str) -> list[Path]:
 
 def _check_files(key: str, path: str, *patterns: str) -> None:
     if not path or not Path(path).exists():
-        raise ConfigError(
-            f"{key}.path", f"{path!r}: no such file or folder", "paths are relative to where you are"
-        )
+        raise ConfigError(f"{key}.path", f"{path!r}: no such file or folder", "paths are relative to where you are")
     try:
         found = _find_files(path, *patterns)
     except (ValueError, NotImplementedError) as error:
         raise ConfigError(f"{key}.pattern", f"{patterns[0]!r}: {error}", "for example **/*.txt") from None
     if not found:
-        raise ConfigError(
-            f"{key}.path", f"{path!r} holds no file that matches {' or '.join(patterns)}", "correct it"
-        )
+        raise ConfigError(f"{key}.path", f"{path!r} holds no file that matches {' or '.join(patterns)}", "correct it")
 
 
 def _domain_of(file: Path, path: str) -> str:
@@ -303,8 +293,7 @@ def _read_lines(file: Path, limit: int = -1) -> Iterator[str]:
                 yield line
     except UnicodeDecodeError as error:
         raise UserError(
-            f"{file}: not UTF-8 text after line {n_read}: {error.reason}\n"
-            "  remedy: convert the file, or leave it out"
+            f"{file}: not UTF-8 text after line {n_read}: {error.reason}\n  remedy: convert the file, or leave it out"
         ) from None
     except (OSError, EOFError, zlib.error) as error:
         raise UserError(f"{file}: cannot be read: {error}\n  remedy: replace the file") from None

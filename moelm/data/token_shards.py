@@ -72,9 +72,7 @@ def hash_file(file: Path) -> str:
 class StreamWriter:
     """Appends to the token stream of one (split, domain). Holds no file open: there may be hundreds."""
 
-    def __init__(
-        self, folder: Path, split: str, domain: str, dtype: np.dtype[Any], shard_tokens: int
-    ) -> None:
+    def __init__(self, folder: Path, split: str, domain: str, dtype: np.dtype[Any], shard_tokens: int) -> None:
         self.folder = folder
         self.stem = f"{split}.{slug(domain)}"
         self.dtype = dtype
@@ -89,9 +87,7 @@ class StreamWriter:
         self.bytes += n_bytes
         while len(ids):
             if not self.shards or self.shards[-1]["tokens"] == self.shard_tokens:
-                self.shards.append(
-                    {"file": f"{self.stem}.{len(self.shards):05d}.bin", "tokens": 0, "sha256": ""}
-                )
+                self.shards.append({"file": f"{self.stem}.{len(self.shards):05d}.bin", "tokens": 0, "sha256": ""})
                 self._sha256 = hashlib.sha256()
             shard = self.shards[-1]
             part, ids = np.split(ids, [self.shard_tokens - shard["tokens"]])
@@ -150,10 +146,7 @@ class TokenShards:
             splits = self.manifest["splits"]
             self.domains: list[str] = sorted({domain for split in SPLITS for domain in splits[split]})
             self._streams = {
-                split: [
-                    _Stream(self.domains.index(domain), splits[split][domain])
-                    for domain in sorted(splits[split])
-                ]
+                split: [_Stream(self.domains.index(domain), splits[split][domain]) for domain in sorted(splits[split])]
                 for split in SPLITS
             }
         except (KeyError, TypeError, ValueError) as error:
@@ -166,10 +159,7 @@ class TokenShards:
 
     def _shards(self) -> list[dict[str, Any]]:
         return [
-            shard
-            for split in SPLITS
-            for entry in self.manifest["splits"][split].values()
-            for shard in entry["shards"]
+            shard for split in SPLITS for entry in self.manifest["splits"][split].values() for shard in entry["shards"]
         ]
 
     def _check_files(self) -> None:
@@ -183,9 +173,7 @@ class TokenShards:
         if not self.tokenizer_file.is_file():
             raise _damaged(f"{self.tokenizer_file}: no such file")
         if hash_file(self.tokenizer_file) != self.manifest["tokenizer_sha256"]:
-            raise _damaged(
-                f"{self.tokenizer_file}: not the tokenizer that made this data (its sha256 differs)"
-            )
+            raise _damaged(f"{self.tokenizer_file}: not the tokenizer that made this data (its sha256 differs)")
         if sum(expected.values()) <= _VERIFY_AT_OPEN:
             self.verify()
 
@@ -193,9 +181,7 @@ class TokenShards:
         """Compare the sha256 of every shard with the manifest."""
         for shard in self._shards():
             if hash_file(self.folder / shard["file"]) != shard["sha256"]:
-                raise _damaged(
-                    f"{self.folder / shard['file']}: is damaged (its sha256 is not the manifest's)"
-                )
+                raise _damaged(f"{self.folder / shard['file']}: is damaged (its sha256 is not the manifest's)")
 
     # ----------------------------------------------------------------------------------------- content
 
@@ -216,9 +202,7 @@ class TokenShards:
         rest = 0 if split == "train" else seq_len - 1
         return [
             0,
-            *itertools.accumulate(
-                (stream.counts.tokens + rest) // seq_len for stream in self._streams[split]
-            ),
+            *itertools.accumulate((stream.counts.tokens + rest) // seq_len for stream in self._streams[split]),
         ]
 
     def window(self, split: str, index: int, seq_len: int) -> Window:

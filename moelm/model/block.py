@@ -8,6 +8,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from moelm.config import ModelConfig, build
+from moelm.model.attention.base import Attention
 from moelm.model.feed_forward import SwiGLU
 from moelm.model.norm import RMSNorm
 from moelm.moe.layer import MoELayer
@@ -21,7 +22,7 @@ class Block(nn.Module):
         super().__init__()
         self.dropout = config.dropout
         self.attention_norm = RMSNorm(config.d_model, config.norm_eps)
-        self.attention = build("attention", config.attention, config)
+        self.attention: Attention = build("attention", config.attention, config)
         self.feed_forward_norm = RMSNorm(config.d_model, config.norm_eps)
         self.feed_forward: nn.Module | None = None
         self.moe: MoELayer | None = None

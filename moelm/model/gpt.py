@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from moelm.config import ModelConfig
+from moelm.model.attention.base import Attention
 from moelm.model.block import Block
 from moelm.model.norm import RMSNorm
 from moelm.moe.types import RouteContext, RouterStats, stack_stats
@@ -49,13 +50,15 @@ class GPT(nn.Module):
         """The MoELayer modules, in the order of the M axis of the statistics."""
         return [block.moe for block in self.blocks if block.moe is not None]
 
+    @property
+    def attentions(self) -> list[Attention]:
+        return [block.attention for block in self.blocks if isinstance(block, Block)]
+
     def init_cache(self, batch_size: int, max_len: int, dtype: torch.dtype | None = None) -> list[Any]:
         """An empty cache for generation: one entry a layer, opaque, filled in place by `forward`."""
         weight = self.embedding.weight
-        return [
-            block.attention.init_cache(batch_size, max_len, weight.device, dtype or weight.dtype)
-            for block in self.blocks
-        ]
+        options = (batch_size, max_len, weight.device, dtype or weight.dtype)
+        return [attention.init_cache(*options) for attention in self.attentions]
 
     def forward(
         self,
@@ -75,14 +78,14 @@ class GPT(nn.Module):
         B, L = tokens_BL.shape
         start = cache[0].length if cache is not None else 0
         positions_L = torch.arange(start, start + L, device=tokens_BL.device)
-        rotation = self.blocks[0].attention.rotation(positions_L)
+        rotation = self.attentions[0].rotation(positions_L)
         mask_BLL = attention_mask(positions_L, document_ids_BL, start)
         context = RouteContext(tokens_BL, token_mask_BL, self.training)
         x_BLD = F.dropout(self.embedding(tokens_BL), self.config.dropout, self.training)
         layer_stats = []
         for i, block in enumerate(self.blocks):
             entry = None if cache is None else cache[i]
-            if self.activation_checkpointing and torch.is_grad_enabled():
+            if self.activation_checkpointing and cache is None and torch.is_grad_enabled():
                 x_BLD, stats = checkpoint(block, x_BLD, rotation, mask_BLL, context, use_reentrant=False)
             else:
                 x_BLD, stats = block(x_BLD, rotation, mask_BLL, context, entry)

@@ -8,7 +8,8 @@ from math import comb
 import torch
 
 from moelm.config import Config, ModelConfig
-from moelm.model.gpt import MAX_LOGITS, GPT
+from moelm.model.attention.base import AttentionConfig
+from moelm.model.gpt import GPT, MAX_LOGITS
 
 
 @dataclass(frozen=True)
@@ -52,8 +53,13 @@ def flops_per_token(config: ModelConfig, seq_len: int) -> int:
     size = model_size(config)
     head = config.vocab_size * config.d_model
     norms = (2 * config.n_layers + 1) * config.d_model
-    attention = config.n_layers * config.attention.flops_per_token(config.d_model, seq_len)  # type: ignore[attr-defined]
+    attention = config.n_layers * attention_config(config).flops_per_token(config.d_model, seq_len)
     return 6 * (size.active_no_embeddings + head - norms) + 3 * attention
+
+
+def attention_config(config: ModelConfig) -> AttentionConfig:
+    assert isinstance(config.attention, AttentionConfig)
+    return config.attention
 
 
 def short_name(size: ModelSize) -> str:
@@ -92,14 +98,15 @@ class Memory:
 def training_memory(config: Config, n_shards: int = 1) -> Memory:
     """An estimate for AdamW with float32 state; `n_shards` devices share weights, gradients and moments (1: DDP).
 
-    Activations count what autograd keeps, tensor by tensor, from the shapes (see `_activation_bytes`); the
-    allocator's fragmentation is not included.
+    For a GPU, where blocks are compiled unless trainer.compile is false. Activations count what autograd keeps,
+    tensor by tensor, from the shapes (see `_activation_bytes`); the allocator's fragmentation is not included.
     """
     model, micro = config.model, config.optim.micro_batch_size * config.data.seq_len
     mixed = config.trainer.precision == "bf16-mixed"
     size = model_size(model)
     state = 4 * size.total // n_shards
-    per_block = [_activation_bytes(model, layer, micro, mixed) for layer in range(model.n_layers)]
+    compiled = config.trainer.compile is not False
+    per_block = [_activation_bytes(model, i, micro, mixed, compiled) for i in range(model.n_layers)]
     residual = 4 * micro * model.d_model
     if config.trainer.activation_checkpointing == "full":
         activations = residual * model.n_layers + max(per_block)
@@ -115,19 +122,16 @@ def training_memory(config: Config, n_shards: int = 1) -> Memory:
     return Memory(state, state, 2 * state, activations, working)
 
 
-def _activation_bytes(model: ModelConfig, layer: int, tokens: int, mixed: bool) -> int:
-    """Saved for backward by one block: c bytes an element in the compute dtype, 4 in float32."""
+def _activation_bytes(model: ModelConfig, layer: int, tokens: int, mixed: bool, compiled: bool) -> int:
+    """Saved for backward by one block: c bytes an element in the compute dtype, 4 in float32. Compiled blocks
+    recompute what is elementwise (SwiGLU's product, the router's float32 input) instead of keeping it."""
     c, d = (2 if mixed else 4), model.d_model
-    attention = model.attention
-    q = attention.n_heads * attention.width(d)  # type: ignore[attr-defined]
-    kv = attention.kv_heads * attention.width(d)  # type: ignore[attr-defined]
-    residual = 2 * 4 * d  # the inputs of the two norms, float32
-    normed = 2 * c * d if mixed else 2 * 4 * d  # what the projections and the FFN read
-    attended = c * (2 * q + 2 * kv) + 4 * 2 * (q + kv)  # q, k, v, output; RoPE's float32 halves
+    norms = 2 * (4 * d + c * d)  # their float32 inputs, and their outputs, which projections and FFN read
+    attended = c * attention_config(model).saved_per_token(d)
+    hidden = 2 if compiled else 4  # gate and up; and silu(gate), and the product
     moe = model.moe
     if moe is None or not model.is_moe_layer(layer):
-        ffn = c * 4 * model.feed_forward.d_ff  # gate, up, silu(gate), product
-    else:
-        rows = moe.top_k * (c * d + c * 4 * moe.d_expert + c * d)  # input rows, hidden, output rows
-        ffn = rows + 4 * d + 4 * 2 * moe.n_experts + c * 4 * moe.shared_width
-    return tokens * (residual + normed + attended + ffn)
+        return tokens * (norms + attended + c * hidden * model.feed_forward.d_ff)
+    rows = moe.top_k * c * (d + hidden * moe.d_expert + d)  # input rows, hidden, output rows
+    router = 4 * 2 * moe.n_experts + (0 if compiled else 4 * d)
+    return tokens * (norms + attended + rows + router + c * hidden * moe.shared_width)

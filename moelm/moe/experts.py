@@ -7,6 +7,7 @@ Weights are `[E, in, out]`, gate and up side by side in one tensor, so that one 
 from __future__ import annotations
 
 import logging
+from functools import cache
 
 import torch
 import torch.nn.functional as F
@@ -33,9 +34,7 @@ def _(x_RD: Tensor, w_EDF: Tensor, offsets_E: Tensor) -> Tensor:
 
 
 @torch.library.custom_op("moelm::grouped_mm_backward", mutates_args=())
-def grouped_mm_backward(
-    grad_RF: Tensor, x_RD: Tensor, w_EDF: Tensor, offsets_E: Tensor
-) -> tuple[Tensor, Tensor]:
+def grouped_mm_backward(grad_RF: Tensor, x_RD: Tensor, w_EDF: Tensor, offsets_E: Tensor) -> tuple[Tensor, Tensor]:
     grad_RF = grad_RF.contiguous()  # an expanded gradient is refused by the kernel
     grad_x = F.grouped_mm(grad_RF, w_EDF.transpose(-2, -1), offs=offsets_E)
     grad_w = F.grouped_mm(x_RD.transpose(-2, -1), grad_RF, offs=offsets_E)
@@ -82,11 +81,7 @@ class Experts(nn.Module):
         if self.backend == "auto":
             self.backend = "grouped" if fits else "loop"
             if not fits:
-                log.warning(
-                    "experts.backend: loop, since d_model %d or d_expert %d is no multiple of 8",
-                    d_model,
-                    moe.d_expert,
-                )
+                _say_that_loop_is_used(d_model, moe.d_expert)
 
     def forward(self, rows_RD: Tensor, offsets_E: Tensor) -> Tensor:
         """[R, D], in the autocast dtype if autocast is on. Rows past offsets_E[-1] are undefined."""
@@ -95,6 +90,11 @@ class Experts(nn.Module):
         gate_RF, up_RF = matmul(rows_RD.to(dtype), self.gate_up.to(dtype), offsets_E).chunk(2, -1)
         hidden: Tensor = matmul(F.silu(gate_RF) * up_RF, self.down.to(dtype), offsets_E)
         return hidden
+
+
+@cache  # one line for all layers
+def _say_that_loop_is_used(d_model: int, d_expert: int) -> None:
+    log.warning("experts.backend: loop, since d_model %d or d_expert %d is no multiple of 8", d_model, d_expert)
 
 
 def compute_dtype(x: Tensor) -> torch.dtype:

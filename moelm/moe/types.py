@@ -12,6 +12,7 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
+import torch
 from torch import Tensor
 
 
@@ -59,8 +60,6 @@ class RouterStats(NamedTuple):
 
 def stack_stats(layers: list[RouterStats]) -> RouterStats:
     """One RouterStats with a leading dimension M from those of M layers. Raises IndexError for none."""
-    import torch
-
-    stacked = [torch.stack(column) for column in list(zip(*layers, strict=True))[:-1]]
-    extra = {key: torch.stack([layer.extra[key] for layer in layers]) for key in layers[0].extra}
-    return RouterStats(*stacked, extra)
+    *columns, extras = zip(*layers, strict=True)
+    extra = {key: torch.stack([each[key] for each in extras]) for key in extras[0]}
+    return RouterStats._make([*(torch.stack(column) for column in columns), extra])

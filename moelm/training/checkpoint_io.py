@@ -16,9 +16,11 @@ import json
 import os
 import re
 import shutil
+import time
 from pathlib import Path
 from typing import Any
 
+import lightning
 import lightning.pytorch as pl
 import torch
 from lightning.fabric.plugins.io.checkpoint_io import CheckpointIO
@@ -72,9 +74,7 @@ class FolderCheckpointIO(CheckpointIO):
             shutil.rmtree(stage, ignore_errors=True)
             raise CheckpointError(f"{target}: the checkpoint could not be written: {error}") from error
 
-    def load_checkpoint(
-        self, path: Any, map_location: Any = None, weights_only: bool | None = None
-    ) -> dict[str, Any]:
+    def load_checkpoint(self, path: Any, map_location: Any = None, weights_only: bool | None = None) -> dict[str, Any]:
         folder = Path(path)
         verify_checkpoint(folder)
         checkpoint: dict[str, Any] = load_tensors(folder / "training.pt")
@@ -94,7 +94,7 @@ def write_manifest(folder: Path, step: int) -> None:
         "format": FORMAT,
         "step": step,
         "files": files,
-        "versions": {"moelm": moelm.__version__, "torch": torch.__version__, "lightning": pl.__version__},
+        "versions": {"moelm": moelm.__version__, "torch": torch.__version__, "lightning": lightning.__version__},
     }
     (folder / "manifest.json").write_text(json.dumps(manifest, indent=1), encoding="utf-8")
     _sync(folder / "manifest.json")
@@ -202,25 +202,27 @@ class StepCheckpoint(Checkpoint):
     ) -> None:
         assert isinstance(pl_module, MoELightningModule)
         if pl_module.is_step_end and not pl_module.is_validation_step:
-            self._save_if_due(trainer)  # else after the validation
+            self._save_if_due(trainer, pl_module)  # else after the validation
 
     def on_validation_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         if not trainer.sanity_checking:
-            self._save_if_due(trainer, force=trainer.should_stop)
+            self._save_if_due(trainer, pl_module, force=trainer.should_stop)
 
     def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        self._save_if_due(trainer, force=True)
+        self._save_if_due(trainer, pl_module, force=True)
 
-    def _save_if_due(self, trainer: pl.Trainer, force: bool = False) -> None:
+    def _save_if_due(self, trainer: pl.Trainer, module: pl.LightningModule, force: bool = False) -> None:
+        assert isinstance(module, MoELightningModule)
         step = trainer.global_step
         due = step % self.every == 0 or force
         if not due or step == self._saved_step:
             return
-        self._saved_step = step
+        self._saved_step, started = step, time.perf_counter()
         trainer.save_checkpoint(step_folder(self.run_folder, step))
         if trainer.is_global_zero:
             for old in [folder for folder in step_folders(self.run_folder) if is_whole(folder)][: -self.keep_last]:
                 shutil.rmtree(old, ignore_errors=True)
+        module.paused_s += time.perf_counter() - started
 
 
 def is_whole(folder: Path) -> bool:

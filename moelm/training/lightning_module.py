@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from typing import Any
 
 import lightning.pytorch as pl
@@ -48,6 +49,7 @@ class MoELightningModule(pl.LightningModule):
         self.evaluation: dict[str, Evaluation] = {}
         self.evaluation_sums: EvaluationSums | None = None
         self.latest: dict[str, float] = {}  # every scalar by tag, as last logged
+        self.paused_s = 0.0  # time in validation and saving, which is no training
         self._rng_to_restore: dict[str, Any] | None = None
         self._step_before_batch = 0
 
@@ -78,9 +80,8 @@ class MoELightningModule(pl.LightningModule):
     def expert_bias_ME(self) -> Tensor | None:
         """A copy of the routers' expert_bias, stacked; None where no router has one."""
         biases = [getattr(layer.router, "expert_bias", None) for layer in self.model.moe_layers]
-        if not biases or biases[0] is None:
-            return None
-        return torch.stack(biases)
+        present = [bias for bias in biases if bias is not None]
+        return torch.stack(present) if present else None
 
     # ---------------------------------------------------------------------------------------- training
 
@@ -167,7 +168,8 @@ class MoELightningModule(pl.LightningModule):
         if self.is_step_end and self.is_last_step:
             self.trainer.should_stop = True  # which makes Lightning validate once more
         if self.is_log_step:
-            assert self.last_step is not None and self.grad_norm is not None
+            assert self.last_step is not None
+            assert self.grad_norm is not None
             step = self.last_step
             scalars = {"train/ce": step.ce, "train/loss": step.loss, "train/grad_norm": self.grad_norm}
             scalars |= {f"train/{name}": value for name, value in step.extra.items()}
@@ -187,6 +189,7 @@ class MoELightningModule(pl.LightningModule):
     # -------------------------------------------------------------------------------------- validation
 
     def on_validation_epoch_start(self) -> None:
+        self._validation_started = time.perf_counter()
         self.evaluation_sums = EvaluationSums(self.domains)
 
     def validation_step(self, batch: dict[str, Tensor], batch_idx: int) -> None:
@@ -200,6 +203,7 @@ class MoELightningModule(pl.LightningModule):
             scalars = self.evaluation["all"].scalars()
             self.log_scalars({f"val/{name}": value for name, value in scalars.items()})
             self.log("val/ce", scalars["ce"], logger=False)  # for EarlyStopping and its like
+            self.paused_s += time.perf_counter() - self._validation_started
 
     # -------------------------------------------------------------------------------------- checkpoints
 
@@ -245,7 +249,7 @@ def set_loop_position(fit_loop: dict[str, Any], step: int, accumulation: int) ->
     Lightning's own depend on the hook that saved (in the middle of a batch's bookkeeping, after a validation, at
     the end of fit), and count micro-batches, of which another device count makes another number.
     """
-    done = {name: step * accumulation for name in ("ready", "started", "processed", "completed")}
+    done = dict.fromkeys(("ready", "started", "processed", "completed"), step * accumulation)
     batches = fit_loop["epoch_loop.batch_progress"]
     batches["total"], batches["current"], batches["is_last_batch"] = dict(done), dict(done), False
     epoch = {"ready": 1, "started": 1, "processed": 0, "completed": 0}
@@ -253,5 +257,5 @@ def set_loop_position(fit_loop: dict[str, Any], step: int, accumulation: int) ->
     optimizer = fit_loop["epoch_loop.automatic_optimization.optim_progress"]["optimizer"]
     for key in ("step", "zero_grad"):
         for span in ("total", "current"):
-            optimizer[key][span] |= {name: step for name in optimizer[key][span]}
+            optimizer[key][span] |= dict.fromkeys(optimizer[key][span], step)
     fit_loop["epoch_loop.state_dict"]["_batches_that_stepped"] = step

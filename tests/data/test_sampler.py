@@ -25,9 +25,9 @@ def test_order_differs_by_epoch_and_by_seed_and_is_not_the_stored_one():
         assert sum(a == b for a, b in zip(one, two, strict=True)) < 10  # one is expected by chance
 
 
-def test_order_is_spread_evenly():
+@pytest.mark.parametrize("n", [4096, 8192, 5000])
+def test_order_is_spread_evenly(n):
     """Chi-square over (quarter of the epoch, quarter of the data) and over the steps between neighbours."""
-    n = 4096
     order = [shuffled(position, n, seed=5) for position in range(n)]
     cells = [0] * 16
     steps = [0] * 16
@@ -37,6 +37,14 @@ def test_order_is_spread_evenly():
     for counts in (cells, steps):
         chi_square = sum((count - n / 16) ** 2 / (n / 16) for count in counts)
         assert chi_square < 38  # 15 degrees of freedom: p = 0.001
+
+
+@pytest.mark.parametrize("n_bits", [12, 13])
+def test_every_bit_of_a_position_is_mixed(n_bits):
+    n = 2**n_bits
+    flipped = [position ^ shuffled(position, n, seed=5) for position in range(n)]
+    for bit in range(n_bits):
+        assert 0.45 * n < sum(value >> bit & 1 for value in flipped) < 0.55 * n
 
 
 def test_order_needs_no_memory_of_a_huge_data_set():
@@ -50,29 +58,19 @@ def test_order_never_changes_between_versions():
     assert hash64(1, 2) != hash64(12) != hash64(2, 1)
 
 
-def global_batches(
-    n_batches: int, micro: int, world: int, start: int = 0, batch: int = 24
-) -> list[list[int]]:
+def global_batches(n_batches: int, micro: int, world: int, start: int = 0, batch: int = 24) -> list[list[int]]:
     """What all ranks together read for each optimizer step, in the order of the samples."""
     n_micro = batch // (micro * world)
     per_rank = [
-        list(islice(GlobalBatchSampler(start, batch, micro, rank, world), n_batches * n_micro))
-        for rank in range(world)
+        list(islice(GlobalBatchSampler(start, batch, micro, rank, world), n_batches * n_micro)) for rank in range(world)
     ]
     return [
-        [
-            p
-            for m in range(step * n_micro, (step + 1) * n_micro)
-            for rank in range(world)
-            for p in per_rank[rank][m]
-        ]
+        [p for m in range(step * n_micro, (step + 1) * n_micro) for rank in range(world) for p in per_rank[rank][m]]
         for step in range(n_batches)
     ]
 
 
-@pytest.mark.parametrize(
-    ("micro", "world"), [(24, 1), (1, 1), (4, 1), (12, 2), (3, 2), (1, 8), (2, 4), (6, 4)]
-)
+@pytest.mark.parametrize(("micro", "world"), [(24, 1), (1, 1), (4, 1), (12, 2), (3, 2), (1, 8), (2, 4), (6, 4)])
 def test_a_global_batch_holds_the_same_samples_whatever_the_ranks_and_micro_batches(micro, world):
     batches = global_batches(3, micro, world)
     assert batches == [list(range(0, 24)), list(range(24, 48)), list(range(48, 72))]

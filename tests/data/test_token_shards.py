@@ -118,9 +118,7 @@ def test_counts_and_domains_are_those_of_the_manifest(folder):
 
 def test_a_large_vocabulary_takes_four_bytes(tmp_path):
     stream = np.array([1, 65_535, 65_536, 99_999])
-    shards = TokenShards(
-        write_shards(tmp_path / "corpus", {"train": {"a": stream}, "val": {"a": [1]}}, vocab=10**5)
-    )
+    shards = TokenShards(write_shards(tmp_path / "corpus", {"train": {"a": stream}, "val": {"a": [1]}}, vocab=10**5))
     assert shards.window("train", 0, 4).targets.tolist() == stream.tolist()
 
 
@@ -157,9 +155,7 @@ def flip_byte(file: Path, offset: int) -> None:
 
 def test_a_flipped_byte_is_found_and_its_file_named(folder):
     flip_byte(folder / "train.b.00002.bin", 5)
-    with pytest.raises(
-        DataError, match=r"train\.b\.00002\.bin: is damaged .*\n  remedy: prepare again.*--force"
-    ):
+    with pytest.raises(DataError, match=r"train\.b\.00002\.bin: is damaged .*\n  remedy: prepare again.*--force"):
         TokenShards(folder)
 
 
@@ -212,9 +208,7 @@ def test_a_bad_manifest_is_named(folder, text, problem):
 def test_an_id_outside_the_vocabulary_is_named_by_file_and_offset(tmp_path):
     stream = ids(30)
     stream[17] = VOCAB
-    shards = TokenShards(
-        write_shards(tmp_path / "corpus", {"train": {"a": stream}, "val": {}}, shard_tokens=12)
-    )
+    shards = TokenShards(write_shards(tmp_path / "corpus", {"train": {"a": stream}, "val": {}}, shard_tokens=12))
     shards.window("train", 1, 8)
     where = rf"train\.a\.00001\.bin: token id {VOCAB} at token offset 5 is outside the vocabulary of {VOCAB}"
     with pytest.raises(DataError, match=where):

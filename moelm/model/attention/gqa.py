@@ -8,12 +8,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from moelm.config import ConfigError, ModelConfig, NamedConfig, register, setting
+from moelm.config import ConfigError, ModelConfig, register, setting
+from moelm.model.attention.base import Attention, AttentionConfig
 from moelm.model.rope import rotate, rotation
 
 
 @dataclass
-class GQAConfig(NamedConfig):
+class GQAConfig(AttentionConfig):
     n_heads: int = setting(8, ge=1)
     n_kv_heads: int | None = setting(None, ge=1)  # null: n_heads (multi-head attention)
     head_dim: int | None = setting(None, ge=2)  # null: d_model / n_heads
@@ -26,7 +27,9 @@ class GQAConfig(NamedConfig):
             )
         if self.n_heads % self.kv_heads:
             raise ConfigError(
-                f"{key}.n_kv_heads", f"{self.kv_heads} does not divide n_heads = {self.n_heads}", "use a divisor"
+                f"{key}.n_kv_heads",
+                f"{self.kv_heads} does not divide n_heads = {self.n_heads}",
+                "use a divisor",
             )
         if self.width(config.d_model) % 2:
             raise ConfigError(f"{key}.head_dim", f"{self.width(config.d_model)} is odd", "RoPE turns pairs")
@@ -40,9 +43,12 @@ class GQAConfig(NamedConfig):
         return self.head_dim or d_model // self.n_heads
 
     def flops_per_token(self, d_model: int, seq_len: int) -> int:
-        """Of one layer's scores and weighted values beyond its weight matrices, forward, averaged over a causal
-        sequence: each token meets half of seq_len, two products of Q multiply-adds for each head."""
+        """q k^T and the weighted sum of v: two products over half of seq_len, on average, for each head."""
         return 2 * seq_len * self.n_heads * self.width(d_model)
+
+    def saved_per_token(self, d_model: int) -> int:
+        """q, k, v and the heads' output."""
+        return 2 * (self.n_heads + self.kv_heads) * self.width(d_model)
 
 
 class KVCache:
@@ -63,7 +69,7 @@ class KVCache:
 
 
 @register("attention", "gqa", GQAConfig)
-class GQA(nn.Module):
+class GQA(Attention):
     """softmax(q k^T / sqrt(Q)) v, causal, with RoPE on q and k; query head h reads kv head h // (H / H_kv)."""
 
     def __init__(self, config: GQAConfig, model: ModelConfig) -> None:
@@ -77,14 +83,11 @@ class GQA(nn.Module):
         self.out = nn.Linear(self.n_heads * self.head_dim, model.d_model, bias=False)
 
     def rotation(self, positions_L: Tensor) -> tuple[Tensor, Tensor]:
-        """What `forward` needs to know of positions; the same for all layers, so made once a forward pass."""
         return rotation(positions_L, self.head_dim, self.rope_theta)
 
     def init_cache(self, batch_size: int, max_len: int, device: torch.device, dtype: torch.dtype) -> KVCache:
         shape = (batch_size, self.n_kv_heads, max_len, self.head_dim)
-        return KVCache(
-            torch.empty(shape, device=device, dtype=dtype), torch.empty(shape, device=device, dtype=dtype)
-        )
+        return KVCache(torch.empty(shape, device=device, dtype=dtype), torch.empty(shape, device=device, dtype=dtype))
 
     def forward(
         self,
@@ -95,8 +98,7 @@ class GQA(nn.Module):
     ) -> Tensor:
         """`mask_BLL`: bool, True = may attend, replaces the causal mask; with a cache its last axis is all keys."""
         q_BHLQ, k_BHLQ, v_BHLQ = (
-            project(x_BLD).unflatten(-1, (-1, self.head_dim)).transpose(1, 2)
-            for project in (self.q, self.k, self.v)
+            project(x_BLD).unflatten(-1, (-1, self.head_dim)).transpose(1, 2) for project in (self.q, self.k, self.v)
         )
         q_BHLQ, k_BHLQ = rotate(q_BHLQ, *rotation), rotate(k_BHLQ, *rotation)
         if cache is not None:

@@ -35,7 +35,8 @@ class LossFreeBalancer(Balancer):
     config: LossFreeConfig
 
     def update_bias(self, bias_ME: Tensor, load_ME: Tensor) -> Tensor:
-        step_ME = torch.sign(load_ME.mean(-1, keepdim=True) - load_ME).float()
+        # sum against E x load, exact in float64: CUDA's mean is a product with 1/E, which misses an equal load
+        step_ME = torch.sign(load_ME.sum(-1, keepdim=True) - load_ME.shape[-1] * load_ME).float()
         if self.config.centred:
             step_ME = step_ME - step_ME.mean(-1, keepdim=True)
         return bias_ME + self.config.rate * step_ME

@@ -37,9 +37,7 @@ def sort_by_expert(expert_ids_TK: Tensor, n_experts: int) -> Permutation:
     row_of_choice = torch.empty_like(order_R).scatter(0, order_R, rows).view_as(expert_ids_TK)
     counts = torch.zeros(n_experts + 1, dtype=torch.int32, device=ids_R.device)
     counts_E = counts.scatter_add(0, ids_R, torch.ones_like(ids_R, dtype=torch.int32))[:n_experts]
-    return Permutation(
-        row_of_choice, order_R, expert_ids_TK != n_experts, counts_E.cumsum(0, dtype=torch.int32)
-    )
+    return Permutation(row_of_choice, order_R, expert_ids_TK != n_experts, counts_E.cumsum(0, dtype=torch.int32))
 
 
 class _Dispatch(torch.autograd.Function):
@@ -70,7 +68,8 @@ class _Combine(torch.autograd.Function):
     ) -> Tensor:
         ctx.save_for_backward(rows_RD, gates_TK, row_of_choice_TK, choice_of_row_R, valid_TK)
         chosen_TKD = _gather_choices(rows_RD, row_of_choice_TK, valid_TK)
-        return (chosen_TKD * gates_TK.to(rows_RD.dtype).unsqueeze(-1)).sum(1)
+        weighted_TKD = chosen_TKD * gates_TK.to(rows_RD.dtype).unsqueeze(-1)
+        return weighted_TKD.sum(1, dtype=rows_RD.dtype)  # autocast on CUDA would make it float32
 
     @staticmethod
     def backward(ctx: Any, grad_TD: Tensor) -> tuple[Tensor | None, ...]:

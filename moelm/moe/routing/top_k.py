@@ -50,7 +50,9 @@ class TopKConfig(NamedConfig):
             )
         if self.top_k_groups > self.n_groups:
             raise ConfigError(
-                f"{key}.top_k_groups", f"{self.top_k_groups} is more than n_groups = {self.n_groups}", "lower it"
+                f"{key}.top_k_groups",
+                f"{self.top_k_groups} is more than n_groups = {self.n_groups}",
+                "lower it",
             )
         group_size = config.n_experts // self.n_groups
         if config.top_k > self.top_k_groups * group_size:
@@ -109,7 +111,8 @@ class TopKRouter(nn.Module):
             choice_TE = scores_TE if expert_bias_E is None else scores_TE + expert_bias_E
             if self.config.n_groups > 1:
                 choice_TE = self._mask_other_groups(choice_TE)
-            return choice_TE.topk(self.top_k, dim=-1).indices
+            ids_TK: Tensor = choice_TE.topk(self.top_k, dim=-1).indices
+            return ids_TK
 
     def _mask_other_groups(self, choice_TE: Tensor) -> Tensor:
         """-inf outside the best groups. Not 0: with a negative bias an excluded expert could win."""
@@ -120,7 +123,8 @@ class TopKRouter(nn.Module):
             group_TG = choice_TGe.topk(2, dim=-1).values.sum(-1)
         best = group_TG.topk(self.config.top_k_groups, dim=-1).indices
         excluded_TG = torch.ones_like(group_TG, dtype=torch.bool).scatter(-1, best, False)
-        return choice_TGe.masked_fill(excluded_TG.unsqueeze(-1), -torch.inf).flatten(-2)
+        masked_TE: Tensor = choice_TGe.masked_fill(excluded_TG.unsqueeze(-1), -torch.inf).flatten(-2)
+        return masked_TE
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Any:
         """Keep expert_bias in float32 when the model is cast: a bf16 0.5 does not move by 0.001."""

@@ -1,0 +1,37 @@
+# Every target sets up .venv itself. PYTHON chooses the interpreter, PIP_ARGS goes to pip (an index for the CPU
+# build of torch, say).
+PYTHON ?= python3
+PIP_ARGS ?=
+BIN := .venv/bin
+QUICKSTART := checkpoints/quickstart
+
+.PHONY: quickstart test test-all lint
+
+quickstart: .venv/.core
+	test -f $(QUICKSTART)/summary.json || $(BIN)/python -m moelm.train --config configs/quickstart.yaml --resume auto
+	$(BIN)/python -m moelm.evaluate --checkpoint $(QUICKSTART)
+	$(BIN)/python -m moelm.generate --checkpoint $(QUICKSTART) --prompt "def read_text(self, path" --max-new-tokens 160
+
+test: .venv/.dev
+	$(BIN)/python -m pytest -m "not slow"
+
+test-all: .venv/.dev
+	$(BIN)/python -m pytest -m slow --timeout 1200
+
+lint: .venv/.dev
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+.venv/bin/python:
+	$(PYTHON) -c 'import sys; assert sys.version_info >= (3, 11), f"Python 3.11 or newer is needed, this is {sys.version}"'
+	$(PYTHON) -m venv .venv
+
+# --no-compile: bytecode is written when a module is first imported, which halves the time of the install
+.venv/.core: .venv/bin/python pyproject.toml
+	$(BIN)/python -m pip install --quiet --no-compile --disable-pip-version-check $(PIP_ARGS) -e .
+	touch $@
+
+.venv/.dev: .venv/bin/python pyproject.toml
+	$(BIN)/python -m pip install --quiet --no-compile --disable-pip-version-check $(PIP_ARGS) -e ".[dev]"
+	touch $@ .venv/.core

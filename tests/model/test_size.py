@@ -1,0 +1,128 @@
+"""Sizes known from the config, against formulas written out here and operations counted by PyTorch."""
+
+import pytest
+import torch
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils.flop_counter import FlopCounterMode
+
+from moelm.model.gpt import GPT
+from moelm.model.init import initialize
+from moelm.model.size import ModelSize, expert_combinations, flops_per_token, model_size, short_name
+
+GQA = {"name": "gqa", "n_heads": 4, "n_kv_heads": 2}
+CASES = {
+    "all_moe": {},
+    "untied": {"tied_embeddings": False},
+    "first_layer_dense": {"n_layers": 4, "moe": {"first_moe_layer": 1}},
+    "every_second": {"n_layers": 5, "moe": {"first_moe_layer": 1, "moe_every_n_layers": 2}, "attention": GQA},
+    "shared": {"tied_embeddings": False, "moe": {"n_shared_experts": 2, "top_k": 3}},
+    "shared_gated": {"moe": {"n_shared_experts": 1, "d_shared": 40, "shared_gate": True, "top_k": 1}},
+    "biases": {"moe": {"router": {"name": "top_k", "trained_bias": True, "selection_bias": True}}},
+    "dense": {"moe": None, "n_layers": 3},
+    "wide_heads": {"attention": {"name": "gqa", "n_heads": 4, "n_kv_heads": 1, "head_dim": 16}},
+}
+
+
+@pytest.fixture(params=CASES.values(), ids=CASES)
+def config(request, tiny_config):
+    return tiny_config(**request.param)
+
+
+def count(config):
+    """(total, active, embedding) from the config's numbers alone."""
+    d, moe, attention = config.d_model, config.moe, config.attention
+    head_dim = attention.head_dim or d // attention.n_heads
+    kv_heads = attention.n_kv_heads or attention.n_heads
+    embedding = config.vocab_size * d
+    total = embedding * (1 if config.tied_embeddings else 2) + d
+    idle = 0
+    for layer in range(config.n_layers):
+        total += 2 * d + 2 * d * head_dim * (attention.n_heads + kv_heads)
+        first, every = (None, None) if moe is None else (moe.first_moe_layer, moe.moe_every_n_layers)
+        if moe is None or layer < first or (layer - first) % every:
+            total += 3 * d * config.feed_forward.d_ff
+            continue
+        expert = 3 * d * moe.d_expert
+        total += moe.n_experts * (d + expert + (1 if moe.router.trained_bias else 0))
+        total += 3 * d * (moe.d_shared or moe.n_shared_experts * moe.d_expert) + (d if moe.shared_gate else 0)
+        idle += (moe.n_experts - moe.top_k) * expert
+    return total, total - idle, embedding
+
+
+def test_parameters_equal_a_formula_of_the_config(config):
+    total, active, embedding = count(config)
+    size = model_size(config)
+    assert size.total == total
+    assert size.active == active
+    assert size.active_no_input_embedding == active - (0 if config.tied_embeddings else embedding)
+    assert size.active_no_embeddings == active - embedding * (1 if config.tied_embeddings else 2)
+    assert size.routed_expert == (0 if config.moe is None else 3 * config.d_model * config.moe.d_expert)
+    assert size.total == sum(parameter.numel() for parameter in GPT(config).parameters())
+
+
+def test_idle_experts_are_all_that_separates_total_from_active(tiny_config):
+    assert model_size(tiny_config(moe={"top_k": 8})).active == model_size(tiny_config()).total
+    dense = model_size(tiny_config(moe=None))
+    assert dense.active == dense.total
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_flops_are_those_that_pytorch_counts(tiny_config, case):
+    """The counter sees every product of a training step; dropless, so top_k experts a token at any balance.
+
+    In SDPA's plain implementation it sees the whole square of scores, of which causal attention needs half:
+    two products of L Q multiply-adds a token and head are 4 L H Q forward and 12 L H Q in all, so
+    `flops_per_token` leaves out 6 L H Q a layer. It counts the router's trained bias as if it multiplied.
+    """
+    changes = dict(CASES[case])
+    if changes.get("moe", {}) is not None:
+        changes["moe"] = changes.get("moe", {}) | {"experts": {"backend": "loop"}}  # grouped_mm is opaque to it
+    config = tiny_config(**changes)
+    model = GPT(config)
+    initialize(model, 0)
+    B, L = 2, 24
+    tokens_BL = torch.randint(config.vocab_size, (B, L + 1), generator=torch.Generator().manual_seed(0))
+    with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH):
+        model(tokens_BL[:, :-1], tokens_BL[:, 1:]).loss.backward()
+    attention = config.attention
+    head_dim = attention.head_dim or config.d_model // attention.n_heads
+    unneeded_half = 6 * L * attention.n_heads * head_dim * config.n_layers
+    counted = counter.get_total_flops() / (B * L)
+    wanted = flops_per_token(config, L) + unneeded_half
+    assert counted == pytest.approx(wanted, rel=0.01)
+    if case != "biases":
+        assert counted == wanted
+    # each part alone is more than the tolerance
+    assert unneeded_half > 0.02 * wanted
+
+
+def test_flops_of_attention_grow_with_the_sequence(tiny_config):
+    config = tiny_config(n_layers=3)
+    # 3 x (2 products) x (2 per multiply-add) x (half of the extra 100 keys) x width 32 x 3 layers
+    assert flops_per_token(config, 150) - flops_per_token(config, 50) == 3 * 2 * 2 * 50 * 32 * 3
+
+
+@pytest.mark.parametrize(
+    ("total", "active", "name"),
+    [
+        (6_919_161_856, 1_281_892_352, "6.9B-A1.3B"),
+        (671_026_000_000, 37_550_000_000, "671B-A37.5B"),
+        (1_040_000_000_000, 32_600_000_000, "1.0T-A32.6B"),
+        (60_000_000, 60_000_000, "60.0M"),
+        (123_456_789, 9_500_000, "123M-A9.5M"),
+        (41_500, 20_400, "42K-A20K"),
+    ],
+)
+def test_the_short_name_says_total_and_active(total, active, name):
+    assert short_name(ModelSize(total, active, active, active, 1)) == name
+
+
+@pytest.mark.parametrize(
+    ("n_experts", "top_k", "combinations"), [(16, 2, 120), (64, 8, 4_426_165_368), (8, 8, 1), (8, 1, 8)]
+)
+def test_expert_combinations_are_binomial_coefficients(tiny_config, n_experts, top_k, combinations):
+    assert expert_combinations(tiny_config(moe={"n_experts": n_experts, "top_k": top_k})) == combinations
+
+
+def test_a_dense_model_has_one_combination(tiny_config):
+    assert expert_combinations(tiny_config(moe=None)) == 1

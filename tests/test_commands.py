@@ -1,0 +1,239 @@
+"""The commands as a person types them: evaluate, generate, info, and their mistakes."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from tiny_runs import summary_of
+
+from moelm import command_line, generate, info
+from moelm.config import Config, UserError, to_yaml
+from moelm.evaluate import as_dict, evaluate
+from moelm.evaluate import main as evaluate_main
+from moelm.generate import main as generate_main
+from moelm.info import main as info_main
+from moelm.model.gpt import GPT
+from moelm.model.init import initialize
+from moelm.train import main as train_main
+from moelm.train import train
+from moelm.training.checkpoint_io import step_folder
+
+MAINS = {"evaluate": evaluate_main, "generate": generate_main, "info": info_main, "train": train_main}
+
+
+@pytest.fixture
+def run(tiny: Callable[..., Config]) -> Config:
+    config = tiny({"trainer.max_steps": 12, "checkpoint.every_n_steps": 6})
+    train(config)
+    return config
+
+
+@pytest.mark.parametrize("precision", ["32-true", "bf16-mixed"])
+def test_evaluate_on_the_last_checkpoint_equals_the_logged_validation(
+    tiny: Callable[..., Config], precision: str
+) -> None:
+    config = tiny({"trainer.max_steps": 5, "trainer.precision": precision})
+    train(config)
+    result = evaluate(config.run_folder)["all"]
+    logged = summary_of(config.run_folder)
+    assert result.ce == pytest.approx(logged["val/ce"], abs=1e-6)
+    assert result.bits_per_byte == pytest.approx(logged["val/bits_per_byte"], abs=1e-6)
+
+
+def test_the_domains_of_an_evaluation_add_up(run: Config) -> None:
+    results = evaluate(run.run_folder)
+    domains = {name: result for name, result in results.items() if name != "all"}
+    assert set(domains) == {"code", "more"}
+    everything = results["all"]
+    assert everything.tokens == sum(result.tokens for result in domains.values())
+    assert everything.ce == pytest.approx(sum(r.ce * r.tokens for r in domains.values()) / everything.tokens)
+    for result in results.values():
+        assert torch.tensor(result.load).sum(-1).tolist() == [2 * result.tokens] * 2
+    total = sum(torch.tensor(result.load) for result in domains.values())
+    assert total.tolist() == everything.load  # type: ignore[union-attr]
+    assert as_dict(everything)["perplexity"] == pytest.approx(2.718281828**everything.ce)
+
+
+def test_evaluate_predicts_every_token_once_and_counts_every_byte(run: Config) -> None:
+    manifest = json.loads((run.data.corpus.path / "manifest.json").read_text())["splits"]["val"]
+    result = evaluate(run.run_folder)["all"]
+    assert result.tokens == sum(counts["tokens"] for counts in manifest.values())
+    assert result.bytes == pytest.approx(sum(counts["bytes"] for counts in manifest.values()))
+
+
+def test_evaluate_prints_json_and_a_table(run: Config, capsys: pytest.CaptureFixture[str]) -> None:
+    evaluate_main(["--checkpoint", str(step_folder(run.run_folder, 6)), "--json"])
+    printed = json.loads(capsys.readouterr().out)
+    assert {"ce", "perplexity", "bits_per_byte", "load", "tokens"} <= set(printed["all"])
+    evaluate_main(["--checkpoint", str(run.run_folder)])
+    table = capsys.readouterr().out
+    assert "bits/byte" in table
+    assert "share of the routed tokens" in table
+
+
+def test_evaluate_on_other_data_uses_the_checkpoints_tokenizer(run: Config, tmp_path: Path) -> None:
+    (tmp_path / "other").mkdir()
+    for i in range(20):
+        (tmp_path / "other" / f"{i}.txt").write_text(f"def f{i}(x):\n    return x + {i}\n" * 20)
+    data = tmp_path / "other.yaml"
+    data.write_text(
+        f"name: other\ndir: {tmp_path / 'shards'}\nval_fraction: 0.3\n"
+        f"sources: [{{name: files, path: {tmp_path / 'other'}}}]\n"
+    )
+    results = evaluate(run.run_folder, data)
+    assert results["all"].tokens > 0
+    assert (tmp_path / "shards" / "tokenizer.json").read_bytes() == (
+        step_folder(run.run_folder, 12) / "tokenizer.json"
+    ).read_bytes()
+
+
+def small_model(tiny: Callable[..., Config]) -> GPT:
+    config = tiny({"model.init": {"std": 0.3}}).model
+    model = GPT(config)
+    initialize(model, 1)
+    return model
+
+
+def test_greedy_generation_with_and_without_a_cache_is_the_same_text(tiny: Callable[..., Config]) -> None:
+    model, prompt = small_model(tiny), torch.tensor([[3, 1, 4, 1, 5, 9]])
+    cached, plain = (list(generate.generate(model, prompt, 40, use_cache=use)) for use in (True, False))
+    assert cached == plain
+    assert len(set(cached)) > 5, "too dull a text to show anything"
+
+
+def test_sampling_repeats_under_a_seed_and_top_p_cuts_the_tail(tiny: Callable[..., Config]) -> None:
+    model, prompt = small_model(tiny), torch.tensor([[3, 1, 4]])
+
+    def sample(**options: float) -> list[int]:
+        return list(generate.generate(model, prompt, 20, temperature=1.0, **options))  # type: ignore[arg-type]
+
+    assert sample(seed=1) == sample(seed=1)
+    assert sample(seed=1) != sample(seed=2)
+    assert sample(seed=1, top_p=1e-6) == list(generate.generate(model, prompt, 20))
+    logits = torch.tensor([0.5, 0.3, 0.15, 0.05]).log()
+    generator = torch.Generator().manual_seed(0)
+    drawn = {int(generate.choose_token(logits, 1.0, 0.7, generator)) for _ in range(200)}
+    assert drawn == {0, 1}
+
+
+def test_generation_stops_at_the_end_of_a_document(tiny: Callable[..., Config]) -> None:
+    model, prompt = small_model(tiny), torch.tensor([[3, 1, 4]])
+    ids = list(generate.generate(model, prompt, 20))
+    end = ids[7]
+    assert list(generate.generate(model, prompt, 20, end_of_text=end)) == ids[: ids.index(end)]
+
+
+def test_generate_streams_text_and_equals_uncached_greedy_decoding(
+    run: Config, capsys: pytest.CaptureFixture[str]
+) -> None:
+    arguments = ["--checkpoint", str(run.run_folder), "--prompt", "def", "--max-new-tokens", "12"]
+    generate_main([*arguments, "--temperature", "0"])
+    first = capsys.readouterr().out
+    generate_main([*arguments, "--temperature", "0"])
+    assert first == capsys.readouterr().out
+    assert first.startswith("def")
+    assert len(first) > 5
+
+
+def test_a_character_of_several_tokens_is_streamed_whole() -> None:
+    class Bytes:
+        def decode(self, ids: list[int]) -> str:
+            return bytes(ids).decode("utf-8", "replace")
+
+    text = "naïve → 日本"
+    parts = list(generate.stream_text(Bytes(), iter(text.encode())))  # type: ignore[arg-type]
+    assert "".join(parts) == text
+    assert not any("�" in part for part in parts)
+
+
+def test_info_prints_the_promised_keys_without_building_the_model(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path, tiny: Callable[..., Config]
+) -> None:
+    file = tmp_path / "large.yaml"
+    config = tiny({"model.d_model": 4096, "model.n_layers": 60, "model.moe.d_expert": 8192, "model.moe.n_experts": 64})
+    file.write_text(to_yaml(config))
+    info_main(["--config", str(file), "--json"])
+    facts = json.loads(capsys.readouterr().out)
+    assert {
+        *("total_params", "active_params", "active_params_no_input_embedding", "active_params_no_embeddings"),
+        *("flops_per_token", "memory_gib"),
+    } <= set(facts)
+    assert facts["total_params"] > 300e9
+    info_main(["--config", str(file)])
+    table = capsys.readouterr().out
+    for words in ("390B-A15.1B", "389,585,276,928", "C(64,2) = 2,016", "d_expert / d_model", "2.000"):
+        assert words in table, words
+
+
+def test_info_names_memory_for_both_precisions(tiny: Callable[..., Config]) -> None:
+    plain, mixed = (info.info(tiny({"trainer.precision": p})) for p in ("32-true", "bf16-mixed"))
+    assert sum(plain["memory_parts_gib"].values()) == pytest.approx(plain["memory_gib"])
+    assert mixed["memory_parts_gib"]["activations"] < plain["memory_parts_gib"]["activations"]
+
+
+@pytest.mark.parametrize(
+    ("module", "arguments", "message"),
+    [
+        ("evaluate", ["--checkpoint", "nowhere"], "nowhere: no such folder"),
+        ("generate", ["--checkpoint", "nowhere"], "nowhere: no such folder"),
+        ("generate", ["--checkpoint", ".", "--top-p", "2"], "--top-p: 2.0"),
+        ("generate", ["--checkpoint", ".", "--temperature", "-1"], "--temperature: -1"),
+        ("info", ["--config", "nowhere.yaml"], "nowhere.yaml: no such file"),
+        ("train", ["--config", "nowhere.yaml"], "nowhere.yaml: no such file"),
+    ],
+)
+def test_a_mistake_is_one_message_and_exit_code_2(
+    module: str,
+    arguments: list[str],
+    message: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "argv", [module, *arguments])
+    with pytest.raises(SystemExit) as stop:
+        command_line.run(MAINS[module])
+    assert stop.value.code == 2
+    assert message in capsys.readouterr().err
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_mistake_ends_a_real_process_without_a_traceback(tmp_path: Path) -> None:
+    command = [sys.executable, "-m", "moelm.evaluate", "--checkpoint", "nowhere"]
+    result = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
+    assert result.returncode == 2
+    assert result.stderr.startswith("error: nowhere: no such folder")
+    assert "Traceback" not in result.stderr
+
+
+@pytest.mark.parametrize("module", ["train", "evaluate", "generate", "info"])
+def test_help_has_an_example(module: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as stop:
+        MAINS[module](["--help"])
+    assert stop.value.code == 0
+    assert f"example:\n  python -m moelm.{module} " in capsys.readouterr().out
+
+
+def test_another_tokenizer_is_refused(run: Config) -> None:
+    from moelm.data.token_shards import TokenShards
+    from moelm.evaluate import check_tokenizer
+
+    shards = TokenShards(run.data.corpus.path)
+    other = step_folder(run.run_folder, 6)
+    (other / "tokenizer.json").write_text("{}")
+    with pytest.raises(UserError, match="not the tokenizer"):
+        check_tokenizer(other, shards)
+
+
+def test_commands_leave_the_environment_alone() -> None:
+    before = dict(os.environ)
+    command_line.import_builtins()
+    assert dict(os.environ) == before

@@ -1,0 +1,60 @@
+"""The promise of `make quickstart`, kept for real: minutes long, so only in `make test-all`."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+
+
+def python(*arguments: str, cwd: Path) -> str:
+    result = subprocess.run([sys.executable, *arguments], cwd=cwd, capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr[-2000:]
+    return result.stdout
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(1500)
+def test_the_quickstart_beats_gzip_and_xz_without_a_dead_expert(tmp_path: Path) -> None:
+    shutil.copytree(ROOT / "configs", tmp_path / "configs")
+    shown = python("-m", "moelm.train", "--config", "configs/quickstart.yaml", cwd=tmp_path)
+    summary = json.loads((tmp_path / "checkpoints/quickstart/summary.json").read_text())
+    assert summary["val/bits_per_byte"] < summary["val/xz_bits_per_byte"] < summary["val/gzip_bits_per_byte"]
+    assert summary["moe/dead_experts"] == 0
+    assert summary["moe/max_violation"] < 1
+    for words in ("gzip -9", "xz -9", "dead experts"):
+        assert words in shown
+    run = "checkpoints/quickstart"
+    evaluated = json.loads(python("-m", "moelm.evaluate", "--checkpoint", run, "--json", cwd=tmp_path))
+    assert evaluated["all"]["ce"] == pytest.approx(summary["val/ce"], abs=1e-6)
+    assert evaluated["all"]["dead_experts"] == [0] * len(evaluated["all"]["dead_experts"])
+    text = python("-m", "moelm.generate", "--checkpoint", run, "--prompt", "def read(self", cwd=tmp_path)
+    assert "self" in text[len("def read(self") :]
+    assert "\n    " in text
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(900)
+def test_a_corpus_of_200_mb_is_prepared_in_less_than_a_gibibyte(tmp_path: Path) -> None:
+    sys.path.insert(0, str(ROOT / "benchmarks"))
+    from prepare_corpus import write_corpus
+
+    write_corpus(tmp_path, 200)
+    (tmp_path / "corpus.yaml").write_text(
+        f"dir: {tmp_path}/shards\nsources: [{{name: files, path: {tmp_path}/text}}]\n"
+    )
+    code = (
+        "import sys, resource\nfrom data_prep.prepare import main\nmain(['--config', sys.argv[1]])\n"
+        "print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)"
+    )
+    peak_kib = int(python("-c", code, str(tmp_path / "corpus.yaml"), cwd=tmp_path).splitlines()[-1])
+    assert peak_kib < 2**20, f"{peak_kib / 2**20:.2f} GiB"
+    manifest = json.loads((tmp_path / "shards" / "manifest.json").read_text())
+    n_bytes = sum(counts["bytes"] for split in manifest["splits"].values() for counts in split.values())
+    assert n_bytes >= 199e6

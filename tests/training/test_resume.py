@@ -1,0 +1,158 @@
+"""A resumed run is the same run, to the last bit."""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from tiny_runs import Recorder, scalars_of, summary_of
+
+from moelm.config import Config, ConfigError, to_yaml
+from moelm.train import train
+from moelm.training.checkpoint_io import load_tensors, step_folder
+
+STEPS = 60
+
+VARIANTS = {
+    "plain": {},
+    "accumulation 4": {"optim.micro_batch_size": 4},
+    "all experts and dropout": {"model.moe.top_k": 8, "model.dropout": 0.1},
+    "dropout and loss-free": {
+        "model.dropout": 0.1,
+        "model.moe.router": {"name": "top_k", "score": "sigmoid", "selection_bias": True},
+        "model.moe.balancers": [{"name": "loss_free"}],
+    },
+    "a save beside a validation": {"checkpoint.every_n_steps": 20, "model.dropout": 0.1},
+    "a worker process": {"data.n_workers": 1, "model.dropout": 0.1},
+}
+
+
+def named(config: Config, name: str, recorded: bool = True) -> Config:
+    from moelm.config import make_named
+
+    run = dataclasses.replace(config.run, name=name)
+    callbacks = [*config.callbacks, make_named("callback", "recorder")] if recorded else config.callbacks
+    return dataclasses.replace(config, run=run, callbacks=callbacks)
+
+
+def assert_same(a: Any, b: Any, where: str = "") -> None:
+    if isinstance(a, dict):
+        assert a.keys() == b.keys(), where
+        for key in a:
+            assert_same(a[key], b[key], f"{where}/{key}")
+    elif isinstance(a, list | tuple):
+        assert len(a) == len(b), where
+        for i, (left, right) in enumerate(zip(a, b, strict=True)):
+            assert_same(left, right, f"{where}/{i}")
+    elif isinstance(a, torch.Tensor):
+        assert a.dtype == b.dtype, where
+        assert torch.equal(a, b), where
+    else:
+        assert a == b, where
+
+
+def assert_same_state(a: Path, b: Path) -> None:
+    """Weights, biases, moments, schedule, RNG, recent load; all but Lightning's bookkeeping and the run's name."""
+    assert_same(load_tensors(a / "model.pt"), load_tensors(b / "model.pt"))
+    left, right = load_tensors(a / "training.pt"), load_tensors(b / "training.pt")
+    for key in ("optimizer_states", "lr_schedulers", "global_step"):
+        assert left[key], key
+        assert_same(left[key], right[key], key)
+    for key in ("rng_by_rank", "recent_load", "step", "consumed_samples"):
+        assert_same(left["moelm"][key], right["moelm"][key], key)
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_a_run_that_died_and_resumed_equals_the_uninterrupted_one_bitwise(
+    variant: str, tiny: Callable[..., Config]
+) -> None:
+    config = tiny(VARIANTS[variant])
+    straight, broken = named(config, "straight"), named(config, "broken")
+    train(straight)
+    whole = Recorder.made[-1]
+    Recorder.raise_after = 33
+    with pytest.raises(RuntimeError, match="the machine is gone"):
+        train(broken)
+    Recorder.raise_after = None
+    train(broken, resume="auto")
+    rest = Recorder.made[-1]
+
+    saved = 20 if config.checkpoint.every_n_steps == 20 else 25
+    accumulation = 512 // (config.optim.micro_batch_size * 32)
+    assert len(rest.batches) == (STEPS - saved) * accumulation
+    assert_same(whole.batches[saved * accumulation :], rest.batches, "token ids")
+    assert_same(whole.losses[saved * accumulation :], rest.losses, "losses")
+    assert [v for v in whole.validations if v[0] > saved] == rest.validations
+    assert_same_state(step_folder(straight.run_folder, STEPS), step_folder(broken.run_folder, STEPS))
+    assert summary_of(straight.run_folder)["val/ce"] == summary_of(broken.run_folder)["val/ce"]
+    assert_same_curves(straight.run_folder, broken.run_folder)
+
+
+def assert_same_curves(straight: Path, resumed: Path) -> None:
+    a, b = scalars_of(straight), scalars_of(resumed)
+    assert a.keys() == b.keys()
+    for tag, points in a.items():
+        steps = [step for step, _ in b[tag]]
+        assert steps == sorted(set(steps)), f"{tag} repeats or goes backward: {steps}"
+        if not tag.startswith("perf/"):
+            assert points == b[tag], tag
+
+
+def test_a_run_killed_with_sigkill_resumes_bitwise_through_the_command(
+    tiny: Callable[..., Config], tmp_path: Path
+) -> None:
+    config = named(tiny({"model.dropout": 0.1}), "straight", recorded=False)
+    train(config)
+    killed = named(config, "killed", recorded=False)
+    file = tmp_path / "killed.yaml"
+    file.write_text(to_yaml(killed))
+    command = [sys.executable, "-m", "moelm.train", "--config", str(file)]
+    environment = {**os.environ, "OMP_NUM_THREADS": str(torch.get_num_threads())}
+    process = subprocess.Popen(command, env=environment, stderr=subprocess.DEVNULL, stdout=subprocess.DEVNULL)
+    wait_for(step_folder(killed.run_folder, 25), process)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    shutil.rmtree(step_folder(killed.run_folder, 50), ignore_errors=True)  # if it was that quick
+    shutil.rmtree(step_folder(killed.run_folder, 60), ignore_errors=True)
+    subprocess.run([*command, "--resume", "auto"], env=environment, check=True, capture_output=True)
+    assert_same_state(step_folder(config.run_folder, STEPS), step_folder(killed.run_folder, STEPS))
+    assert summary_of(config.run_folder)["val/ce"] == summary_of(killed.run_folder)["val/ce"]
+
+
+def wait_for(folder: Path, process: subprocess.Popen[bytes]) -> None:
+    until = time.monotonic() + 120
+    while not folder.exists():
+        assert process.poll() is None, "the run ended before its first checkpoint"
+        assert time.monotonic() < until, f"{folder} did not appear"
+        time.sleep(0.005)
+
+
+def test_resume_auto_without_a_checkpoint_starts_from_the_beginning(tiny: Callable[..., Config]) -> None:
+    assert train(tiny({"trainer.max_steps": 3}), resume="auto")["step"] == 3
+
+
+def test_a_run_that_exists_is_refused_and_left_as_it_was(tiny: Callable[..., Config]) -> None:
+    config = tiny({"trainer.max_steps": 3})
+    train(config)
+    before = sorted(path.stat().st_mtime_ns for path in config.run_folder.rglob("*"))
+    with pytest.raises(ConfigError, match=r"run\.name.*exists(.|\n)*--resume auto"):
+        train(config)
+    assert sorted(path.stat().st_mtime_ns for path in config.run_folder.rglob("*")) == before
+
+
+def test_a_finished_run_can_be_made_longer(tiny: Callable[..., Config]) -> None:
+    train(tiny({"trainer.max_steps": 4, "optim.schedule.name": "constant"}))
+    longer = tiny({"trainer.max_steps": 7, "optim.schedule.name": "constant"})
+    assert train(longer, resume="auto")["step"] == 7
+    with pytest.raises(ConfigError, match="7 steps are done already"):
+        train(longer, resume="auto")
