@@ -274,13 +274,7 @@ class TrainerConfig:
     profile: bool = setting(False, allowed=(False,))
 
 
-OWN_TRAINER_KEYS = (
-    "activation_checkpointing",
-    "compile",
-    "float32_matmul_precision",
-    "expert_parallel",
-    "profile",
-)
+OWN_TRAINER_KEYS = ("activation_checkpointing", "compile", "float32_matmul_precision", "expert_parallel", "profile")
 MANAGED_TRAINER_ARGUMENTS = {
     "accumulate_grad_batches": "it follows from optim.batch_tokens and optim.micro_batch_size; set those",
     "max_epochs": "a run is measured in optimizer steps; set trainer.max_steps",
@@ -379,7 +373,7 @@ def read_yaml(file: str | Path, named_by: str = "", seen: tuple[Path, ...] = ())
         remedy = "give the path of a YAML file with sections"
         raise ConfigError(where, f"cannot be read: {error.strerror or error}", remedy) from None
     except _UNPARSABLE as error:
-        raise ConfigError(where, f"is not valid YAML: {_reason(error)}", "correct the line; quote signs") from None
+        raise ConfigError(where, f"is not valid YAML: {_reason(error)}", "correct it, or quote the value") from None
     if not isinstance(loaded, dict) or not loaded:
         raise ConfigError(where, "is not a mapping of sections", "see configs/quickstart.yaml")
     raw = {str(key): value for key, value in loaded.items()}
@@ -530,13 +524,7 @@ def _type_name(wanted: Any) -> str:
     return _TYPE_NAMES.get(wanted, str(wanted))
 
 
-_TYPE_NAMES = {
-    int: "a whole number",
-    float: "a finite number",
-    bool: "true or false",
-    str: "text",
-    NoneType: "null",
-}
+_TYPE_NAMES = {int: "a whole number", float: "a finite number", bool: "true or false", str: "text", NoneType: "null"}
 _LIMITS = {"ge": ">=", "gt": ">", "le": "<=", "lt": "<"}  # functions of the module operator
 _REFUSED = {
     ("trainer.precision", "bf16-true"): "it casts the expert bias and the master weights to bf16, where small"
