@@ -420,6 +420,8 @@ def _merge(base: Any, change: Any, key: str = "") -> Any:
                 raise ConfigError(_join(key, index), f"the list has {len(merged)} elements", "count from 0")
             merged[int(index)] = _merge(merged[int(index)], value, _join(key, index))
         return merged
+    if isinstance(base, str) and any(base in known for known in _registry.values()):
+        base = {"name": base}  # `switch` is short for `{name: switch}`
     if not (isinstance(base, dict) and isinstance(change, dict)):
         return change
     only_a_name = key in ("", "run", "data.corpus") or "name" not in base or "name" not in change
@@ -564,9 +566,9 @@ def _names(kind: str) -> str:
 
 def _show(value: Any) -> str:
     """A value in an error message: on one line, not too long, and spelled as YAML spells it."""
-    if value is None or isinstance(value, bool):
-        return {None: "null", True: "true", False: "false"}[value]
     text = repr(value)
+    if not isinstance(value, str):
+        text = re.sub(r"\b(None|True|False)\b", lambda word: {"None": "null"}.get(word[0], word[0].lower()), text)
     return text if len(text) <= 80 else text[:77] + "..."
 
 

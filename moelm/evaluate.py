@@ -64,7 +64,7 @@ def evaluate(checkpoint: str | Path, data: str | Path | None = None) -> dict[str
     sums = EvaluationSums(shards.domains)
     separator = shards.end_of_text_id if config.data.mask_documents else None
     with torch.no_grad(), autocast(config, device):
-        for batch in tqdm(loader, desc="evaluating", unit="batch", file=sys.stderr, leave=False):
+        for batch in tqdm(loader, desc="evaluating", unit="batch", file=sys.stderr, leave=False, disable=None):
             on_device = {name: value.to(device) for name, value in batch.items()}
             sums.add(on_device, forward_batch(model, on_device, separator))
     return sums.results()

@@ -62,12 +62,12 @@ def why_not(root: Path, module: tuple[str, ...], target: str) -> str | None:
     if source is None:
         return None if len(module) == 2 else f"moelm/{module[1]} has no place in the layering yet: give it one"
     if imported[0] not in ("moelm", "data_prep"):
+        if source == "config" and imported[0] in ("torch", "lightning"):
+            return "a config is checked before torch is there"
         at_run_time = any(f"{target}.".startswith(f"{name}.") for name in RUN_TIME_ONLY)
         allowed = source not in PURE or (target.startswith("torch.distributed") and module[1:3] == ("moe", "dispatch"))
         if at_run_time and not allowed:
             return f"{source}/ is pure PyTorch"
-        if imported[0] == "torch" and source == "config":
-            return "a config is checked before torch is there"
         return None
     destination = layer(root, imported)
     if destination is None:  # `import moelm`, or an attribute of it
