@@ -72,7 +72,7 @@ class MoELightningModule(pl.LightningModule):
 
     def configure_optimizers(self) -> OptimizerLRScheduler:
         config = self.config
-        optimizer = build_optimizer(self.model, config.optim, fused=next(self.model.parameters()).is_cuda)
+        optimizer = build_optimizer(self.model, config.optim)
         scheduler = LambdaLR(optimizer, lr_factor(config.optim.schedule, config.trainer.max_steps))
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
 

@@ -181,6 +181,16 @@ def test_rope_scores_depend_on_the_distance_alone():
     assert (ahead - behind).abs() > 0.01
 
 
+def test_attention_knows_the_order_of_the_earlier_tokens(tiny_config):
+    """Without positions one causal layer would see a set: the last logits would not move."""
+    model, tokens_BL = make_model(tiny_config(n_layers=1)), torch.arange(12).unsqueeze(0)
+    swapped_BL = tokens_BL.clone()
+    swapped_BL[0, [2, 9]] = tokens_BL[0, [9, 2]]
+    with torch.no_grad():
+        difference_V = (model(swapped_BL).logits - model(tokens_BL).logits)[0, -1]
+    assert difference_V.abs().max() > 1e-3
+
+
 def test_rope_turns_each_pair_by_its_own_angle():
     """As complex numbers: (x_i + j x_{i + Q/2}) exp(j position theta^(-2i/Q))."""
     x_Q = torch.randn(8, generator=torch.Generator().manual_seed(0), dtype=torch.float64)

@@ -88,10 +88,22 @@ def test_values_do_not_depend_on_the_other_parameters(tiny_config):
     assert_same_values(deeper, wanted)
     dense = tensors_of(make_model(tiny_config(moe=None, init=init)))
     assert_same_values(wanted, {name: dense[name] for name in dense if not name.startswith("blocks.1.feed")})
-    more = tensors_of(make_model(tiny_config(moe=RICH_MOE | {"n_experts": 12}, init=init)))
-    for name in ("experts.gate_up", "experts.down"):
-        key = f"blocks.1.moe.{name}"
-        assert_same_values({name: more[key][:8]}, {name: wanted[key]})
+
+
+@pytest.mark.parametrize("truncate_sigmas", [None, 2.0])
+def test_values_of_an_expert_do_not_depend_on_how_many_there_are(tiny_config, truncate_sigmas):
+    def experts(n_experts):
+        config = tiny_config(
+            d_model=6,  # widths that are no multiple of the generator's blocks of 16
+            attention={"name": "gqa", "n_heads": 3},
+            moe={"n_experts": n_experts, "d_expert": 3},
+            init={"truncate_sigmas": truncate_sigmas},
+        )
+        return make_model(config).moe_layers[0].experts
+
+    few, many = experts(3), experts(5)
+    assert torch.equal(many.gate_up[:3], few.gate_up)
+    assert torch.equal(many.down[:3], few.down)
 
 
 def test_seeds_tensors_and_experts_all_differ(tiny_config):

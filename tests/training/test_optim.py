@@ -55,11 +55,11 @@ def test_norms_biases_and_embeddings_are_not_decayed_unless_told(tiny: Callable[
     router = {"name": "top_k", "trained_bias": True}
     model = GPT(tiny({"model.tied_embeddings": tied, "model.moe.router": router}).model)
     names = {id(parameter): name for name, parameter in model.named_parameters()}
-    groups = build_optimizer(model, OptimConfig(weight_decay=0.3), fused=False).param_groups
+    groups = build_optimizer(model, OptimConfig(weight_decay=0.3)).param_groups
     free = {names[id(p)] for group in groups if group["weight_decay"] == 0 for p in group["params"]}
     assert {kind_of(name) for name in free} == {"norm", "bias", "embedding"}
     assert "embedding.weight" in free
     assert "head.weight" not in free
     assert sum(len(group["params"]) for group in groups) == len(names)
-    everything = build_optimizer(model, OptimConfig(no_decay=[]), fused=False).param_groups
+    everything = build_optimizer(model, OptimConfig(no_decay=[])).param_groups
     assert [group["weight_decay"] for group in everything] == [0.1]
