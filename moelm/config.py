@@ -370,8 +370,9 @@ def read_yaml(file: str | Path, named_by: str = "", seen: tuple[Path, ...] = ())
         text = path.read_text(encoding="utf-8-sig")
         loaded = OmegaConf.to_container(OmegaConf.load(io.StringIO(text)), resolve=False)
     except OSError as error:  # also what OmegaConf raises for a lone number
-        remedy = "give the path of a YAML file with sections"
-        raise ConfigError(where, f"cannot be read: {error.strerror or error}", remedy) from None
+        missing = isinstance(error, FileNotFoundError)
+        problem = "no such file" if missing else f"cannot be read: {error.strerror or error}"
+        raise ConfigError(where, problem, "give the path of a YAML file with sections") from None
     except _UNPARSABLE as error:
         raise ConfigError(where, f"is not valid YAML: {_reason(error)}", "correct it, or quote the value") from None
     if not isinstance(loaded, dict) or not loaded:

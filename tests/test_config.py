@@ -268,7 +268,7 @@ WRONG = [
     ("model: {moe: {balancers: {0: {coef: '${nowhere}'}}}}", "model.moe.balancers.0.coef", ["nowhere"]),
     ("model: {moe: {balancers: {1: {coef: 0.1}}}}", "model.moe.balancers.1", ["1 elements", "count from 0"]),
     # files
-    ("data: {corpus: nowhere.yaml}", "data.corpus: nowhere.yaml", ["No such file", "YAML file"]),
+    ("data: {corpus: nowhere.yaml}", "data.corpus: nowhere.yaml", ["no such file", "YAML file"]),
     ("data: {corpus: .}", "data.corpus: .", ["directory", "YAML file"]),
     ("data: {corpus: broken.yaml}", "data.corpus: broken.yaml", ["part of itself"]),
     ("data: {corpus: {tokenizer: {file: nowhere.json}}}", "data.corpus.tokenizer.file", ["'nowhere.json'", "no such"]),
@@ -301,7 +301,7 @@ FILES = {
     "a number": ("3", ["broken.yaml"]),
     "a word": ("hello", ["hello: unknown key"]),
     "its own parent": ("extends: broken.yaml", ["extends: broken.yaml: is part of itself"]),
-    "no parent": ("extends: nowhere.yaml", ["extends: nowhere.yaml: cannot be read: No such file"]),
+    "no parent": ("extends: nowhere.yaml", ["extends: nowhere.yaml: no such file"]),
     "a folder as parent": ("extends: .", ["extends: .: cannot be read: Is a directory"]),
     "two parents": ("extends: [base.yaml, base.yaml]", ["extends: ['base.yaml', 'base.yaml'] is not a path"]),
     "a zero byte in a path": ('extends: "a\\0b"', ["null byte"]),
@@ -328,7 +328,7 @@ def test_a_binary_file_is_refused(refused, folder, content):
 
 
 def test_a_missing_file_and_a_folder_are_refused(refused):
-    assert refused("--config", "nowhere.yaml").startswith("error: nowhere.yaml: cannot be read: No such file")
+    assert refused("--config", "nowhere.yaml").startswith("error: nowhere.yaml: no such file")
     assert refused("--config", ".").startswith("error: .: cannot be read: Is a directory")
     assert "cannot be read" in refused("--config", "x" * 300)
 
@@ -354,7 +354,7 @@ OVERRIDES = [
     ("model.moe.balancers.7.coef=1", "model.moe.balancers.7: the list has 1 elements"),
     ("model.moe.balancers.²=1", "model.moe.balancers: {'²': 1} is not a list"),
     ("model.moe.balancers.first.coef=1", "model.moe.balancers: {'first': {'coef': 1}} is not a list"),
-    ("data.corpus=nowhere.yaml", "data.corpus: nowhere.yaml: cannot be read"),
+    ("data.corpus=nowhere.yaml", "data.corpus: nowhere.yaml: no such file"),
 ]
 
 
@@ -368,6 +368,7 @@ def test_a_checkpoint_that_is_not_there_is_refused(monkeypatch, capsys):
     with pytest.raises(SystemExit, match="2"):
         command_line.run(moelm.train.main)
     assert capsys.readouterr().err.startswith("error: nowhere: no such folder")
+    assert [path.name for path in Path().iterdir()] == ["base.yaml"]
 
 
 def test_a_folder_that_cannot_be_made_is_one_message_too(capsys):
@@ -383,7 +384,7 @@ def test_a_folder_that_cannot_be_made_is_one_message_too(capsys):
 def test_the_real_command_says_one_thing_and_exits_with_2(folder):
     broken = {
         "model.moe.topk: unknown key": ["--config", "base.yaml", "model.moe.topk=4", "optim.weight_decay=0"],
-        "nowhere.yaml: cannot be read": ["--config", "nowhere.yaml"],
+        "nowhere.yaml: no such file": ["--config", "nowhere.yaml"],
     }
     files = sorted(folder.rglob("*"))
     processes = [

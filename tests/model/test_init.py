@@ -121,8 +121,9 @@ def test_seeds_tensors_and_experts_all_differ(tiny_config):
     assert len(seen) == 2 * (1 + 2 * (4 + 1 + 2 * 8))  # embedding; projections, router, experts of two layers
 
 
-def test_a_bfloat16_model_gets_the_rounded_values(tiny_config):
-    config = tiny_config(moe=RICH_MOE)
+@pytest.mark.parametrize("truncate_sigmas", [None, 2.0])
+def test_a_bfloat16_model_gets_the_rounded_values(tiny_config, truncate_sigmas):
+    config = tiny_config(moe=RICH_MOE, init={"std": 0.2, "truncate_sigmas": truncate_sigmas})
     model = GPT(config).bfloat16()
     initialize(model, 0)
     wanted = tensors_of(make_model(config))
