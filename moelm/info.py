@@ -26,7 +26,7 @@ def main(argv: list[str]) -> None:
     parser.add_argument("--config", required=True, metavar="F")
     parser.add_argument("overrides", nargs="*", metavar="key=value")
     parser.add_argument("--json", action="store_true")
-    arguments = parser.parse_args(argv)
+    arguments = parser.parse_intermixed_args(argv)
     command_line.import_builtins()
     config = load_config(arguments.config, arguments.overrides)
     facts = info(config)

@@ -41,7 +41,7 @@ def main(argv: list[str]) -> None:
         help="continue: auto = the newest valid checkpoint of this run, if any",
     )
     parser.add_argument("--print-config", action="store_true", help="print the resolved config and stop")
-    arguments = parser.parse_args(argv)
+    arguments = parser.parse_intermixed_args(argv)
     command_line.import_builtins()
     config = load_config(arguments.config, arguments.overrides)
     if arguments.print_config:
@@ -57,10 +57,11 @@ def train(config: Config, resume: str | None = None) -> dict[str, Any]:
     checkpoint or starts; a path continues that checkpoint. Raises UserError.
     """
     checkpoint = _checkpoint_to_resume(config, resume)
+    step = None if checkpoint is None else step_of(checkpoint)
+    trainer = build_trainer(config, step)  # refuses what this machine cannot do before the data is prepared
     shards = prepare(config.data.corpus)
     data = TokenDataModule(config, shards)
     module = MoELightningModule(config, shards.domains, shards.end_of_text_id)
-    step = None if checkpoint is None else step_of(checkpoint)
     if step is not None and step >= config.trainer.max_steps:
         raise ConfigError(
             "trainer.max_steps",
@@ -68,7 +69,6 @@ def train(config: Config, resume: str | None = None) -> dict[str, Any]:
             "raise it",
         )
     data.consumed_samples = (step or 0) * module.batch_samples
-    trainer = build_trainer(config, shards.tokenizer_file, step)
     if trainer.is_global_zero:
         config.run_folder.mkdir(parents=True, exist_ok=True)
         _write(config.run_folder / "config.yaml", to_yaml(config))

@@ -138,7 +138,15 @@ def _pieces(corpus: CorpusConfig) -> Iterator[_SplitPiece]:
 
 
 def _progress_bar(what: str, progress: bool, total: int | None = None) -> Any:
-    return tqdm(desc=what, total=total, unit="B", unit_scale=True, disable=None if progress else True, file=sys.stderr, leave=False)
+    return tqdm(
+        desc=what,
+        total=total,
+        unit="B",
+        unit_scale=True,
+        disable=None if progress else True,
+        file=sys.stderr,
+        leave=False,
+    )
 
 
 def _sample(corpus: CorpusConfig, progress: bool) -> tuple[Sample, int]:

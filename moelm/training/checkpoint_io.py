@@ -43,16 +43,26 @@ def step_folder(run_folder: Path, step: int) -> Path:
 
 
 def step_of(folder: Path) -> int:
-    match = STEP_FOLDER.fullmatch(folder.name)
-    assert match is not None, folder
-    return int(match[1])
+    """The optimizer step of a checkpoint, from its manifest: the folder may have been renamed."""
+    return int(_read_manifest(folder)["step"])
+
+
+def _read_manifest(folder: Path) -> dict[str, Any]:
+    try:
+        manifest: dict[str, Any] = json.loads((folder / "manifest.json").read_text(encoding="utf-8"))
+        if manifest["format"] != FORMAT:
+            raise CheckpointError(f"{folder}: format {manifest['format']}, this moelm reads {FORMAT}")
+        _ = manifest["files"].keys(), int(manifest["step"])
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise CheckpointError(f"{folder}: not a checkpoint (manifest.json: {error})") from None
+    return manifest
 
 
 class FolderCheckpointIO(CheckpointIO):
     """Stages beside the target, writes the manifest last, syncs, then renames: a kill leaves the old or the new."""
 
-    def __init__(self, config: Config, tokenizer_file: Path) -> None:
-        self.config, self.tokenizer_file = config, tokenizer_file
+    def __init__(self, config: Config) -> None:
+        self.config = config
 
     def save_checkpoint(self, checkpoint: dict[str, Any], path: Any, storage_options: Any = None) -> None:
         target = Path(path)
@@ -64,7 +74,7 @@ class FolderCheckpointIO(CheckpointIO):
             torch.save(checkpoint["state_dict"], stage / "model.pt")
             torch.save(rest, stage / "training.pt")
             (stage / "config.yaml").write_text(to_yaml(self.config), encoding="utf-8")
-            shutil.copyfile(self.tokenizer_file, stage / "tokenizer.json")
+            shutil.copyfile(self.config.data.corpus.path / "tokenizer.json", stage / "tokenizer.json")
             write_manifest(stage, int(checkpoint["moelm"]["step"]))
             if target.exists():
                 shutil.rmtree(target)
@@ -116,13 +126,7 @@ def _sha256(file: Path) -> str:
 
 def verify_checkpoint(folder: Path) -> None:
     """Raises CheckpointError that names the first file which is not what the manifest says."""
-    try:
-        manifest = json.loads((folder / "manifest.json").read_text(encoding="utf-8"))
-        files, version = manifest["files"], manifest["format"]
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise CheckpointError(f"{folder}: not a checkpoint (manifest.json: {error})") from None
-    if version != FORMAT:
-        raise CheckpointError(f"{folder}: format {version}, this moelm reads {FORMAT}")
+    files = _read_manifest(folder)["files"]
     for name in ("model.pt", "training.pt", "config.yaml", "tokenizer.json"):
         file, expected = folder / name, files.get(name)
         if expected is None or not file.is_file():

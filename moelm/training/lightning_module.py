@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LambdaLR
 
-from moelm.config import Config, build, to_dict
+from moelm.config import Config, ConfigError, build, to_dict
 from moelm.model.gpt import GPT
 from moelm.model.init import initialize
 from moelm.moe.balancing.base import Balancer, auxiliary_losses
@@ -60,7 +60,13 @@ class MoELightningModule(pl.LightningModule):
             return
         with torch.device("meta"):
             model = GPT(self.config.model)
-        model.to_empty(device=self.trainer.strategy.root_device if self._trainer else "cpu")
+        device = self.trainer.strategy.root_device if self._trainer else torch.device("cpu")
+        try:
+            model.to_empty(device=device)
+        except (RuntimeError, MemoryError):
+            n_bytes = 4 * sum(parameter.numel() for parameter in model.parameters())
+            problem = f"its weights take {n_bytes / 2**30:,.1f} GiB, which {device} does not have"
+            raise ConfigError("model", problem, "a smaller model; see python -m moelm.info --config") from None
         initialize(model, self.config.run.seed)
         options = self.config.trainer
         model.activation_checkpointing = options.activation_checkpointing == "full"

@@ -5,11 +5,11 @@ from __future__ import annotations
 import dataclasses
 import logging
 import warnings
-from pathlib import Path
 from typing import Any
 
 import lightning.pytorch as pl
 import torch
+from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.loggers import TensorBoardLogger
 from lightning.pytorch.strategies import DDPStrategy, Strategy
@@ -19,7 +19,7 @@ from moelm.config import OWN_TRAINER_KEYS, Config, ConfigError, build
 from moelm.training.checkpoint_io import FolderCheckpointIO, StepCheckpoint
 
 
-def build_trainer(config: Config, tokenizer_file: Path, resume_step: int | None = None) -> pl.Trainer:
+def build_trainer(config: Config, resume_step: int | None = None) -> pl.Trainer:
     """`resume_step`: TensorBoard hides what was logged after it, so that a curve never runs backward."""
     options = {
         name: value
@@ -49,10 +49,10 @@ def build_trainer(config: Config, tokenizer_file: Path, resume_step: int | None 
                 purge_step=None if resume_step is None else resume_step + 1,
             ),
             callbacks=[*callbacks, StepCheckpoint(config)],
-            plugins=[FolderCheckpointIO(config, tokenizer_file)],
+            plugins=[FolderCheckpointIO(config)],
             enable_progress_bar=progress,
         )
-    except (ValueError, TypeError, RuntimeError) as error:  # Lightning's MisconfigurationException is one
+    except (MisconfigurationException, ValueError, TypeError, RuntimeError) as error:
         raise ConfigError("trainer", f"Lightning refuses it: {' '.join(str(error).split())}") from error
     _set_intervals(trainer, config)
     return trainer

@@ -13,7 +13,9 @@ from moelm.moe.types import RouterStats
 
 
 @dataclass
-class BalancerConfig(NamedConfig):
+class LossConfig(NamedConfig):
+    """The settings of a balancer that is a loss."""
+
     coef: float = setting(0.01, ge=0)  # multiplies the loss
     over_layers: str = setting("mean", allowed=("mean", "sum"))  # how the losses of the MoE layers are joined
 
@@ -21,11 +23,12 @@ class BalancerConfig(NamedConfig):
 class Balancer:
     """Pure: state lives in the routers' `expert_bias` alone."""
 
-    def __init__(self, config: BalancerConfig) -> None:
+    def __init__(self, config: NamedConfig) -> None:
         self.config = config
 
     def loss(self, stats: RouterStats, window_ME: Tensor | None) -> Tensor | None:
-        """The raw loss of each MoE layer, float32 [M], with gradient; None for a balancer without a loss.
+        """The raw loss of each MoE layer, float32 [M], with gradient; None for a balancer without a loss. Its config
+        is then a LossConfig.
 
         `stats` are stacked over layers. `window_ME` is the load summed over ranks and over the micro-batches of
         this optimizer step, given only to balancers that need it.
@@ -50,6 +53,8 @@ def auxiliary_losses(
     for balancer in balancers:
         raw_M = balancer.loss(stats, window_ME)
         if raw_M is not None:
-            joined = raw_M.mean() if balancer.config.over_layers == "mean" else raw_M.sum()
-            losses[balancer.config.name] = AuxLoss(raw_M.detach(), balancer.config.coef * joined)
+            config = balancer.config
+            assert isinstance(config, LossConfig)
+            joined = raw_M.mean() if config.over_layers == "mean" else raw_M.sum()
+            losses[config.name] = AuxLoss(raw_M.detach(), config.coef * joined)
     return losses

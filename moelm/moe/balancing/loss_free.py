@@ -7,13 +7,12 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from moelm.config import ConfigError, MoEConfig, register, setting
-from moelm.moe.balancing.base import Balancer, BalancerConfig
+from moelm.config import ConfigError, MoEConfig, NamedConfig, register, setting
+from moelm.moe.balancing.base import Balancer
 
 
 @dataclass
-class LossFreeConfig(BalancerConfig):
-    coef: float = setting(0.0, allowed=(0.0,))  # there is no loss
+class LossFreeConfig(NamedConfig):
     rate: float = setting(0.001, gt=0)  # step of the bias, in units of the router's scores
     centred: bool = True  # subtract the mean step, so that the bias does not drift (Moonlight)
 

@@ -7,12 +7,12 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from moelm.config import register
-from moelm.moe.balancing.base import Balancer, BalancerConfig
+from moelm.moe.balancing.base import Balancer, LossConfig
 from moelm.moe.types import RouterStats
 
 
 @dataclass
-class SwitchConfig(BalancerConfig):
+class SwitchConfig(LossConfig):
     pass
 
 

@@ -6,14 +6,14 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from moelm.config import register
-from moelm.moe.balancing.base import Balancer, BalancerConfig
+from moelm.config import register, setting
+from moelm.moe.balancing.base import Balancer, LossConfig
 from moelm.moe.types import RouterStats
 
 
 @dataclass
-class ZLossConfig(BalancerConfig):
-    coef: float = 0.001
+class ZLossConfig(LossConfig):
+    coef: float = setting(0.001, ge=0)
 
 
 @register("balancer", "z_loss", ZLossConfig)

@@ -61,7 +61,9 @@ class TopKConfig(NamedConfig):
                 f"{self.top_k_groups} groups of {group_size} experts hold fewer than top_k = {config.top_k}",
                 "raise top_k_groups",
             )
-        if self.group_score == "top2_sum" and self.n_groups > 1 and group_size < 2:
+        if self.group_score == "top2_sum" and self.n_groups == 1:
+            raise ConfigError(f"{key}.group_score", "has no effect with n_groups = 1", "use max, or set n_groups")
+        if self.group_score == "top2_sum" and group_size < 2:
             raise ConfigError(f"{key}.group_score", "top2_sum needs two experts in a group", "lower n_groups")
 
 
