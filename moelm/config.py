@@ -168,7 +168,7 @@ class ModelConfig:
     moe: MoEConfig | None = field(default_factory=MoEConfig)  # null: every layer is dense
     norm_eps: float = setting(1e-5, gt=0)
     tied_embeddings: bool = True
-    dropout: float = setting(0.0, ge=0, lt=1)  # on what attention and FFN add to the residual stream
+    dropout: float = setting(0.0, ge=0, lt=1)  # on the embedding and on what attention and FFN add
     init: InitConfig = field(default_factory=InitConfig)
 
     def is_moe_layer(self, layer: int) -> bool:

@@ -69,7 +69,7 @@ def short_name(size: ModelSize) -> str:
 
 def _short(count: int) -> str:
     for unit, scale in (("T", 1e12), ("B", 1e9), ("M", 1e6)):
-        if count >= scale:
+        if count >= 0.9995 * scale:
             value = count / scale
             return f"{value:.0f}{unit}" if value >= 100 else f"{value:.1f}{unit}"
     return f"{count / 1e3:.0f}K"
