@@ -260,7 +260,6 @@ class TrainerConfig:
     log_every_n_steps: int = setting(10, ge=1)
     limit_val_batches: int | float | None = setting(None, ge=0)  # 2: two micro-batches, 0.5: half of them
     num_sanity_val_steps: int = setting(0, ge=0)
-    max_time: str | None = setting(None, is_a=(r"\d+:\d\d:\d\d:\d\d", "a time DD:HH:MM:SS, in quotes"))
     enable_progress_bar: bool = True
     deterministic: bool | str | None = setting(None, allowed=(None, True, False, "warn"))
     benchmark: bool | None = None
@@ -282,6 +281,7 @@ MANAGED_TRAINER_ARGUMENTS = {
     "min_steps": "a run ends at trainer.max_steps; set that",
     "val_check_interval": "validation is counted in optimizer steps; set data.val_every_n_steps",
     "check_val_every_n_epoch": "validation is counted in optimizer steps; set data.val_every_n_steps",
+    "max_time": "a run is measured in optimizer steps; set trainer.max_steps, and continue it with --resume auto",
     "limit_train_batches": "a run is measured in optimizer steps; set trainer.max_steps",
     "overfit_batches": "the order of samples never repeats within an epoch; train on a small corpus",
     "fast_dev_run": "for a quick try set trainer.max_steps=2 and trainer.limit_val_batches=2",
@@ -587,6 +587,21 @@ def _join(key: str, name: Any) -> str:
 def to_dict(config: Any) -> dict[str, Any]:
     """Plain containers; `from_dict(type(config), to_dict(config))` is the same config again."""
     return dataclasses.asdict(config)
+
+
+def differences(a: Any, b: Any, ignore: tuple[str, ...] = ()) -> dict[str, tuple[Any, Any]]:
+    """Dotted key -> the two values, where two plain trees differ. `ignore`: keys that may."""
+
+    def flatten(tree: Any, key: str = "") -> dict[str, Any]:
+        if isinstance(tree, list):
+            tree = dict(enumerate(tree))
+        if not isinstance(tree, dict) or not tree:
+            return {key: tree}
+        return {k: v for name, branch in tree.items() for k, v in flatten(branch, _join(key, str(name))).items()}
+
+    left, right = flatten(a), flatten(b)
+    keys = sorted((left.keys() | right.keys()) - set(ignore))
+    return {key: (left.get(key), right.get(key)) for key in keys if left.get(key) != right.get(key)}
 
 
 def to_yaml(config: Any) -> str:

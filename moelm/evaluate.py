@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import hashlib
 import json
 import sys
 from pathlib import Path
@@ -15,16 +14,16 @@ from tqdm import tqdm
 from moelm import command_line
 from moelm.config import load_corpus
 from moelm.data.datamodule import validation_loader
-from moelm.data.prepare import prepare
-from moelm.data.token_shards import DataError, TokenShards
+from moelm.data.prepare import prepare, prepare_for_tokenizer
+from moelm.data.token_shards import DataError, TokenShards, hash_file
 from moelm.moe.load_metrics import dead_experts, max_violation
 from moelm.training.checkpoint_io import find_checkpoint
 from moelm.training.evaluation import Evaluation, EvaluationSums, forward_batch
-from moelm.training.loading import autocast, default_device, load_model
+from moelm.training.loading import autocast, load_model
 
 EPILOG = """example:
   python -m moelm.evaluate --checkpoint checkpoints/quickstart
-  python -m moelm.evaluate --checkpoint checkpoints/quickstart/step-00000600 --data configs/data/stdlib.yaml --json
+  python -m moelm.evaluate --checkpoint checkpoints/quickstart/step-00000650 --data configs/data/stdlib.yaml --json
 """
 
 
@@ -54,12 +53,13 @@ def evaluate(checkpoint: str | Path, data: str | Path | None = None) -> dict[str
     Raises UserError: no valid checkpoint, or data that was tokenised with another tokenizer.
     """
     folder = find_checkpoint(checkpoint)
-    device = default_device()
-    model, config = load_model(folder, device)
-    corpus = config.data.corpus if data is None else load_corpus(data)
-    corpus.tokenizer.file = str(folder / "tokenizer.json") if data is not None else corpus.tokenizer.file
-    shards = prepare(corpus)
-    check_tokenizer(folder, shards)
+    model, config, device = load_model(folder)
+    if data is None:
+        shards = prepare(config.data.corpus)
+        check_tokenizer(folder, shards)
+    else:
+        end_of_text = config.data.corpus.tokenizer.end_of_text
+        shards = prepare_for_tokenizer(load_corpus(data), folder / "tokenizer.json", end_of_text)
     loader = validation_loader(shards, config.data.seq_len, config.optim.micro_batch_size)
     sums = EvaluationSums(shards.domains)
     separator = shards.end_of_text_id if config.data.mask_documents else None
@@ -72,13 +72,10 @@ def evaluate(checkpoint: str | Path, data: str | Path | None = None) -> dict[str
 
 def check_tokenizer(folder: Path, shards: TokenShards) -> None:
     """Token ids mean something to one tokenizer only. Raises DataError."""
-    hashes = [
-        hashlib.sha256(file.read_bytes()).hexdigest() for file in (folder / "tokenizer.json", shards.tokenizer_file)
-    ]
-    if hashes[0] != hashes[1]:
+    if hash_file(folder / "tokenizer.json") != hash_file(shards.tokenizer_file):
         raise DataError(
             f"{shards.tokenizer_file}: not the tokenizer that {folder} was trained with\n"
-            "  remedy: give data.corpus another dir, and prepare it with the checkpoint's tokenizer.json"
+            "  remedy: evaluate with --data, which uses the checkpoint's tokenizer"
         )
 
 

@@ -14,7 +14,7 @@ from moelm import command_line
 from moelm.config import ConfigError
 from moelm.model.gpt import GPT
 from moelm.training.checkpoint_io import find_checkpoint
-from moelm.training.loading import autocast, default_device, load_model
+from moelm.training.loading import autocast, load_model
 
 EPILOG = """example:
   python -m moelm.generate --checkpoint checkpoints/quickstart --prompt "def read(self" --max-new-tokens 200
@@ -44,8 +44,7 @@ def main(argv: list[str]) -> None:
             raise ConfigError(f"--{key.replace('_', '-')}", f"{getattr(arguments, key)}", f"it must be {allowed}")
     command_line.import_builtins()
     folder = find_checkpoint(arguments.checkpoint)
-    device = default_device()
-    model, config = load_model(folder, device)
+    model, config, device = load_model(folder)
     tokenizer = Tokenizer.from_file(str(folder / "tokenizer.json"))
     tokenizer.encode_special_tokens = True  # a prompt that spells a special token is the text that it is
     end = tokenizer.token_to_id(config.data.corpus.tokenizer.end_of_text)
@@ -115,16 +114,17 @@ def choose_token(logits_V: Tensor, temperature: float, top_p: float, generator: 
 
 
 def stream_text(tokenizer: Tokenizer, ids: Iterator[int]) -> Iterator[str]:
-    """Decode as ids arrive; a character whose bytes are still incomplete waits for the next id."""
-    pending: list[int] = []
+    """Decode as ids arrive; a character whose bytes are still incomplete waits for the next id. The whole text is
+    decoded each time, since what an id stands for can depend on those before it."""
+    seen: list[int] = []
+    shown = text = ""
     for token in ids:
-        pending.append(token)
-        text = tokenizer.decode(pending)
-        if not text.endswith("�"):
-            yield text
-            pending.clear()
-    if pending:
-        yield tokenizer.decode(pending)
+        seen.append(token)
+        text = tokenizer.decode(seen)
+        if not text.endswith("\ufffd"):
+            yield text[len(shown) :]
+            shown = text
+    yield text[len(shown) :]
 
 
 if __name__ == "__main__":

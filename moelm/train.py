@@ -10,13 +10,21 @@ import time
 from pathlib import Path
 from typing import Any
 
+from lightning.fabric.utilities.exceptions import MisconfigurationException
+
 from moelm import command_line
-from moelm.config import Config, ConfigError, UserError, load_config, to_yaml
+from moelm.config import Config, ConfigError, UserError, differences, load_config, to_dict, to_yaml
 from moelm.data.datamodule import TokenDataModule
 from moelm.data.prepare import prepare
 from moelm.data.token_shards import TokenShards
 from moelm.model.size import flops_per_token, model_size, short_name
-from moelm.training.checkpoint_io import find_checkpoint, newest_checkpoint, step_of
+from moelm.training.checkpoint_io import (
+    find_checkpoint,
+    load_checkpoint_config,
+    newest_checkpoint,
+    set_aside_later,
+    step_of,
+)
 from moelm.training.lightning_module import MoELightningModule
 from moelm.training.trainer import build_trainer, hardware
 
@@ -58,6 +66,8 @@ def train(config: Config, resume: str | None = None) -> dict[str, Any]:
     """
     checkpoint = _checkpoint_to_resume(config, resume)
     step = None if checkpoint is None else step_of(checkpoint)
+    if checkpoint is not None:
+        check_same_run(config, checkpoint)
     trainer = build_trainer(config, step)  # refuses what this machine cannot do before the data is prepared
     shards = prepare(config.data.corpus)
     data = TokenDataModule(config, shards)
@@ -71,10 +81,15 @@ def train(config: Config, resume: str | None = None) -> dict[str, Any]:
     data.consumed_samples = (step or 0) * module.batch_samples
     if trainer.is_global_zero:
         config.run_folder.mkdir(parents=True, exist_ok=True)
+        if step is not None:
+            set_aside_later(config.run_folder, step)
         _write(config.run_folder / "config.yaml", to_yaml(config))
         _say_start(config, shards, hardware(trainer), checkpoint)
     started = time.perf_counter()
-    trainer.fit(module, data, ckpt_path=checkpoint)
+    try:
+        trainer.fit(module, data, ckpt_path=checkpoint)
+    except MisconfigurationException as error:
+        raise ConfigError("trainer", f"Lightning refuses it: {' '.join(str(error).split())}") from error
     summary = _summary(config, module, shards, time.perf_counter() - started, step or 0)
     if trainer.is_global_zero:
         _write(config.run_folder / "summary.json", json.dumps(summary, indent=1) + "\n")
@@ -85,9 +100,9 @@ def train(config: Config, resume: str | None = None) -> dict[str, Any]:
 def _checkpoint_to_resume(config: Config, resume: str | None) -> Path | None:
     folder = config.run_folder
     if resume is None:
-        child_of_launcher = "LOCAL_RANK" in os.environ  # rank 0 has made the folder by now
+        rank = int(os.environ.get("RANK", os.environ.get("LOCAL_RANK", 0)))
         trained = [*folder.glob("step-*"), *folder.glob("events.*"), *folder.glob("summary.json")]
-        if trained and not child_of_launcher:
+        if trained and rank == 0:  # the others may come after rank 0 has begun
             raise ConfigError(
                 "run.name",
                 f"the run {folder} exists",
@@ -98,6 +113,27 @@ def _checkpoint_to_resume(config: Config, resume: str | None) -> Path | None:
     if checkpoint is None:
         print(f"no checkpoint in {folder} yet: starting from step 0", file=sys.stderr)
     return checkpoint
+
+
+def check_same_run(config: Config, checkpoint: Path) -> None:
+    """A run is continued as it was: model, data, batch, optimizer and seed are those of the checkpoint. How long it
+    is, where and how fast it runs and what it shows may change. Raises ConfigError."""
+    saved, wanted = (to_dict(each) for each in (load_checkpoint_config(checkpoint), config))
+    for section in ("run", "model", "data", "optim"):
+        changed = differences(saved[section], wanted[section], MAY_CHANGE.get(section, ()))
+        for key, (before, now) in changed.items():
+            raise ConfigError(
+                f"{section}.{key}",
+                f"{now!r}, but {checkpoint} was trained with {before!r}",
+                "continue with that value, or start another run.name",
+            )
+
+
+MAY_CHANGE = {
+    "run": ("name", "dir"),
+    "data": ("corpus.dir", "n_workers", "val_every_n_steps"),
+    "optim": ("micro_batch_size",),
+}
 
 
 def _write(file: Path, text: str) -> None:

@@ -12,7 +12,9 @@ from pathlib import Path
 import pytest
 import torch
 from tiny_runs import summary_of
+from tokenizers import Tokenizer
 
+from data_prep.prepare import main as prepare_main
 from moelm import command_line, generate, info
 from moelm.config import Config, UserError, to_yaml
 from moelm.evaluate import as_dict, evaluate
@@ -24,6 +26,7 @@ from moelm.model.init import initialize
 from moelm.train import main as train_main
 from moelm.train import train
 from moelm.training.checkpoint_io import step_folder
+from moelm.training.loading import load_model
 
 MAINS = {"evaluate": evaluate_main, "generate": generate_main, "info": info_main, "train": train_main}
 
@@ -85,13 +88,22 @@ def test_evaluate_on_other_data_uses_the_checkpoints_tokenizer(run: Config, tmp_
     data = tmp_path / "other.yaml"
     data.write_text(
         f"name: other\ndir: {tmp_path / 'shards'}\nval_fraction: 0.3\n"
-        f"sources: [{{name: files, path: {tmp_path / 'other'}}}]\n"
+        f"sources: [{{name: files, path: {tmp_path / 'other'}}}]\ntokenizer: {{vocab_size: 300}}\n"
     )
-    results = evaluate(run.run_folder, data)
-    assert results["all"].tokens > 0
-    assert (tmp_path / "shards" / "tokenizer.json").read_bytes() == (
-        step_folder(run.run_folder, 12) / "tokenizer.json"
-    ).read_bytes()
+    prepare_main(["--config", str(data)])  # with a tokenizer of its own, which is left alone
+    first = evaluate(step_folder(run.run_folder, 6), data)["all"]
+    second = evaluate(step_folder(run.run_folder, 12), data)["all"]
+    assert first.tokens == second.tokens > 0
+    assert first.ce != second.ce
+    made = [path for path in tmp_path.iterdir() if path.name.startswith("shards-") and path.is_dir()]
+    assert len(made) == 1
+    assert (made[0] / "tokenizer.json").read_bytes() == (run.data.corpus.path / "tokenizer.json").read_bytes()
+
+
+def test_evaluate_on_the_data_of_the_run_reads_what_is_there(run: Config, tmp_path: Path) -> None:
+    data = tmp_path / "same.yaml"
+    data.write_text(to_yaml(run.data.corpus))
+    assert evaluate(run.run_folder, data)["all"] == evaluate(run.run_folder)["all"]
 
 
 def small_model(tiny: Callable[..., Config]) -> GPT:
@@ -130,16 +142,17 @@ def test_generation_stops_at_the_end_of_a_document(tiny: Callable[..., Config]) 
     assert list(generate.generate(model, prompt, 20, end_of_text=end)) == ids[: ids.index(end)]
 
 
-def test_generate_streams_text_and_equals_uncached_greedy_decoding(
-    run: Config, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_generate_streams_the_text_of_uncached_greedy_decoding(run: Config, capsys: pytest.CaptureFixture[str]) -> None:
     arguments = ["--checkpoint", str(run.run_folder), "--prompt", "def", "--max-new-tokens", "12"]
     generate_main([*arguments, "--temperature", "0"])
-    first = capsys.readouterr().out
-    generate_main([*arguments, "--temperature", "0"])
-    assert first == capsys.readouterr().out
-    assert first.startswith("def")
-    assert len(first) > 5
+    shown = capsys.readouterr().out
+    model, _, _ = load_model(step_folder(run.run_folder, 12))
+    tokenizer = Tokenizer.from_file(str(run.data.corpus.path / "tokenizer.json"))
+    end = tokenizer.token_to_id("<|endoftext|>")
+    prompt = torch.tensor([[end, *tokenizer.encode("def").ids]])
+    ids = list(generate.generate(model, prompt, 12, end_of_text=end, use_cache=False))
+    assert len(ids) > 3
+    assert shown == "def" + tokenizer.decode(ids) + "\n"
 
 
 def test_a_character_of_several_tokens_is_streamed_whole() -> None:

@@ -188,7 +188,6 @@ WRONG = [
     ("trainer: {deterministic: 1}", "trainer.deterministic", ["'1'", "null, true, false, warn"]),
     ("trainer: {profile: 0}", "trainer.profile", ["0 ", "allowed: false"]),
     ("trainer: {devices: 1.5}", "trainer.devices", ["1.5", "whole number"]),
-    ("trainer: {max_time: 3}", "trainer.max_time", ["'3'", "DD:HH:MM:SS"]),
     ("trainer: {deterministic: some}", "trainer.deterministic", ["'some'", "null, true, false, warn"]),
     # values
     ("run: {name: ../x}", "run.name", ["'../x'", "letters"]),

@@ -31,7 +31,8 @@ PEAK_BF16 = {
 
 def peak_flops(device_name: str) -> float | None:
     """None for a chip that is not in the table: no figure is better than a wrong one."""
-    return next((peak for name, peak in PEAK_BF16.items() if name.lower() in device_name.lower()), None)
+    words = f" {device_name} ".lower()
+    return next((peak for name, peak in PEAK_BF16.items() if f" {name} ".lower() in words), None)
 
 
 def mfu(tokens_per_s: float, flops: int, peak: float, n_devices: int) -> float:

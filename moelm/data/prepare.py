@@ -9,6 +9,7 @@ second process can leave data that is half done.
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import fcntl
 import gzip
 import json
@@ -30,7 +31,7 @@ import tokenizers
 from tokenizers import Tokenizer
 from tqdm import tqdm
 
-from moelm.config import CorpusConfig, UserError, build, to_dict
+from moelm.config import CorpusConfig, TokenizerConfig, UserError, build, differences, from_dict, to_dict
 from moelm.data.sampler import hash64
 from moelm.data.sources import Piece
 from moelm.data.token_shards import (
@@ -75,6 +76,22 @@ def prepare(corpus: CorpusConfig, *, force: bool = False, progress: bool = True)
                 finally:
                     shutil.rmtree(stage, ignore_errors=True)
     return TokenShards(folder)
+
+
+def prepare_for_tokenizer(corpus: CorpusConfig, tokenizer_file: Path, end_of_text: str) -> TokenShards:
+    """The shards of `corpus` in the ids of a given tokenizer, whatever its own section `tokenizer` says: those that
+    are there if that tokenizer made them, else made in a folder of their own beside them. Raises UserError."""
+    wanted = hash_file(tokenizer_file)
+    given = TokenizerConfig(file=str(tokenizer_file), end_of_text=end_of_text)
+    for path in (corpus.path, corpus.path.with_name(f"{corpus.path.name}-{wanted[:8]}")):
+        placed = dataclasses.replace(corpus, dir=str(path), tokenizer=given)
+        if (path / "manifest.json").is_file():
+            manifest = read_manifest(path)
+            if manifest.get("tokenizer_sha256") != wanted:
+                continue
+            placed.tokenizer = from_dict(TokenizerConfig, manifest["corpus"]["tokenizer"], "tokenizer")
+        break
+    return prepare(placed)
 
 
 def _build(corpus: CorpusConfig, stage: Path, progress: bool) -> None:
@@ -291,14 +308,12 @@ def _is_prepared(folder: Path, corpus: CorpusConfig) -> bool:
     """Raises UserError if the folder holds data that another config made."""
     if not (folder / "manifest.json").is_file():
         return False
-    made_from = _flatten({"": read_manifest(folder).get("corpus")})
-    wanted = _flatten({"": json.loads(json.dumps(to_dict(corpus)))})
-    differing = sorted(
-        key for key in made_from.keys() | wanted.keys() if made_from.get(key) != wanted.get(key) and key != "dir"
-    )
+    made_from = read_manifest(folder).get("corpus")
+    wanted = json.loads(json.dumps(to_dict(corpus)))
+    differing = differences(made_from, wanted, ignore=("dir",))
     if differing:
         listed = "\n".join(
-            f"  {key}: {made_from.get(key)!r} on disk, {wanted.get(key)!r} in the config" for key in differing
+            f"  {key}: {there!r} on disk, {here!r} in the config" for key, (there, here) in differing.items()
         )
         raise UserError(
             f"data.corpus: {folder} was prepared with another config:\n{listed}\n"
@@ -306,18 +321,6 @@ def _is_prepared(folder: Path, corpus: CorpusConfig) -> bool:
             "python -m data_prep.prepare --config ... --force"
         )
     return True
-
-
-def _flatten(tree: Any, key: str = "") -> dict[str, Any]:
-    """{"a": {"b": [1]}} -> {"a.b.0": 1}"""
-    if isinstance(tree, list):
-        tree = dict(enumerate(tree))
-    if not isinstance(tree, dict) or not tree:
-        return {key: tree}
-    flat: dict[str, Any] = {}
-    for name, branch in tree.items():
-        flat |= _flatten(branch, f"{key}.{name}".strip("."))
-    return flat
 
 
 @contextlib.contextmanager

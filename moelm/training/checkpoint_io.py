@@ -16,6 +16,7 @@ import json
 import os
 import re
 import shutil
+import sys
 import time
 from pathlib import Path
 from typing import Any
@@ -80,7 +81,7 @@ class FolderCheckpointIO(CheckpointIO):
                 shutil.rmtree(target)
             os.replace(stage, target)
             _sync(target.parent)
-        except OSError as error:
+        except (OSError, RuntimeError) as error:  # torch.save raises RuntimeError on a full disk
             shutil.rmtree(stage, ignore_errors=True)
             raise CheckpointError(f"{target}: the checkpoint could not be written: {error}") from error
 
@@ -190,6 +191,19 @@ def find_checkpoint(path: str | Path) -> Path:
     return newest
 
 
+def set_aside_later(run_folder: Path, step: int) -> None:
+    """Before a run continues from `step`: later checkpoints, damaged or of a branch that is left, are renamed to
+    `step-XXXXXXXX.left`, so that neither `auto` nor the pruning takes them for this run's; stale stages go."""
+    for folder in step_folders(run_folder):
+        if int(folder.name.removeprefix("step-")) > step:
+            left = folder.with_name(f"{folder.name}.left")
+            shutil.rmtree(left, ignore_errors=True)
+            folder.rename(left)
+            print(f"{folder} is later than the checkpoint that is continued: renamed to {left.name}", file=sys.stderr)
+    for stage in run_folder.glob(".step-*.tmp-*"):
+        shutil.rmtree(stage, ignore_errors=True)
+
+
 class StepCheckpoint(Checkpoint):
     """Saves every n optimizer steps and at the end, after the validation if one is due, and keeps the last k."""
 
@@ -221,6 +235,8 @@ class StepCheckpoint(Checkpoint):
         due = step % self.every == 0 or force
         if not due or step == self._saved_step:
             return
+        if module.device.type == "cuda":
+            torch.cuda.synchronize(module.device)  # what is still queued is training, not saving
         self._saved_step, started = step, time.perf_counter()
         trainer.save_checkpoint(step_folder(self.run_folder, step))
         if trainer.is_global_zero:

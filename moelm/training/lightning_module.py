@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LambdaLR
 
-from moelm.config import Config, ConfigError, build, to_dict
+from moelm.config import Config, ConfigError, build
 from moelm.model.gpt import GPT
 from moelm.model.init import initialize
 from moelm.moe.balancing.base import Balancer, auxiliary_losses
@@ -195,6 +195,8 @@ class MoELightningModule(pl.LightningModule):
     # -------------------------------------------------------------------------------------- validation
 
     def on_validation_epoch_start(self) -> None:
+        if self.device.type == "cuda":
+            torch.cuda.synchronize(self.device)  # what is still queued is training, not validation
         self._validation_started = time.perf_counter()
         self.evaluation_sums = EvaluationSums(self.domains)
 
@@ -216,10 +218,8 @@ class MoELightningModule(pl.LightningModule):
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         checkpoint["moelm"] = {
             "step": self.step,
-            "consumed_samples": self.step * self.batch_samples,
             "rng_by_rank": _gather(rng_state()),
             "recent_load": self.recent_load.ring,
-            "config": to_dict(self.config),
         }
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:

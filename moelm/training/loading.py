@@ -12,14 +12,11 @@ from moelm.model.gpt import GPT
 from moelm.training.checkpoint_io import CheckpointError, load_checkpoint_config, load_weights
 
 
-def default_device() -> torch.device:
-    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+def load_model(folder: Path) -> tuple[GPT, Config, torch.device]:
+    """The GPT in evaluation mode with the weights of a verified step folder, its config, and the device it is on.
 
-
-def load_model(folder: Path, device: torch.device) -> tuple[GPT, Config]:
-    """The GPT in evaluation mode with the weights of a verified step folder, and its config.
-
-    Raises CheckpointError if the weights are not those of the config.
+    A GPU is used if there is one and the run did not ask for the CPU. Raises CheckpointError if the weights are not
+    those of the config.
     """
     config = load_checkpoint_config(folder)
     with torch.device("meta"):
@@ -28,7 +25,10 @@ def load_model(folder: Path, device: torch.device) -> tuple[GPT, Config]:
         model.load_state_dict(load_weights(folder), strict=True, assign=True)
     except RuntimeError as error:
         raise CheckpointError(f"{folder}: the weights do not fit its config.yaml: {error}") from None
-    return model.to(device).eval(), config
+    torch.set_float32_matmul_precision(config.trainer.float32_matmul_precision)
+    on_gpu = torch.cuda.is_available() and config.trainer.accelerator != "cpu"
+    device = torch.device("cuda" if on_gpu else "cpu")
+    return model.to(device).eval(), config, device
 
 
 def autocast(config: Config, device: torch.device) -> contextlib.AbstractContextManager[None]:

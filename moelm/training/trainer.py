@@ -27,6 +27,8 @@ def build_trainer(config: Config, resume_step: int | None = None) -> pl.Trainer:
         if name not in OWN_TRAINER_KEYS and value is not None
     }
     progress = options.pop("enable_progress_bar")
+    if options["accelerator"] != "cpu":  # Lightning's auto would take an Apple GPU, which has no float64
+        options["accelerator"] = "cuda" if torch.cuda.is_available() or options["accelerator"] != "auto" else "cpu"
     strategy = _strategy(config)
     options |= {"strategy": strategy} if strategy is not None else {}
     callbacks: list[Callback] = [build("callback", callback, config) for callback in config.callbacks]
@@ -78,10 +80,11 @@ def _set_intervals(trainer: pl.Trainer, config: Config) -> None:
     """Accumulation and validation in micro-batches, now that the number of devices is known."""
     micro_tokens = config.optim.micro_batch_size * config.data.seq_len * trainer.world_size
     if config.optim.batch_tokens % micro_tokens:
+        multiple = max(1, round(config.optim.batch_tokens / micro_tokens)) * micro_tokens
         raise ConfigError(
             "optim.batch_tokens",
             f"{config.optim.batch_tokens} is not a multiple of micro_batch_size x seq_len x devices = {micro_tokens}",
-            f"try {max(1, round(config.optim.batch_tokens / micro_tokens)) * micro_tokens}",
+            f"lower optim.micro_batch_size, or try {multiple}",
         )
     trainer.accumulate_grad_batches = config.optim.batch_tokens // micro_tokens
     trainer.val_check_interval = config.data.val_every_n_steps * trainer.accumulate_grad_batches

@@ -68,6 +68,7 @@ def test_the_heat_map_and_the_run_card_are_there(tiny: Callable[..., Config]) ->
     texts = {tag: events.Tensors(tag)[0].tensor_proto.string_val[0].decode() for tag in events.Tags()["tensors"]}
     assert "n_experts: 8" in texts["run/config/text_summary"]
     assert "active parameters" in texts["run/model/text_summary"]
+    assert "| `blocks.*.moe.experts.gate_up` | 8 x 32 x 32 | 2 x |" in texts["run/model/text_summary"]
 
 
 def test_mfu_counts_active_parameters_and_is_absent_for_an_unknown_chip(tiny: Callable[..., Config]) -> None:
@@ -75,7 +76,8 @@ def test_mfu_counts_active_parameters_and_is_absent_for_an_unknown_chip(tiny: Ca
     assert mfu(1e6, flops, 989e12, 2) == pytest.approx(1e6 * flops / 989e12 / 2)
     assert peak_flops("NVIDIA H100 80GB HBM3") == 989e12
     assert peak_flops("NVIDIA H100 PCIe") == 756e12
-    assert peak_flops("Some Other Chip") is None
+    for other in ("Some Other Chip", "NVIDIA L40", "NVIDIA RTX A1000 Laptop GPU", "NVIDIA GB200"):
+        assert peak_flops(other) is None, other
 
 
 def test_validation_and_saving_are_no_part_of_the_throughput(

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from test_resume import assert_same_state
 from tiny_runs import scalars_of, summary_of
 
 from moelm.config import Config, to_yaml
@@ -35,7 +36,7 @@ def run(config: Config, folder: Path, *overrides: str) -> None:
 
 
 @pytest.mark.timeout(400)
-def test_two_ddp_processes_equal_one_and_resume_on_one(tiny: Callable[..., Config], tmp_path: Path) -> None:
+def test_two_ddp_processes_equal_one_process(tiny: Callable[..., Config], tmp_path: Path) -> None:
     config = tiny(CHANGES)
     ddp = ["trainer.strategy=ddp", "trainer.devices=2"]
     run(config, tmp_path, "run.name=one")
@@ -64,3 +65,16 @@ def test_two_ddp_processes_equal_one_and_resume_on_one(tiny: Callable[..., Confi
     states = load_tensors(step_folder(two, 3) / "training.pt")["moelm"]["rng_by_rank"]
     assert len(states) == 2
     assert not torch.equal(states[0]["torch"], states[1]["torch"])
+
+
+@pytest.mark.timeout(400)
+def test_a_ddp_run_resumes_bitwise_on_two_ranks_and_goes_on_on_one(tiny: Callable[..., Config], tmp_path: Path) -> None:
+    config = tiny({**CHANGES, "model.dropout": 0.1})
+    ddp = ["trainer.strategy=ddp", "trainer.devices=2", "run.name=two"]
+    run(config, tmp_path, *ddp)
+    folder = config.run_folder.parent / "two"
+    straight = step_folder(folder, 6).rename(folder / "straight")
+    run(config, tmp_path, *ddp, "--resume", "auto")
+    assert_same_state(straight, step_folder(folder, 6))
+    run(config, tmp_path, "run.name=two", "trainer.max_steps=8", "--resume", "auto")
+    assert summary_of(folder)["step"] == 8

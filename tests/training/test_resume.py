@@ -68,7 +68,7 @@ def assert_same_state(a: Path, b: Path) -> None:
     for key in ("optimizer_states", "lr_schedulers", "global_step"):
         assert left[key], key
         assert_same(left[key], right[key], key)
-    for key in ("rng_by_rank", "recent_load", "step", "consumed_samples"):
+    for key in ("rng_by_rank", "recent_load", "step"):
         assert_same(left["moelm"][key], right["moelm"][key], key)
 
 
@@ -148,6 +148,24 @@ def test_a_run_that_exists_is_refused_and_left_as_it_was(tiny: Callable[..., Con
     with pytest.raises(ConfigError, match=r"run\.name.*exists(.|\n)*--resume auto"):
         train(config)
     assert sorted(path.stat().st_mtime_ns for path in config.run_folder.rglob("*")) == before
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [
+        ("model.n_layers", 1),
+        ("model.moe.balancers", [{"name": "switch", "coef": 0.5}]),
+        ("optim.lr", 1e-4),
+        ("optim.batch_tokens", 1024),
+        ("data.seq_len", 16),
+        ("run.seed", 4),
+    ],
+)
+def test_a_run_is_not_continued_as_another_run(key: str, value: Any, tiny: Callable[..., Config]) -> None:
+    train(tiny({"trainer.max_steps": 2}))
+    with pytest.raises(ConfigError, match=rf"{key}(.|\n)*was trained with"):
+        train(tiny({"trainer.max_steps": 4, key: value}), resume="auto")
+    assert train(tiny({"trainer.max_steps": 4, "optim.micro_batch_size": 8}), resume="auto")["step"] == 4
 
 
 def test_a_finished_run_can_be_made_longer(tiny: Callable[..., Config]) -> None:
