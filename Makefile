@@ -10,7 +10,8 @@ QUICKSTART := checkpoints/quickstart
 quickstart: .venv/.core
 	test -f $(QUICKSTART)/summary.json || $(BIN)/python -m moelm.train --config configs/quickstart.yaml --resume auto
 	$(BIN)/python -m moelm.evaluate --checkpoint $(QUICKSTART)
-	$(BIN)/python -m moelm.generate --checkpoint $(QUICKSTART) --prompt "def read_text(self, path" --max-new-tokens 160
+	$(BIN)/python -m moelm.generate --checkpoint $(QUICKSTART) --max-new-tokens 160 --temperature 0.6 \
+		--prompt "$$(printf 'class Reader:\n    def __init__(self, path):\n        self.')"
 
 test: .venv/.dev
 	$(BIN)/python -m pytest -m "not slow"
