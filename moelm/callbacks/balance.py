@@ -35,4 +35,4 @@ class Balance(Observer):
                 scalars[f"moe/layer_{layer:02d}/bias_range"] = bias_ME[i].max() - bias_ME[i].min()
                 scalars[f"moe/layer_{layer:02d}/bias_update"] = module.bias_update_ME[i].abs().max()
         if scalars:
-            module.log_scalars({**scalars})
+            module.log_scalars(scalars)

@@ -40,7 +40,7 @@ class ExpertUsage(Observer):
             scalars[f"moe/layer_{layer:02d}/max_violation"] = violation_M[i]
             scalars[f"moe/layer_{layer:02d}/load_entropy"] = entropy_M[i]
             scalars[f"moe/layer_{layer:02d}/dead_experts"] = dead_M[i]
-        module.log_scalars({**scalars})
+        module.log_scalars(scalars)
         writer = writer_of(module)
         if writer is not None and (module.step >= self._next_image or module.step == self.last_step):
             self._next_image = module.step - module.step % self.every + self.every

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import time
 from dataclasses import dataclass
 from typing import Any
@@ -31,8 +32,10 @@ PEAK_BF16 = {
 
 def peak_flops(device_name: str) -> float | None:
     """None for a chip that is not in the table: no figure is better than a wrong one."""
-    words = f" {device_name} ".lower()
-    return next((peak for name, peak in PEAK_BF16.items() if f" {name} ".lower() in words), None)
+    if "laptop" in device_name.lower():  # the same name, another chip
+        return None
+    fits = (peak for name, peak in PEAK_BF16.items() if re.search(rf"\b{name}\b", device_name, re.IGNORECASE))
+    return next(fits, None)
 
 
 def mfu(tokens_per_s: float, flops: int, peak: float, n_devices: int) -> float:
@@ -75,5 +78,5 @@ class Throughput(Callback):
                 scalars["perf/mfu"] = mfu(tokens_per_s, self.flops, peak, trainer.world_size)
             if device.type == "cuda":
                 scalars["perf/peak_memory_gib"] = torch.cuda.max_memory_allocated(device) / 2**30
-            pl_module.log_scalars({**scalars})
+            pl_module.log_scalars(scalars)
         self._mark = (step, now)

@@ -88,7 +88,7 @@ class Memory:
     gradients: int  # float32
     optimizer: int  # two float32 moments
     activations: int  # saved for backward, for one micro-batch
-    working: int  # the largest temporary things: bf16 copies of one block's weights, logits of one chunk
+    working: int  # bf16 copies of the weights under bf16-mixed, and the logits of one chunk
 
     @property
     def total(self) -> int:

@@ -11,7 +11,6 @@ Tensors load with `torch.load(weights_only=True)`; nothing else is pickled.
 
 from __future__ import annotations
 
-import hashlib
 import json
 import os
 import re
@@ -29,6 +28,7 @@ from lightning.pytorch.callbacks import Checkpoint
 
 import moelm
 from moelm.config import Config, UserError, from_dict, read_yaml, to_yaml
+from moelm.data.token_shards import hash_file
 from moelm.training.lightning_module import MoELightningModule
 
 FORMAT = 1
@@ -100,7 +100,7 @@ def write_manifest(folder: Path, step: int) -> None:
     files = {}
     for file in sorted(folder.iterdir()):
         _sync(file)
-        files[file.name] = {"bytes": file.stat().st_size, "sha256": _sha256(file)}
+        files[file.name] = {"bytes": file.stat().st_size, "sha256": hash_file(file)}
     manifest = {
         "format": FORMAT,
         "step": step,
@@ -120,11 +120,6 @@ def _sync(path: Path) -> None:
         os.close(descriptor)
 
 
-def _sha256(file: Path) -> str:
-    with file.open("rb") as stream:
-        return hashlib.file_digest(stream, "sha256").hexdigest()
-
-
 def verify_checkpoint(folder: Path) -> None:
     """Raises CheckpointError that names the first file which is not what the manifest says."""
     files = _read_manifest(folder)["files"]
@@ -134,7 +129,7 @@ def verify_checkpoint(folder: Path) -> None:
             raise CheckpointError(f"{file}: missing")
         if file.stat().st_size != expected["bytes"]:
             raise CheckpointError(f"{file}: {file.stat().st_size} bytes, the manifest says {expected['bytes']}")
-        if _sha256(file) != expected["sha256"]:
+        if hash_file(file) != expected["sha256"]:
             raise CheckpointError(f"{file}: the content does not match its sha256 in the manifest")
 
 

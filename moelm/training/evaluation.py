@@ -6,7 +6,6 @@ import math
 from dataclasses import dataclass
 
 import torch
-import torch.distributed as dist
 from torch import Tensor
 
 from moelm.model.gpt import GPT, GPTOutput
@@ -61,9 +60,7 @@ class EvaluationSums:
         """Domain -> its Evaluation, and "all" first. Raises ValueError if nothing was added."""
         if not self._sums:
             raise ValueError("no validation batch was evaluated")
-        sums = self._sums
-        if dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1:
-            sums = all_reduce_sums(sums)
+        sums = all_reduce_sums(self._sums)
         everything = {name: value.sum(0) for name, value in sums.items()}
         results = {"all": _evaluation(everything)}
         for i, domain in enumerate(self.domains):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Mapping
 from typing import Any
 
 import lightning.pytorch as pl
@@ -21,7 +22,7 @@ from moelm.moe.load_metrics import dead_experts, max_violation
 from moelm.training.evaluation import Evaluation, EvaluationSums, forward_batch
 from moelm.training.optim import build_optimizer, lr_factor
 from moelm.training.rng import rng_state, seed_rank, set_rng_state
-from moelm.training.statistics import RecentLoad, StepAccumulator, StepStatistics
+from moelm.training.statistics import RecentLoad, StepAccumulator, StepStatistics, world_size
 
 
 class MoELightningModule(pl.LightningModule):
@@ -181,7 +182,7 @@ class MoELightningModule(pl.LightningModule):
             scalars |= {f"train/{name}": value for name, value in step.extra.items()}
             self.log_scalars({**scalars, "train/lr": self.lr})
 
-    def log_scalars(self, scalars: dict[str, Tensor | float]) -> None:
+    def log_scalars(self, scalars: Mapping[str, Tensor | float]) -> None:
         """Write scalars against the current step. Tensors come to the host together, in one transfer."""
         names = [name for name, value in scalars.items() if isinstance(value, Tensor)]
         values = {name: float(value) for name, value in scalars.items() if not isinstance(value, Tensor)}
@@ -242,9 +243,9 @@ class MoELightningModule(pl.LightningModule):
 
 def _gather(value: Any) -> list[Any]:
     """One value from every rank, by rank."""
-    if not (dist.is_available() and dist.is_initialized()):
+    if world_size() == 1:
         return [value]
-    gathered: list[Any] = [None] * dist.get_world_size()
+    gathered: list[Any] = [None] * world_size()
     dist.all_gather_object(gathered, value)
     return gathered
 

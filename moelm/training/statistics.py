@@ -59,10 +59,7 @@ class StepAccumulator:
 
     @torch.no_grad()
     def finish(self) -> StepStatistics:
-        sums, n = self._sums, self._n_micro_batches
-        if dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1:
-            sums = all_reduce_sums(sums)
-            n *= dist.get_world_size()
+        sums, n = all_reduce_sums(self._sums), self._n_micro_batches * world_size()
         self._sums, self._n_micro_batches = {}, 0
         load_ME = sums.pop("load", None)
         means = {name: value / n for name, value in sums.items()}
@@ -80,8 +77,15 @@ def _with_prefix(values: dict[str, Tensor], prefix: str) -> dict[str, Tensor]:
     return {name.removeprefix(prefix): value for name, value in values.items() if name.startswith(prefix)}
 
 
+def world_size() -> int:
+    """Processes that train together; 1 without a process group."""
+    return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
+
+
 def all_reduce_sums(sums: dict[str, Tensor]) -> dict[str, Tensor]:
     """All tensors summed over ranks in ONE all-reduce; the same names and shapes on every rank."""
+    if world_size() == 1:
+        return sums
     flat = torch.cat([value.flatten() for value in sums.values()])
     dist.all_reduce(flat)
     parts = flat.split([value.numel() for value in sums.values()])

@@ -76,7 +76,15 @@ def test_mfu_counts_active_parameters_and_is_absent_for_an_unknown_chip(tiny: Ca
     assert mfu(1e6, flops, 989e12, 2) == pytest.approx(1e6 * flops / 989e12 / 2)
     assert peak_flops("NVIDIA H100 80GB HBM3") == 989e12
     assert peak_flops("NVIDIA H100 PCIe") == 756e12
-    for other in ("Some Other Chip", "NVIDIA L40", "NVIDIA RTX A1000 Laptop GPU", "NVIDIA GB200"):
+    assert peak_flops("NVIDIA A100-SXM4-80GB") == 312e12
+    assert peak_flops("NVIDIA GH200 480GB") == 989e12
+    for other in (
+        "NVIDIA GeForce RTX 4090 Laptop GPU",
+        "Some Other Chip",
+        "NVIDIA L40",
+        "NVIDIA RTX A1000 Laptop GPU",
+        "NVIDIA GB200",
+    ):
         assert peak_flops(other) is None, other
 
 
