@@ -2,10 +2,7 @@
 
 from __future__ import annotations
 
-import argparse
-
-import moelm.data.sources  # noqa: F401  (registers the sources that a config can name)
-from moelm.command_line import run
+from moelm import command_line
 from moelm.config import load_corpus
 from moelm.data.prepare import prepare
 from moelm.data.token_shards import SPLITS, TokenShards
@@ -17,16 +14,13 @@ EXAMPLE = """example:
 
 
 def main(arguments: list[str]) -> None:
-    parser = argparse.ArgumentParser(
-        prog="python -m data_prep.prepare",
-        description="Split, tokenise and store a corpus. What is there already is kept.",
-        epilog=EXAMPLE,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
+    parser = command_line.make_parser(
+        "data_prep.prepare", "Split, tokenise and store a corpus. What is there already is kept.", EXAMPLE
     )
     parser.add_argument("--config", required=True, metavar="YAML", help="a corpus, such as configs/data/stdlib.yaml")
     parser.add_argument("--force", action="store_true", help="prepare again and replace what is there")
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="change a setting of the config")
-    options = parser.parse_intermixed_args(arguments)
+    options = command_line.parse(parser, arguments)
     shards = prepare(load_corpus(options.config, options.overrides), force=options.force)
     print(table(shards))
 
@@ -47,4 +41,4 @@ def table(shards: TokenShards) -> str:
 
 
 if __name__ == "__main__":
-    run(main)
+    command_line.run(main)

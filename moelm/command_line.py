@@ -1,12 +1,45 @@
-"""What all commands share at the terminal: a user's mistake is one message and exit code 2, never a traceback."""
+"""What all commands share at the terminal: `--plugin`, and that a user's mistake is one message and exit code 2,
+never a traceback."""
 
 from __future__ import annotations
 
+import argparse
+import importlib
+import importlib.util
 import os
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
+from functools import partial
+from importlib.metadata import entry_points
+from pathlib import Path
 
 from moelm.config import UserError
+
+
+def make_parser(command: str, description: str, epilog: str) -> argparse.ArgumentParser:
+    """A parser for `python -m <command>`; parse with `parse`."""
+    parser = argparse.ArgumentParser(
+        prog=f"python -m {command}",
+        description=description,
+        epilog=epilog,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument(
+        "--plugin",
+        action="append",
+        default=[],
+        metavar="MODULE_OR_FILE",
+        help="import it first, so that a config can name what it registers; may be given more than once",
+    )
+    return parser
+
+
+def parse(parser: argparse.ArgumentParser, argv: list[str]) -> argparse.Namespace:
+    """The arguments, options and overrides in any order, once everything that a config can name is registered."""
+    arguments = parser.parse_intermixed_args(argv)
+    import_builtins()
+    import_plugins(arguments.plugin)
+    return arguments
 
 
 def import_builtins() -> None:
@@ -17,6 +50,37 @@ def import_builtins() -> None:
     import moelm.moe.balancing
     import moelm.moe.dispatch
     import moelm.moe.routing  # noqa: F401
+
+
+def import_plugins(named: Iterable[str] = ()) -> None:
+    """Import what installed packages offer under the entry point `moelm.plugins`, then each of `named`: a module, or
+    the path of a .py file. Raises UserError for one that cannot be imported."""
+    for entry in entry_points(group="moelm.plugins"):
+        _import(f"the entry point moelm.plugins {entry.name!r}", entry.load)
+    for name in named:
+        load = _import_file if name.endswith(".py") else importlib.import_module
+        _import(f"--plugin {name}", partial(load, name))
+
+
+def _import(what: str, load: Callable[[], object]) -> None:
+    try:
+        load()
+    except Exception as error:  # whatever code from outside raises
+        problem = f"{what}: cannot be imported: {type(error).__name__}: {error}"
+        raise UserError(f"{problem}\n  remedy: name a module on Python's path, or the path of a .py file") from error
+
+
+def _import_file(name: str) -> None:
+    file = Path(name).resolve()
+    module_name = f"moelm_plugin_{file.stem}"
+    if getattr(sys.modules.get(module_name), "__file__", None) == str(file):
+        return  # a second command in the same process
+    spec = importlib.util.spec_from_file_location(module_name, file)
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[module_name] = module  # dataclasses look their module up
+    spec.loader.exec_module(module)
 
 
 def run(main: Callable[[list[str]], None]) -> None:

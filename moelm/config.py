@@ -20,7 +20,7 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field, fields, is_dataclass
 from pathlib import Path
 from types import NoneType, UnionType
-from typing import Any, TypeVar
+from typing import Any, ClassVar, TypeVar
 
 import yaml
 from omegaconf import OmegaConf
@@ -54,12 +54,59 @@ class NamedConfig:
         """
 
 
+@dataclass
+class RouterConfig(NamedConfig):
+    """What the rest of the model must know of a router. The ClassVars are facts about it, not settings."""
+
+    routing: ClassVar[str] = "token_choice"  # or expert_choice: which kind of decision it makes
+    learned: ClassVar[bool] = True  # has weights that a balancing loss can move
+    balanced: ClassVar[bool] = False  # loads experts evenly by construction, so nothing is left to balance
+    provides: ClassVar[tuple[str, ...]] = ()  # keys of RouterStats.extra that some balancer asks for
+    caution: ClassVar[str] = ""  # what its user must know; said at start
+    no_generation: ClassVar[str] = ""  # why text cannot be generated token by token; empty if it can
+
+    route_scale: float = field(default=1.0, metadata={"gt": 0})  # multiplies the gates, after normalisation
+
+    @property
+    def n_chunks(self) -> int:
+        """Pieces of a token's vector that are routed separately."""
+        return 1
+
+    @property
+    def mixes_chunks(self) -> bool:
+        """Whether a linear layer stands before the split and another one after the merge."""
+        return False
+
+
+@dataclass
+class DispatchConfig(NamedConfig):
+    accepts: ClassVar[tuple[str, ...]] = ("token_choice",)  # kinds of RouterConfig.routing
+
+    @property
+    def no_generation(self) -> str:
+        """Why text cannot be generated token by token; empty if it can."""
+        return ""
+
+    def check(self, key: str, config: MoEConfig) -> None:
+        if config.router.routing not in self.accepts:
+            raise ConfigError(
+                key,
+                f"{self.name} takes {' and '.join(self.accepts)}, but the router {config.router.name} makes "
+                f"{config.router.routing}",
+                "set model.moe.dispatch=dropless",
+            )
+
+
 _registry: dict[str, dict[str, tuple[type[NamedConfig], Callable[..., Any]]]] = {}
+_CONFIG_BASES: dict[str, type[NamedConfig]] = {"router": RouterConfig, "dispatch": DispatchConfig}
 F = TypeVar("F", bound=Callable[..., Any])
 
 
 def register(kind: str, name: str, config_class: type[NamedConfig]) -> Callable[[F], F]:
     """Decorate the class or function that builds `name` from its config; YAML can name it from then on."""
+    base = _CONFIG_BASES.get(kind, NamedConfig)
+    if not issubclass(config_class, base):
+        raise TypeError(f"{kind} {name!r}: {config_class.__name__} must derive from {base.__name__}")
 
     def add(factory: F) -> F:
         known = _registry.setdefault(kind, {})
@@ -137,9 +184,9 @@ class MoEConfig:
     shared_gate: bool = False  # sigmoid(x . w) on the shared experts' output (Qwen)
     first_moe_layer: int = setting(0, ge=0)
     moe_every_n_layers: int = setting(1, ge=1)
-    router: NamedConfig = named("router", "top_k")
+    router: RouterConfig = named("router", "top_k")
     balancers: list[NamedConfig] = named_list("balancer", "switch")
-    dispatch: NamedConfig = named("dispatch", "dropless")
+    dispatch: DispatchConfig = named("dispatch", "dropless")
     experts: ExpertsConfig = field(default_factory=ExpertsConfig)
 
     @property
@@ -149,13 +196,23 @@ class MoEConfig:
             return 0
         return self.d_shared or self.n_shared_experts * self.d_expert
 
+    @property
+    def choices_per_token(self) -> int:
+        """Rows that the experts compute for one token when nothing is dropped."""
+        return self.top_k * self.router.n_chunks
+
+    @property
+    def no_generation(self) -> str:
+        """Why a model with this section cannot write text token by token; empty if it can."""
+        return self.router.no_generation or self.dispatch.no_generation
+
 
 @dataclass
 class InitConfig:
     std: float = setting(0.02, gt=0)
     truncate_sigmas: float | None = setting(None, gt=0)  # cut the normal distribution at this many sigmas
     scale_residual: bool = True  # std / sqrt(2 n_layers) for the matrices that write into the residual stream
-    router_std: float | None = setting(None, gt=0)  # null: std
+    router_std: float | None = setting(None, gt=0)  # of all matrices of a router; null: std
 
 
 @dataclass
@@ -318,7 +375,11 @@ class Config:
     optim: OptimConfig = field(default_factory=OptimConfig)
     trainer: TrainerConfig = field(default_factory=TrainerConfig)
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
-    callbacks: list[NamedConfig] = named_list("callback", "expert_usage", "balance", "throughput", "run_card")
+    callbacks: list[NamedConfig] = named_list(
+        "callback",
+        *("collapse_alarm", "expert_usage", "balance", "expert_counts", "co_activation", "specialisation"),
+        *("throughput", "run_card"),
+    )
 
     @property
     def run_name(self) -> str:
@@ -421,7 +482,8 @@ def _merge(base: Any, change: Any, key: str = "") -> Any:
                 raise ConfigError(_join(key, index), f"the list has {len(merged)} elements", "count from 0")
             merged[int(index)] = _merge(merged[int(index)], value, _join(key, index))
         return merged
-    if isinstance(base, str) and any(base in known for known in _registry.values()):
+    is_a_name = key == "name" or key.endswith(".name")
+    if isinstance(base, str) and not is_a_name and any(base in known for known in _registry.values()):
         base = {"name": base}  # `switch` is short for `{name: switch}`
     if not (isinstance(base, dict) and isinstance(change, dict)):
         return change
@@ -496,7 +558,8 @@ def _from_named(kind: str, value: Any, key: str) -> NamedConfig:
     name, known = value["name"], registered(kind)
     if not isinstance(name, str) or name not in known:
         problem = f"{_show(name)} is not a known {kind}"
-        raise ConfigError(f"{key}.name", problem, _did_you_mean(name, known) + _names(kind))
+        remedy = f"{_did_you_mean(name, known)}{_names(kind)}; or name the module that registers it with --plugin"
+        raise ConfigError(f"{key}.name", problem, remedy)
     config = from_dict(known[name], {k: v for k, v in value.items() if k != "name"}, key)
     config.name = name
     return config
@@ -647,17 +710,22 @@ def check_model(model: ModelConfig) -> None:
         if moe.n_shared_experts == 0 and getattr(moe, key):
             problem = "has no effect with n_shared_experts = 0"
             raise ConfigError(f"model.moe.{key}", problem, "set n_shared_experts")
-    if moe.experts.backend == "grouped" and not grouped_widths_fit(model.d_model, moe.d_expert):
-        problem = f"grouped needs multiples of 8, not d_model = {model.d_model}, d_expert = {moe.d_expert}"
-        raise ConfigError("model.moe.experts.backend", problem, "round the widths, or use auto or loop")
     moe.router.check("model.moe.router", moe)
+    if model.d_model % moe.router.n_chunks:
+        problem = f"{moe.router.n_chunks} chunks do not divide d_model = {model.d_model}"
+        raise ConfigError("model.moe.router", problem, "choose a divisor")
+    width = model.d_model // moe.router.n_chunks
+    if moe.experts.backend == "grouped" and not grouped_widths_fit(width, moe.d_expert):
+        d_in = "d_model" if moe.router.n_chunks == 1 else f"d_model / {moe.router.n_chunks} chunks"
+        problem = f"grouped needs multiples of 8, not {d_in} = {width}, d_expert = {moe.d_expert}"
+        raise ConfigError("model.moe.experts.backend", problem, "round the widths, or use auto or loop")
     moe.dispatch.check("model.moe.dispatch", moe)
     _check_each(moe.balancers, "model.moe.balancers", moe)
 
 
-def grouped_widths_fit(d_model: int, d_expert: int) -> bool:
+def grouped_widths_fit(d_in: int, d_expert: int) -> bool:
     """Rows and weights of a grouped product must start on 16 bytes: 8 elements in bf16."""
-    return d_model % 8 == 0 and d_expert % 8 == 0
+    return d_in % 8 == 0 and d_expert % 8 == 0
 
 
 def check_corpus(corpus: CorpusConfig, key: str) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import argparse
 import json
 import sys
 from pathlib import Path
@@ -28,18 +27,16 @@ EPILOG = """example:
 
 
 def main(argv: list[str]) -> None:
-    parser = argparse.ArgumentParser(
-        prog="python -m moelm.evaluate",
-        description="Token-weighted cross-entropy, perplexity and bits per byte over a validation split, by domain, "
+    parser = command_line.make_parser(
+        "moelm.evaluate",
+        "Token-weighted cross-entropy, perplexity and bits per byte over a validation split, by domain, "
         "with the load of the experts in each domain.",
-        epilog=EPILOG,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
+        EPILOG,
     )
     parser.add_argument("--checkpoint", required=True, metavar="RUN_OR_STEP")
     parser.add_argument("--data", metavar="F", help="a configs/data/*.yaml; default: the run's own data")
     parser.add_argument("--json", action="store_true", help="print JSON instead of tables")
-    arguments = parser.parse_args(argv)
-    command_line.import_builtins()
+    arguments = command_line.parse(parser, argv)
     results = evaluate(arguments.checkpoint, arguments.data)
     if arguments.json:
         print(json.dumps({domain: as_dict(result) for domain, result in results.items()}, indent=1))

@@ -2,18 +2,18 @@
 
 from __future__ import annotations
 
-import argparse
 import sys
 from collections.abc import Iterator
+from pathlib import Path
 
 import torch
 from tokenizers import Tokenizer
 from torch import Tensor
 
 from moelm import command_line
-from moelm.config import ConfigError
+from moelm.config import Config, ConfigError
 from moelm.model.gpt import GPT
-from moelm.training.checkpoint_io import find_checkpoint
+from moelm.training.checkpoint_io import find_checkpoint, load_checkpoint_config
 from moelm.training.loading import autocast, load_model
 
 EPILOG = """example:
@@ -22,11 +22,10 @@ EPILOG = """example:
 
 
 def main(argv: list[str]) -> None:
-    parser = argparse.ArgumentParser(
-        prog="python -m moelm.generate",
-        description="Continue a text, streamed as it is generated.",
-        epilog=EPILOG,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
+    parser = command_line.make_parser(
+        "moelm.generate",
+        "Continue a text, streamed as it is generated.",
+        EPILOG,
     )
     parser.add_argument("--checkpoint", required=True, metavar="RUN_OR_STEP")
     parser.add_argument("--prompt", default="", help="the text to continue; empty: the start of a document")
@@ -34,7 +33,7 @@ def main(argv: list[str]) -> None:
     parser.add_argument("--temperature", type=float, default=0.8, metavar="T", help="0: the likeliest token (greedy)")
     parser.add_argument("--top-p", type=float, default=0.95, metavar="P", help="sample from the likeliest mass P")
     parser.add_argument("--seed", type=int, default=0, metavar="S")
-    arguments = parser.parse_args(argv)
+    arguments = command_line.parse(parser, argv)
     for key, holds, allowed in (
         ("max_new_tokens", arguments.max_new_tokens >= 1, ">= 1"),
         ("temperature", arguments.temperature >= 0, ">= 0"),
@@ -42,8 +41,8 @@ def main(argv: list[str]) -> None:
     ):
         if not holds:
             raise ConfigError(f"--{key.replace('_', '-')}", f"{getattr(arguments, key)}", f"it must be {allowed}")
-    command_line.import_builtins()
     folder = find_checkpoint(arguments.checkpoint)
+    refuse_without_generation(load_checkpoint_config(folder), folder)
     model, config, device = load_model(folder)
     tokenizer = Tokenizer.from_file(str(folder / "tokenizer.json"))
     tokenizer.encode_special_tokens = True  # a prompt that spells a special token is the text that it is
@@ -68,6 +67,18 @@ def main(argv: list[str]) -> None:
         for text in stream_text(tokenizer, ids):
             print(text, end="", flush=True)
     print()
+
+
+def refuse_without_generation(config: Config, folder: Path) -> None:
+    """Raises ConfigError for a model whose output for a token depends on other tokens than those before it."""
+    reason = config.model.moe.no_generation if config.model.moe is not None else ""
+    if reason:
+        raise ConfigError(
+            "model.moe",
+            f"{folder} cannot generate: {reason}",
+            "evaluate it with python -m moelm.evaluate, or train with a token-choice router and dropless dispatch "
+            "(capacity has eval_dispatch: dropless)",
+        )
 
 
 @torch.no_grad()

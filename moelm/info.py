@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import argparse
 import json
 from typing import Any
 
@@ -17,17 +16,15 @@ EPILOG = """example:
 
 
 def main(argv: list[str]) -> None:
-    parser = argparse.ArgumentParser(
-        prog="python -m moelm.info",
-        description="Parameters, operations a token and memory of a config's model, from its shapes alone.",
-        epilog=EPILOG,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
+    parser = command_line.make_parser(
+        "moelm.info",
+        "Parameters, operations a token and memory of a config's model, from its shapes alone.",
+        EPILOG,
     )
     parser.add_argument("--config", required=True, metavar="F")
     parser.add_argument("overrides", nargs="*", metavar="key=value")
     parser.add_argument("--json", action="store_true")
-    arguments = parser.parse_intermixed_args(argv)
-    command_line.import_builtins()
+    arguments = command_line.parse(parser, argv)
     config = load_config(arguments.config, arguments.overrides)
     facts = info(config)
     print(json.dumps(facts, indent=1) if arguments.json else as_table(config, facts))

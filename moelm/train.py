@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import argparse
 import json
 import os
 import sys
@@ -35,11 +34,10 @@ EPILOG = """example:
 
 
 def main(argv: list[str]) -> None:
-    parser = argparse.ArgumentParser(
-        prog="python -m moelm.train",
-        description="Train the model that a YAML describes; everything it leaves is in <run.dir>/<run.name>/.",
-        epilog=EPILOG,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
+    parser = command_line.make_parser(
+        "moelm.train",
+        "Train the model that a YAML describes; everything it leaves is in <run.dir>/<run.name>/.",
+        EPILOG,
     )
     parser.add_argument("--config", required=True, metavar="F", help="a YAML file, see configs/")
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="change a key, e.g. optim.lr=1e-3")
@@ -49,8 +47,7 @@ def main(argv: list[str]) -> None:
         help="continue: auto = the newest valid checkpoint of this run, if any",
     )
     parser.add_argument("--print-config", action="store_true", help="print the resolved config and stop")
-    arguments = parser.parse_intermixed_args(argv)
-    command_line.import_builtins()
+    arguments = command_line.parse(parser, argv)
     config = load_config(arguments.config, arguments.overrides)
     if arguments.print_config:
         print(to_yaml(config), end="")
@@ -147,6 +144,7 @@ def _write(file: Path, text: str) -> None:
 
 def _say_start(config: Config, shards: TokenShards, device: str, checkpoint: Path | None) -> None:
     size = model_size(config.model)
+    caution = config.model.moe.router.caution if config.model.moe is not None else ""
     tokens = sum(counts.tokens for counts in shards.split_counts("train").values())
     accumulation = config.optim.batch_tokens // (config.optim.micro_batch_size * config.data.seq_len)
     print(
@@ -155,7 +153,7 @@ def _say_start(config: Config, shards: TokenShards, device: str, checkpoint: Pat
         f"data   {config.data.corpus.path}: {tokens / 1e6:.1f} M training tokens\n"
         f"steps  {config.trainer.max_steps:,} of {config.optim.batch_tokens:,} tokens "
         f"({accumulation} micro-batches on one device)\n"
-        f"device {device}, {config.trainer.precision}",
+        f"device {device}, {config.trainer.precision}" + (f"\nnote   {caution}" if caution else ""),
         file=sys.stderr,
         flush=True,
     )

@@ -16,7 +16,7 @@ from tokenizers import Tokenizer
 
 from data_prep.prepare import main as prepare_main
 from moelm import command_line, generate, info
-from moelm.config import Config, UserError, to_yaml
+from moelm.config import Config, ConfigError, UserError, registered, to_yaml
 from moelm.evaluate import as_dict, evaluate
 from moelm.evaluate import main as evaluate_main
 from moelm.generate import main as generate_main
@@ -118,6 +118,44 @@ def test_greedy_generation_with_and_without_a_cache_is_the_same_text(tiny: Calla
     cached, plain = (list(generate.generate(model, prompt, 40, use_cache=use)) for use in (True, False))
     assert cached == plain
     assert len(set(cached)) > 5, "too dull a text to show anything"
+
+
+@pytest.mark.parametrize("router", sorted(registered("router")))
+def test_a_router_generates_the_same_text_with_a_cache_as_without_or_says_why_it_cannot(
+    tiny: Callable[..., Config], router: str
+) -> None:
+    top_k = 1 if router == "switch" else 2
+    moe = {"router": router, "top_k": top_k, "balancers": ["none"], "n_experts": 8, "d_expert": 16}
+    config = tiny({"model.moe": moe, "model.init": {"std": 0.3}})
+    assert config.model.moe is not None
+    if config.model.moe.no_generation:
+        with pytest.raises(ConfigError, match=r"cannot generate(.|\n)*remedy"):
+            generate.refuse_without_generation(config, Path("run"))
+        return
+    generate.refuse_without_generation(config, Path("run"))
+    model = GPT(config.model)
+    initialize(model, 0)
+    prompt = torch.tensor([[3, 1, 4, 1, 5, 9]])
+    cached, plain = (list(generate.generate(model, prompt, 30, use_cache=use)) for use in (True, False))
+    assert cached == plain
+
+
+def test_a_model_that_cannot_generate_is_refused_before_a_device_is_touched(
+    tiny: Callable[..., Config], capsys: pytest.CaptureFixture[str]
+) -> None:
+    config = tiny({"model.moe.router": "expert_choice", "model.moe.balancers": ["none"], "trainer.max_steps": 2})
+    train(config)
+    assert "note   expert_choice is not causal" in capsys.readouterr().err
+    with pytest.raises(ConfigError, match="not causal"):
+        generate_main(["--checkpoint", str(config.run_folder), "--prompt", "x"])
+    assert evaluate(config.run_folder)["all"].ce == pytest.approx(summary_of(config.run_folder)["val/ce"], abs=1e-6)
+
+
+def test_capacity_generates_only_if_its_evaluation_is_dropless(tiny: Callable[..., Config]) -> None:
+    for eval_dispatch, allowed in (("capacity", False), ("dropless", True)):
+        config = tiny({"model.moe.dispatch": {"name": "capacity", "eval_dispatch": eval_dispatch}})
+        assert config.model.moe is not None
+        assert (config.model.moe.no_generation == "") == allowed
 
 
 def test_sampling_repeats_under_a_seed_and_top_p_cuts_the_tail(tiny: Callable[..., Config]) -> None:

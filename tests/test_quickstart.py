@@ -43,6 +43,20 @@ def test_the_quickstart_beats_gzip_and_xz_without_a_dead_expert(tmp_path: Path) 
 
 @pytest.mark.slow
 @pytest.mark.timeout(900)
+def test_reinforce_and_base_learn_more_in_200_steps_than_random_routing(tmp_path: Path) -> None:
+    shutil.copytree(ROOT / "configs", tmp_path / "configs")
+    ce = {}
+    for router in ("random", "reinforce", "base"):
+        changes = [f"run.name={router}", f"model.moe.router={router}", "trainer.max_steps=200", "callbacks=[]"]
+        changes += ["model.moe.balancers=[none]"] if router == "random" else []
+        python("-m", "moelm.train", "--config", "configs/quickstart.yaml", *changes, cwd=tmp_path)
+        ce[router] = json.loads((tmp_path / f"checkpoints/{router}/summary.json").read_text())["val/ce"]
+    assert ce["reinforce"] < ce["random"] - 0.01, ce
+    assert ce["base"] < ce["random"] - 0.1, ce
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(900)
 def test_a_corpus_of_200_mb_is_prepared_in_less_than_a_gibibyte(tmp_path: Path) -> None:
     sys.path.insert(0, str(ROOT / "benchmarks"))
     from prepare_corpus import write_corpus

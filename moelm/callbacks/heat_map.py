@@ -1,5 +1,6 @@
 """A matrix (layers by experts) drawn on a fixed colour scale, so that steps and runs compare by eye."""
 
+import math
 from bisect import bisect
 from collections.abc import Sequence
 from typing import Any
@@ -29,16 +30,17 @@ PAD = 16  # pixels around everything
 MAX_GRID_WIDTH = 1540
 
 
-def heat_colours(values: Array, low: float, high: float) -> Pixels:
+def heat_colours(values: Array, low: float, high: float, low_apart: bool = True) -> Pixels:
     """The colour of each value, uint8 [..., 3]: a function of that value alone, never of the others.
 
-    Blue below the middle of [low, high], near-white at it, red above, the last red from `high` on; near-black
-    at or below `low`; grey for NaN.
+    Blue below the middle of [low, high], near-white at it, red above, the last red from `high` on; at or below `low`
+    near-black, or without `low_apart` the first blue; grey for NaN.
     """
     position = (np.clip(values, low, high) - low) / (high - low) * (len(RAMP) - 1)
     channels = [np.interp(position, np.arange(len(RAMP)), RAMP[:, channel]) for channel in range(3)]
     colours: Pixels = np.nan_to_num(np.stack(channels, axis=-1)).round().astype(np.uint8)
-    colours[values <= low] = LOW_COLOUR
+    if low_apart:
+        colours[values <= low] = LOW_COLOUR
     colours[np.isnan(values)] = NAN_COLOUR
     return colours
 
@@ -53,12 +55,16 @@ def draw_heat_map(
     column_label: str = "expert",
     row_names: Sequence[str] | None = None,
     marks: str | None = None,
+    low_apart: bool = True,
+    no_data: str = "no data",
+    group_rows: int = 0,
 ) -> Pixels:
     """An image uint8 [height, width, 3], as `SummaryWriter.add_image(dataformats="HWC")` takes it.
 
     `values` is [rows, columns]. The size depends on the shape and the texts alone; the width stays within
     1,800 pixels up to 1,540 columns. Numbers stand in the cells if all fit. `marks` says in the key what a
-    value at or below `low` means ("dead"). Texts should be ASCII: Pillow's own font has little else.
+    value at or below `low` means ("dead"); without `low_apart` it is drawn as the first blue. `no_data` says what NaN
+    means. A line is drawn after each `group_rows` rows. Texts should be ASCII: Pillow's own font has little else.
     Raises ValueError for an empty or not two-dimensional matrix, low >= high, or a wrong number of row names.
     """
     if values.ndim != 2 or values.size == 0:
@@ -72,11 +78,11 @@ def draw_heat_map(
     tick_font, label_font, title_font = (ImageFont.load_default(size=size) for size in (14, 16, 21))
     names = [str(row) for row in range(n_rows)] if row_names is None else list(row_names)
     names = [_shortened(name, tick_font, 160) for name in names]
-    cell_height, cell_width = _cell_size(n_rows, n_columns)
-    grid = _coloured_cells(values, low, high, cell_height, cell_width)
+    cell_height, cell_width = _cell_size(n_rows, n_columns, 17 if group_rows else 12)
+    grid = _coloured_cells(values, low, high, low_apart, cell_height, cell_width)
     grid_height, grid_width = grid.shape[:2]
     title = _shortened(title, title_font, MAX_GRID_WIDTH)
-    key = _key(low, high, marks, tick_font)
+    key = _key(low, high, marks, low_apart, no_data, tick_font)
 
     row_ticks_width = max(round(tick_font.getlength(name)) for name in names) + 8
     left = PAD + 30 + row_ticks_width
@@ -98,7 +104,11 @@ def draw_heat_map(
         x = left + column * cell_width + cell_width // 2
         draw.line((x, bottom + 1, x, bottom + 4), LINE)
         draw.text((x, bottom + 14), str(column), INK, tick_font, anchor="mm")
-    _write_numbers(draw, values, grid, (left, top), tick_font)
+    for row in range(group_rows, n_rows, group_rows) if group_rows else ():
+        y = top + row * cell_height - 1
+        draw.line((left - 8, y, left + grid_width, y), INK, 2)
+    decimals = max(2, 1 - math.floor(math.log10(max(abs(low), abs(high)))))  # two digits of the largest
+    _write_numbers(draw, values, grid, (left, top), tick_font, decimals)
     draw.text((left + grid_width / 2, bottom + 36), column_label, INK, label_font, anchor="mm")
     upright = _turned(_shortened(row_label, label_font, grid_height + 60), label_font)
     canvas.paste(upright, (left - row_ticks_width - 30, top + (grid_height - upright.height) // 2))
@@ -106,16 +116,19 @@ def draw_heat_map(
     return np.array(canvas, dtype=np.uint8)
 
 
-def _cell_size(n_rows: int, n_columns: int) -> tuple[int, int]:
-    """(height, width) in pixels: large for few cells, and the whole within one screen."""
-    width = min(round(1400 / n_columns), MAX_GRID_WIDTH // n_columns, 84)
-    height = min(round(600 / n_rows), 56)
+def _cell_size(n_rows: int, n_columns: int, least_height: int) -> tuple[int, int]:
+    """(height, width) in pixels: large for few cells, readable for many, and never more pixels than that needs, since
+    a picture is made while training waits. Up to 60 rows are at least `least_height` high."""
+    width = min(max(round(700 / n_columns), 8), MAX_GRID_WIDTH // n_columns, 84)
+    height = min(max(round(300 / n_rows), least_height if n_rows <= 60 else 6), 900 // n_rows, 56)
     return max(height, 1), max(width, 1)
 
 
-def _coloured_cells(values: Array, low: float, high: float, cell_height: int, cell_width: int) -> Pixels:
+def _coloured_cells(
+    values: Array, low: float, high: float, low_apart: bool, cell_height: int, cell_width: int
+) -> Pixels:
     """The grid alone, [rows * cell_height, columns * cell_width, 3]; NaN hatched, large cells set apart."""
-    enlarged = heat_colours(values, low, high).repeat(cell_height, axis=0).repeat(cell_width, axis=1)
+    enlarged = heat_colours(values, low, high, low_apart).repeat(cell_height, axis=0).repeat(cell_width, axis=1)
     y, x = np.ogrid[: enlarged.shape[0], : enlarged.shape[1]]
     is_nan = np.isnan(values).repeat(cell_height, axis=0).repeat(cell_width, axis=1)
     enlarged[is_nan & ((y + x) % 8 < 2)] = (200, 200, 200)
@@ -125,12 +138,14 @@ def _coloured_cells(values: Array, low: float, high: float, cell_height: int, ce
     return enlarged
 
 
-def _write_numbers(draw: ImageDraw.ImageDraw, values: Array, grid: Pixels, corner: tuple[int, int], font: Font) -> None:
+def _write_numbers(
+    draw: ImageDraw.ImageDraw, values: Array, grid: Pixels, corner: tuple[int, int], font: Font, decimals: int
+) -> None:
     """Writes each value into its cell, black on light and white on dark, if the longest of them fits."""
     cell_height, cell_width = grid.shape[0] // values.shape[0], grid.shape[1] // values.shape[1]
     if cell_height < 20 or cell_width < 34:
         return
-    texts = [[f"{value:.2f}" if abs(value) < 100 else f"{value:.3g}" for value in row] for row in values]
+    texts = [[f"{value:.{decimals}f}" if abs(value) < 100 else f"{value:.3g}" for value in row] for row in values]
     longest = max((text for row in texts for text in row), key=len)
     if font.getlength(longest) > cell_width - 6:
         return
@@ -142,25 +157,24 @@ def _write_numbers(draw: ImageDraw.ImageDraw, values: Array, grid: Pixels, corne
         draw.text((corner[0] + x, corner[1] + y), texts[row][column], "white" if is_dark else INK, font, anchor="mm")
 
 
-def _key(low: float, high: float, marks: str | None, font: Font) -> Image.Image:
-    """One line: the swatch of `low`, the ramp with its ends and middle named, the swatch of NaN."""
+def _key(low: float, high: float, marks: str | None, low_apart: bool, no_data: str, font: Font) -> Image.Image:
+    """One line: the swatch of `low` if it is apart, the ramp with its ends and middle named, the swatch of NaN."""
     low_text = _shortened(f"{low:g}" if marks is None else f"{low:g} ({marks})", font, 400)
-    low_width = 26 + round(font.getlength(low_text))
-    ramp_width, ramp_left = 240, low_width + 40
+    low_width = 26 + round(font.getlength(low_text)) + 40 if low_apart else 40
+    ramp_width, ramp_left = 240, low_width
     nan_left = ramp_left + ramp_width + 40
-    key = Image.new("RGB", (nan_left + 26 + round(font.getlength("no data")), 40), "white")
+    key = Image.new("RGB", (nan_left + 26 + round(font.getlength(no_data)), 40), "white")
     draw = ImageDraw.Draw(key)
     step = (high - low) / ramp_width
     shown = low + step * (0.5 + np.arange(ramp_width, dtype=np.float64))  # never `low` itself: it has its swatch
-    for left, values, cell_width in (
-        (0, np.array([low], dtype=np.float64), 18),
-        (ramp_left, shown, 1),
-        (nan_left, np.array([np.nan]), 18),
-    ):
-        swatch = _coloured_cells(values[None], low, high, 18, cell_width)
+    swatches = [(ramp_left, shown, 1), (nan_left, np.array([np.nan]), 18)]
+    if low_apart:
+        swatches.append((0, np.array([low], dtype=np.float64), 18))
+        draw.text((26, 9), low_text, INK, font, anchor="lm")
+    for left, values, cell_width in swatches:
+        swatch = _coloured_cells(values[None], low, high, low_apart, 18, cell_width)
         key.paste(Image.fromarray(swatch), (left, 0))
-    draw.text((26, 9), low_text, INK, font, anchor="lm")
-    draw.text((nan_left + 26, 9), "no data", INK, font, anchor="lm")
+    draw.text((nan_left + 26, 9), no_data, INK, font, anchor="lm")
     for share, text in ((0.0, f"{low:g}"), (0.5, f"{(low + high) / 2:g}"), (1.0, f"{high:g}+")):
         x = ramp_left + round(share * (ramp_width - 1))
         draw.line((x, 18, x, 21), LINE)

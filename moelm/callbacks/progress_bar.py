@@ -64,7 +64,7 @@ class StepProgressBar(ProgressBar):
         assert isinstance(pl_module, MoELightningModule)
         if self.enabled and not trainer.sanity_checking:
             result = pl_module.evaluation["all"]
-            self._print(
+            self.say(
                 f"step {pl_module.step}: validation ce {result.ce:.4f} nats/token, "
                 f"perplexity {result.perplexity:.2f}, {result.bits_per_byte:.3f} bits/byte"
             )
@@ -91,9 +91,10 @@ class StepProgressBar(ProgressBar):
         else:
             step, (first, since) = pl_module.step, self._started
             left = (time.perf_counter() - since) / max(1, step - first) * (self.total - step)
-            self._print(f"step {step}/{self.total}: {', '.join(parts)}, {left:.0f} s left")
+            self.say(f"step {step}/{self.total}: {', '.join(parts)}, {left:.0f} s left")
 
-    def _print(self, line: str) -> None:
+    def say(self, line: str) -> None:
+        """One line that does not tear the bar."""
         if self.bar is not None:
             tqdm.write(line, file=sys.stderr)
         else:

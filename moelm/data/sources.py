@@ -10,6 +10,7 @@ from __future__ import annotations
 import gzip
 import json
 import os
+import re
 import sysconfig
 import zlib
 from collections.abc import Iterable, Iterator, Mapping
@@ -17,7 +18,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from moelm.config import ConfigError, NamedConfig, UserError, register
+from moelm.config import ConfigError, NamedConfig, UserError, register, setting
 
 MAX_PIECE = 2**20  # characters
 
@@ -90,9 +91,10 @@ class FilesConfig(NamedConfig):
     pattern: str = "**/*.txt"  # of the files in a folder
     domain: str | None = None  # null: the first folder below `path`, or the name of `path`
     separator: str | None = None  # a line equal to it ends a document ("": an empty line); null: one a file
+    made_by: str | None = None  # the command that makes `path`, which is named where `path` is missing
 
     def check(self, key: str, config: Any) -> None:
-        _check_files(key, self.path, self.pattern)
+        _check_files(key, self.path, self.pattern, made_by=self.made_by)
 
 
 @register("source", "files", FilesConfig)
@@ -134,10 +136,6 @@ class RowsConfig(NamedConfig):
     def check(self, key: str, config: Any) -> None:
         if self.domain is not None and self.domain_key is not None:
             raise ConfigError(f"{key}.domain", "has no effect beside domain_key", "remove one of them")
-        if self.name in _PATTERNS:
-            _check_files(key, self.path, *_PATTERNS[self.name])
-        elif not self.path:
-            raise ConfigError(f"{key}.path", "is empty", "name a data set or a folder")
 
     @property
     def columns(self) -> list[str]:
@@ -147,8 +145,17 @@ class RowsConfig(NamedConfig):
 _PATTERNS = {"jsonl": ("**/*.jsonl", "**/*.jsonl.gz"), "parquet": ("**/*.parquet",)}
 
 
-@register("source", "jsonl", RowsConfig)
-def read_jsonl(config: RowsConfig) -> Iterator[Piece]:
+@dataclass
+class RowFilesConfig(RowsConfig):
+    made_by: str | None = None  # the command that makes `path`, which is named where `path` is missing
+
+    def check(self, key: str, config: Any) -> None:
+        super().check(key, config)
+        _check_files(key, self.path, *_PATTERNS[self.name], made_by=self.made_by)
+
+
+@register("source", "jsonl", RowFilesConfig)
+def read_jsonl(config: RowFilesConfig) -> Iterator[Piece]:
     """One JSON object a line, in a file or in all `*.jsonl` and `*.jsonl.gz` of a folder."""
     for file in _find_files(config.path, *_PATTERNS["jsonl"]):
         domain = config.domain or _domain_of(file, config.path)
@@ -165,8 +172,8 @@ def read_jsonl(config: RowsConfig) -> Iterator[Piece]:
             yield from _row_pieces(row, config, domain, where)
 
 
-@register("source", "parquet", RowsConfig)
-def read_parquet(config: RowsConfig) -> Iterator[Piece]:
+@register("source", "parquet", RowFilesConfig)
+def read_parquet(config: RowFilesConfig) -> Iterator[Piece]:
     """A file or all `*.parquet` of a folder, a few rows at a time."""
     import pyarrow  # type: ignore[import-untyped]
     import pyarrow.parquet  # type: ignore[import-untyped]
@@ -193,11 +200,44 @@ class DatasetConfig(RowsConfig):
     split: str = "train"
     streaming: bool = True  # read while downloading; false: download all of it first
     data_files: list[str] = field(default_factory=list)  # for path: json, csv, text or parquet
+    max_bytes: int | None = setting(None, ge=1)  # of text: the document that reaches it is the last; null: all
+    document_start: str | None = None  # a regex: rows join to documents, each begins with one that matches; null: a row
+
+    def check(self, key: str, config: Any) -> None:
+        super().check(key, config)
+        if not self.path:
+            raise ConfigError(f"{key}.path", "is empty", "name a data set or a folder")
+        try:
+            re.compile(self.document_start or "")
+        except re.error as error:
+            raise ConfigError(f"{key}.document_start", f"{self.document_start!r}: {error}", "correct it") from None
 
 
 @register("source", "dataset", DatasetConfig)
 def read_dataset(config: DatasetConfig) -> Iterator[Piece]:
     """Anything the `datasets` library reads, without running code that a data set brings."""
+    pieces = _read_dataset_rows(config)
+    if config.document_start is not None:
+        pieces = _join_rows(pieces, re.compile(config.document_start))
+    n_bytes = 0
+    for piece in pieces:
+        yield piece
+        n_bytes += len(piece.text.encode())
+        if config.max_bytes is not None and n_bytes >= config.max_bytes and piece.ends_document:
+            break
+
+
+def _join_rows(rows: Iterator[Piece], document_start: re.Pattern[str]) -> Iterator[Piece]:
+    held: Piece | None = None
+    for piece in rows:
+        if held is not None:
+            yield held._replace(ends_document=held.ends_document and document_start.match(piece.text) is not None)
+        held = piece
+    if held is not None:
+        yield held
+
+
+def _read_dataset_rows(config: DatasetConfig) -> Iterator[Piece]:
     where = f"data set {config.path!r}"
     domain = config.domain or config.subset or Path(config.path).name
     try:
@@ -264,9 +304,10 @@ def _find_files(path: str, *patterns: str) -> list[Path]:
     return sorted({file for pattern in patterns for file in Path(path).glob(pattern) if file.is_file()})
 
 
-def _check_files(key: str, path: str, *patterns: str) -> None:
+def _check_files(key: str, path: str, *patterns: str, made_by: str | None) -> None:
     if not path or not Path(path).exists():
-        raise ConfigError(f"{key}.path", f"{path!r}: no such file or folder", "paths are relative to where you are")
+        remedy = "paths are relative to where you are" if made_by is None else f"make it first: {made_by}"
+        raise ConfigError(f"{key}.path", f"{path!r}: no such file or folder", remedy)
     try:
         found = _find_files(path, *patterns)
     except (ValueError, NotImplementedError) as error:

@@ -23,7 +23,7 @@ class GPTOutput(NamedTuple):
     logits: Tensor | None  # [B, L, V], without targets
     loss: Tensor | None  # scalar, mean cross-entropy in nats a token; with gradient
     ce_BL: Tensor | None  # float32 cross-entropy of each token, detached; 0 where the target is ignored
-    extra_losses: dict[str, Tensor]  # named losses beside it (multi-token prediction)
+    extra_losses: dict[str, Tensor]  # named losses beside it: `routing`, of a router that needs one
     stats: RouterStats | None  # stacked over MoE layers; None for a dense model
     cache: list[Any] | None
 
@@ -96,7 +96,10 @@ class GPT(nn.Module):
         if targets_BL is None:
             return GPTOutput(F.linear(x_BLD, self.head_weight_VD), None, None, {}, all_stats, cache)
         loss, ce_T = chunked_cross_entropy(x_BLD.flatten(0, 1), self.head_weight_VD, targets_BL.flatten())
-        return GPTOutput(None, loss, ce_T.view(B, L), {}, all_stats, cache)
+        ce_BL = ce_T.view(B, L)
+        routing_loss = None if all_stats is None else self.moe_layers[0].router.loss(all_stats, ce_BL)
+        extra_losses = {} if routing_loss is None else {"routing": routing_loss}
+        return GPTOutput(None, loss, ce_BL, extra_losses, all_stats, cache)
 
 
 def attention_mask(positions_L: Tensor, document_ids_BL: Tensor | None, start: int) -> Tensor | None:

@@ -12,7 +12,7 @@ from moelm.config import InitConfig
 from moelm.model.gpt import GPT
 
 # What writes into the residual stream: the sum of 2 n_layers such terms keeps its variance (GPT-2).
-RESIDUAL = ("attention.out.weight", "down", "down.weight")
+RESIDUAL = ("attention.out.weight", "down", "down.weight", "moe.merge.weight")
 
 
 @torch.no_grad()
@@ -20,13 +20,18 @@ def initialize(model: GPT, seed: int) -> None:
     """Fill `model` in place; parameters on the meta device must have been given memory (`to_empty`) before.
 
     matrices: normal(0, std), cut at truncate_sigmas; residual writers std / sqrt(2 n_layers); routers router_std.
-    norms: 1; biases and expert_bias: 0. Each tensor, and each expert of a stacked one, draws from its own
-    generator, keyed by (seed, name, expert), so values depend on nothing else.
+    norms: 1; biases and expert_bias: 0; what a module lists in its `initial`: that constant. Each tensor, and each
+    expert of a stacked one, draws from its own generator, keyed by (seed, name, expert), so values depend on nothing
+    else.
     Raises ValueError for a tensor that no rule covers.
     """
     config = model.config.init
     for name, tensor in [*model.named_parameters(), *model.named_buffers()]:
-        if name.endswith("norm.weight"):
+        owner, _, own_name = name.rpartition(".")
+        constants = getattr(model.get_submodule(owner), "initial", {})
+        if own_name in constants:
+            tensor.fill_(constants[own_name])
+        elif name.endswith("norm.weight"):
             tensor.fill_(1.0)
         elif name.endswith(("bias", "expert_bias")):
             tensor.zero_()
@@ -38,7 +43,7 @@ def initialize(model: GPT, seed: int) -> None:
 
 def std_of(name: str, config: InitConfig, n_layers: int) -> float:
     """Standard deviation of the matrix called `name`."""
-    if name.endswith("router.weight"):
+    if ".router." in name:
         return config.router_std or config.std
     if config.scale_residual and name.endswith(RESIDUAL):
         return config.std / math.sqrt(2 * n_layers)

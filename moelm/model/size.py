@@ -32,7 +32,8 @@ def model_size(config: ModelConfig) -> ModelSize:
     if config.moe is not None and model.moe_layers:
         experts = model.moe_layers[0].experts
         expert = sum(parameter.numel() for parameter in experts.parameters()) // config.moe.n_experts
-    idle = 0 if config.moe is None else (config.moe.n_experts - config.moe.top_k) * len(config.moe_layers)
+    moe = config.moe
+    idle = 0 if moe is None else max(0, moe.n_experts - moe.choices_per_token) * len(config.moe_layers)
     active = total - idle * expert
     embedding = config.vocab_size * config.d_model
     return ModelSize(
@@ -54,7 +55,9 @@ def flops_per_token(config: ModelConfig, seq_len: int) -> int:
     head = config.vocab_size * config.d_model
     norms = (2 * config.n_layers + 1) * config.d_model
     attention = config.n_layers * attention_config(config).flops_per_token(config.d_model, seq_len)
-    return 6 * (size.active_no_embeddings + head - norms) + 3 * attention
+    moe = config.moe  # chunks of one token may use an expert more than once
+    again = 0 if moe is None else max(0, moe.choices_per_token - moe.n_experts) * len(config.moe_layers)
+    return 6 * (size.active_no_embeddings + again * size.routed_expert + head - norms) + 3 * attention
 
 
 def attention_config(config: ModelConfig) -> AttentionConfig:
@@ -132,6 +135,9 @@ def _activation_bytes(model: ModelConfig, layer: int, tokens: int, mixed: bool, 
     moe = model.moe
     if moe is None or not model.is_moe_layer(layer):
         return tokens * (norms + attended + c * hidden * model.feed_forward.d_ff)
-    rows = moe.top_k * c * (d + hidden * moe.d_expert + d)  # input rows, hidden, output rows
-    router = 4 * 2 * moe.n_experts + (0 if compiled else 4 * d)
+    n_chunks = moe.router.n_chunks
+    rows = moe.choices_per_token * c * (2 * d // n_chunks + hidden * moe.d_expert)  # input and output rows, hidden
+    router = 4 * 2 * moe.n_experts * n_chunks + (0 if compiled else 4 * d)
+    if moe.router.mixes_chunks:
+        router += c * 2 * d  # what split and merge read
     return tokens * (norms + attended + rows + router + c * hidden * moe.shared_width)

@@ -72,16 +72,16 @@ class Experts(nn.Module):
     stacked parameter, which never hangs FSDP or trips DDP.
     """
 
-    def __init__(self, moe: MoEConfig, d_model: int) -> None:
+    def __init__(self, moe: MoEConfig, d_in: int) -> None:
         super().__init__()
-        self.gate_up = nn.Parameter(torch.empty(moe.n_experts, d_model, 2 * moe.d_expert))
-        self.down = nn.Parameter(torch.empty(moe.n_experts, moe.d_expert, d_model))
-        fits = grouped_widths_fit(d_model, moe.d_expert)
+        self.gate_up = nn.Parameter(torch.empty(moe.n_experts, d_in, 2 * moe.d_expert))
+        self.down = nn.Parameter(torch.empty(moe.n_experts, moe.d_expert, d_in))
+        fits = grouped_widths_fit(d_in, moe.d_expert)
         self.backend = moe.experts.backend
         if self.backend == "auto":
             self.backend = "grouped" if fits else "loop"
             if not fits:
-                _say_that_loop_is_used(d_model, moe.d_expert)
+                _say_that_loop_is_used(d_in, moe.d_expert)
 
     def forward(self, rows_RD: Tensor, offsets_E: Tensor) -> Tensor:
         """[R, D], in the autocast dtype if autocast is on. Rows past offsets_E[-1] are undefined."""
@@ -93,8 +93,8 @@ class Experts(nn.Module):
 
 
 @cache  # one line for all layers
-def _say_that_loop_is_used(d_model: int, d_expert: int) -> None:
-    log.warning("experts.backend: loop, since d_model %d or d_expert %d is no multiple of 8", d_model, d_expert)
+def _say_that_loop_is_used(d_in: int, d_expert: int) -> None:
+    log.warning("experts.backend: loop, since their input %d or d_expert %d is no multiple of 8", d_in, d_expert)
 
 
 def compute_dtype(x: Tensor) -> torch.dtype:

@@ -7,33 +7,56 @@ from torch import Tensor, nn
 
 from moelm.config import MoEConfig, build
 from moelm.moe.experts import Experts
-from moelm.moe.types import RouteContext, RouterStats
+from moelm.moe.types import RouteContext, RouterStats, TokenChoice, count_per_sequence
 
 
 class MoELayer(nn.Module):
     """y = sum_k gate_k Expert_k(x) + g(x) Shared(x), with g = sigmoid(x . w) or 1 (DeepSeekMoE 2401.06066 eq. 9).
 
     Statistics are return values: forward writes no buffer and logs nothing, so activation checkpointing, which
-    runs it twice, counts once.
+    runs it twice, counts once. A router that splits tokens into chunks makes "token" mean "chunk" everywhere between
+    the split and the merge, in the statistics too.
     """
 
     def __init__(self, moe: MoEConfig, d_model: int, shared: nn.Module | None) -> None:
         """`shared`: the fused shared experts, a feed-forward of width `moe.shared_width`, or None."""
         super().__init__()
-        self.router = build("router", moe.router, moe, d_model)
+        self.n_chunks = moe.router.n_chunks
+        d_chunk = d_model // self.n_chunks
+        mixes = moe.router.mixes_chunks
+        self.split = nn.Linear(d_model, d_model, bias=False) if mixes else nn.Identity()
+        self.merge = nn.Linear(d_model, d_model, bias=False) if mixes else nn.Identity()
+        self.router = build("router", moe.router, moe, d_chunk)
         self.dispatcher = build("dispatch", moe.dispatch, moe)
-        self.experts = Experts(moe, d_model)
+        self.experts = Experts(moe, d_chunk)
         self.shared = shared
         self.shared_gate = nn.Linear(d_model, 1, bias=False) if moe.shared_gate else None
 
     def forward(self, x_BLD: Tensor, context: RouteContext) -> tuple[Tensor, RouterStats]:
-        routing, stats = self.router(x_BLD, context)
-        rows_RD, plan = self.dispatcher.dispatch(x_BLD.flatten(0, 1), routing)
+        B = x_BLD.shape[0]
+        chunk_BLD, context = self._split(x_BLD, context)
+        routing, stats = self.router(chunk_BLD, context)
+        rows_RD, plan = self.dispatcher.dispatch(chunk_BLD.flatten(0, 1), routing, context.training)
         rows_RD = self.experts(rows_RD, plan.offsets_E)
-        y_BLD = self.dispatcher.combine(rows_RD, routing, plan).view(x_BLD.shape)
+        y_BLD = self.merge(self.dispatcher.combine(rows_RD, routing, plan).view(x_BLD.shape))
+        if isinstance(routing, TokenChoice) and plan.expert_ids_TK is not routing.expert_ids_TK:
+            stats = stats._replace(kept_BE=count_per_sequence(plan.expert_ids_TK, B, stats.load_BE.shape[-1]))
         if self.shared is not None:
             shared_BLD = self.shared(x_BLD)
             if self.shared_gate is not None:
                 shared_BLD = torch.sigmoid(self.shared_gate(x_BLD)) * shared_BLD
             y_BLD = y_BLD + shared_BLD
         return y_BLD, stats
+
+    def _split(self, x_BLD: Tensor, context: RouteContext) -> tuple[Tensor, RouteContext]:
+        """[B, L, D] -> [B, L * n_chunks, D / n_chunks], and each chunk's context is its token's."""
+        n = self.n_chunks
+        if n == 1:
+            return x_BLD, context
+        mask_BL = context.token_mask_BL
+        repeated = RouteContext(
+            context.token_ids_BL.repeat_interleave(n, 1),
+            None if mask_BL is None else mask_BL.repeat_interleave(n, 1),
+            context.training,
+        )
+        return self.split(x_BLD).unflatten(-1, (n, -1)).flatten(1, 2), repeated

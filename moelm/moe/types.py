@@ -26,15 +26,15 @@ class TokenChoice(NamedTuple):
 class ExpertChoice(NamedTuple):
     """Experts choose tokens."""
 
-    token_ids_EC: Tensor  # int64
-    gates_EC: Tensor  # float32
+    token_ids_EC: Tensor  # int64, flat over the batch; the id T means "none" (a slot that no token filled)
+    gates_EC: Tensor  # float32 combine weights; the router's gradient flows here
 
 
 Routing = TokenChoice | ExpertChoice
 
 
 class RouteContext(NamedTuple):
-    """What a router may look at beside the tokens' vectors."""
+    """What a router may look at beside the tokens' vectors. Where those are split into chunks, L counts chunks."""
 
     token_ids_BL: Tensor  # int64
     token_mask_BL: Tensor | None  # bool, True = counted and dispatched; None = all
@@ -55,7 +55,23 @@ class RouterStats(NamedTuple):
     gate_BE: Tensor  # float32 sum of combine weights (importance); with gradient
     n_tokens_B: Tensor  # float32 counted tokens
     log_z_sq: Tensor  # float32 scalar, mean of logsumexp(logits)^2 over counted tokens; with gradient
-    extra: dict[str, Tensor]  # what one router shares with its own balancer, or with the callbacks
+    extra: dict[str, Tensor]  # what only some routers have, by the names below
+
+
+# Keys of RouterStats.extra. Scalars, detached, means over counted tokens, for the callbacks:
+OBSERVED = (
+    "prob_entropy",  # entropy of a token's router probabilities, nats
+    "top1_margin",  # difference of its two largest probabilities
+    "logit_sq",  # mean square of its logits
+    "unchosen",  # share of tokens that no expert chose (expert_choice)
+)
+# For balancers and losses, where a router has them:
+#   sent_BG          float32 tokens that were sent to each group of experts (routers with n_groups > 1)
+#   smooth_load_BE   float32 expected load under the router's noise; with gradient (noisy_top_k)
+#   log_prob_BL      float32 log-probability of the sampled choice; with gradient (reinforce)
+#   baseline_BL      float32 predicted cross-entropy of the token; with gradient (reinforce)
+# For callbacks, in evaluation only:
+#   expert_ids_BLK   int64 choices, by token
 
 
 def stack_stats(layers: list[RouterStats]) -> RouterStats:
@@ -63,3 +79,10 @@ def stack_stats(layers: list[RouterStats]) -> RouterStats:
     *columns, extras = zip(*layers, strict=True)
     extra = {key: torch.stack([each[key] for each in extras]) for key in extras[0]}
     return RouterStats._make([*(torch.stack(column) for column in columns), extra])
+
+
+def count_per_sequence(expert_ids_TK: Tensor, n_sequences: int, n_experts: int) -> Tensor:
+    """float32 [B, E]: how often each expert was chosen in each sequence; "none" is not counted."""
+    ids_Bx = expert_ids_TK.reshape(n_sequences, -1)
+    ones_Bx = torch.ones_like(ids_Bx, dtype=torch.float32)
+    return ones_Bx.new_zeros(n_sequences, n_experts + 1).scatter_add(1, ids_Bx, ones_Bx)[:, :n_experts]

@@ -15,8 +15,9 @@ from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LambdaLR
 
 from moelm.config import Config, ConfigError, build
-from moelm.model.gpt import GPT
+from moelm.model.gpt import GPT, GPTOutput
 from moelm.model.init import initialize
+from moelm.model.size import flops_per_token
 from moelm.moe.balancing.base import Balancer, auxiliary_losses
 from moelm.moe.load_metrics import dead_experts, max_violation
 from moelm.training.evaluation import Evaluation, EvaluationSums, forward_batch
@@ -51,6 +52,7 @@ class MoELightningModule(pl.LightningModule):
         self.evaluation_sums: EvaluationSums | None = None
         self.latest: dict[str, float] = {}  # every scalar by tag, as last logged
         self.paused_s = 0.0  # time in validation and saving, which is no training
+        self.flops_per_token = flops_per_token(config.model, config.data.seq_len)
         self._rng_to_restore: dict[str, Any] | None = None
         self._step_before_batch = 0
 
@@ -114,7 +116,11 @@ class MoELightningModule(pl.LightningModule):
     def training_step(self, batch: dict[str, Tensor], batch_idx: int) -> Tensor:
         output = forward_batch(self.model, batch, self.document_separator)
         assert output.loss is not None
-        losses = {} if output.stats is None else auxiliary_losses(self.balancers, output.stats)
+        losses = {}
+        if output.stats is not None:
+            needs_window = any(balancer.scope == "global" for balancer in self.balancers)
+            window_ME = self.accumulator.window(output.stats.load_BE.sum(1)) if needs_window else None
+            losses = auxiliary_losses(self.balancers, output.stats, window_ME)
         loss = output.loss
         for part in (*output.extra_losses.values(), *(aux.weighted for aux in losses.values())):
             loss = loss + part
@@ -135,7 +141,7 @@ class MoELightningModule(pl.LightningModule):
             return
         new_ME = bias_ME
         for balancer in self.balancers:
-            updated = balancer.update_bias(new_ME, load_ME)
+            updated = balancer.update_bias(new_ME, load_ME, self.step)
             new_ME = new_ME if updated is None else updated
         self.bias_update_ME = new_ME - bias_ME
         for layer, new_E in zip(self.model.moe_layers, new_ME, strict=True):
@@ -180,7 +186,10 @@ class MoELightningModule(pl.LightningModule):
             step = self.last_step
             scalars = {"train/ce": step.ce, "train/loss": step.loss, "train/grad_norm": self.grad_norm}
             scalars |= {f"train/{name}": value for name, value in step.extra.items()}
-            self.log_scalars({**scalars, "train/lr": self.lr})
+            tokens = self.step * self.config.optim.batch_tokens
+            self.log_scalars(
+                {**scalars, "train/lr": self.lr, "train/tokens": tokens, "train/flops": tokens * self.flops_per_token}
+            )
 
     def log_scalars(self, scalars: Mapping[str, Tensor | float]) -> None:
         """Write scalars against the current step. Tensors come to the host together, in one transfer."""
@@ -201,9 +210,12 @@ class MoELightningModule(pl.LightningModule):
         self._validation_started = time.perf_counter()
         self.evaluation_sums = EvaluationSums(self.domains)
 
-    def validation_step(self, batch: dict[str, Tensor], batch_idx: int) -> None:
+    def validation_step(self, batch: dict[str, Tensor], batch_idx: int) -> dict[str, GPTOutput]:
+        """What the model returned, under "output", for callbacks (`on_validation_batch_end`)."""
         assert self.evaluation_sums is not None
-        self.evaluation_sums.add(batch, forward_batch(self.model, batch, self.document_separator))
+        output = forward_batch(self.model, batch, self.document_separator)
+        self.evaluation_sums.add(batch, output)
+        return {"output": output}
 
     def on_validation_epoch_end(self) -> None:
         assert self.evaluation_sums is not None

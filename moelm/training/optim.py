@@ -17,7 +17,7 @@ def build_optimizer(model: nn.Module, config: OptimConfig) -> Optimizer:
     decayed: list[nn.Parameter] = []
     free: list[nn.Parameter] = []
     for name, parameter in model.named_parameters():
-        (free if kind_of(name) in config.no_decay else decayed).append(parameter)
+        (free if kind_of(name, parameter.ndim) in config.no_decay else decayed).append(parameter)
     groups = [
         {"params": decayed, "weight_decay": config.weight_decay},
         {"params": free, "weight_decay": 0.0},
@@ -31,11 +31,12 @@ def build_optimizer(model: nn.Module, config: OptimConfig) -> Optimizer:
     )
 
 
-def kind_of(parameter_name: str) -> str:
-    """norm, bias, embedding or matrix. A tied head is the embedding; an untied one is a matrix."""
+def kind_of(parameter_name: str, n_dimensions: int) -> str:
+    """norm, bias, embedding or matrix. A tied head is the embedding; an untied one is a matrix. Other vectors and
+    scalars (a temperature) count as biases."""
     if parameter_name.endswith("norm.weight"):
         return "norm"
-    if parameter_name.endswith("bias"):
+    if parameter_name.endswith("bias") or n_dimensions < 2:
         return "bias"
     return "embedding" if parameter_name.endswith("embedding.weight") else "matrix"
 

@@ -9,7 +9,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from moelm.moe.balancing.base import AuxLoss
-from moelm.moe.types import RouterStats
+from moelm.moe.types import OBSERVED, RouterStats
 
 WINDOW = 50  # optimizer steps without a token after which an expert is called dead
 
@@ -23,7 +23,10 @@ class StepStatistics:
     extra: dict[str, Tensor]  # scalars, weighted losses beside cross-entropy and balancers
     aux: dict[str, Tensor]  # scalars, weighted
     aux_raw_M: dict[str, Tensor]
+    observed_M: dict[str, Tensor]  # the OBSERVED statistics of routers that have them
     load_ME: Tensor | None  # float64 counts summed, not averaged; None for a dense model
+    kept_ME: Tensor | None  # the same after capacity
+    gate_ME: Tensor | None  # float64 combine weights summed
 
 
 class StepAccumulator:
@@ -36,6 +39,15 @@ class StepAccumulator:
     def __init__(self) -> None:
         self._sums: dict[str, Tensor] = {}
         self._n_micro_batches = 0
+        self._window_ME: Tensor | None = None
+
+    @torch.no_grad()
+    def window(self, load_ME: Tensor) -> Tensor:
+        """The load of this optimizer step so far, over all ranks, this micro-batch's `load_ME` included; one
+        all-reduce. float32, exact to 2^24 choices of an expert."""
+        (reduced,) = all_reduce_sums({"load": load_ME.detach().clone()}).values()
+        self._window_ME = reduced if self._window_ME is None else self._window_ME + reduced
+        return self._window_ME
 
     @torch.no_grad()
     def add(
@@ -51,7 +63,8 @@ class StepAccumulator:
         parts |= {f"aux/{name}": value.weighted for name, value in aux.items()}
         parts |= {f"raw/{name}": value.raw_M for name, value in aux.items()}
         if stats is not None:
-            parts["load"] = stats.load_BE.sum(1)
+            parts |= {"load": stats.load_BE.sum(1), "kept": stats.kept_BE.sum(1), "gate": stats.gate_BE.sum(1)}
+            parts |= {f"observed/{name}": stats.extra[name] for name in OBSERVED if name in stats.extra}
         for name, value in parts.items():
             value = value.detach().double()
             self._sums[name] = self._sums[name] + value if name in self._sums else value
@@ -60,8 +73,8 @@ class StepAccumulator:
     @torch.no_grad()
     def finish(self) -> StepStatistics:
         sums, n = all_reduce_sums(self._sums), self._n_micro_batches * world_size()
-        self._sums, self._n_micro_batches = {}, 0
-        load_ME = sums.pop("load", None)
+        self._sums, self._n_micro_batches, self._window_ME = {}, 0, None
+        load_ME, kept_ME, gate_ME = (sums.pop(name, None) for name in ("load", "kept", "gate"))
         means = {name: value / n for name, value in sums.items()}
         return StepStatistics(
             ce=means["ce"],
@@ -69,7 +82,10 @@ class StepAccumulator:
             extra=_with_prefix(means, "extra/"),
             aux=_with_prefix(means, "aux/"),
             aux_raw_M=_with_prefix(means, "raw/"),
+            observed_M=_with_prefix(means, "observed/"),
             load_ME=load_ME,
+            kept_ME=kept_ME,
+            gate_ME=gate_ME,
         )
 
 

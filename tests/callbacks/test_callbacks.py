@@ -2,36 +2,49 @@
 
 from __future__ import annotations
 
+import dataclasses
 import io
+import re
 from collections.abc import Callable
+from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from tiny_runs import scalars_of
 
+from moelm.callbacks.expert_counts import read_expert_counts
+from moelm.callbacks.expert_usage import PER_LAYER as ALL_PER_LAYER
+from moelm.callbacks.expert_usage import ExpertUsageConfig
 from moelm.callbacks.throughput import mfu, peak_flops
-from moelm.config import Config
+from moelm.config import Config, build, load_config
 from moelm.model.size import flops_per_token
 from moelm.train import train
 
+ROOT = Path(__file__).parent.parent.parent
+PER_LAYER = list(ALL_PER_LAYER)
 LOSS_FREE = {
     "model.moe.router": {"name": "top_k", "score": "sigmoid", "selection_bias": True},
     "model.moe.balancers": [{"name": "loss_free", "rate": 0.01}, {"name": "switch"}],
 }
 
 
-def test_the_tags_of_a_run_are_the_documented_ones(tiny: Callable[..., Config]) -> None:
-    config = tiny({**LOSS_FREE, "trainer.max_steps": 20})
+def test_a_run_stays_within_the_budget_of_curves(tiny: Callable[..., Config]) -> None:
+    shipped = load_config(ROOT / "configs/quickstart.yaml").callbacks
+    assert [each.name for each in shipped] == [each.name for each in Config().callbacks]
+    config = dataclasses.replace(tiny({**LOSS_FREE, "model.moe.dispatch": "capacity"}), callbacks=shipped)
     train(config)
-    per_layer = ("max_violation", "load_entropy", "dead_experts", "bias_range", "bias_update")
-    assert set(scalars_of(config.run_folder)) == {
-        *("train/ce", "train/loss", "train/grad_norm", "train/lr"),
-        *("val/ce", "val/perplexity", "val/bits_per_byte"),
-        *("aux/switch", "aux/switch_raw", "moe/max_violation", "moe/dead_experts", "perf/tokens_per_s"),
-        *(f"moe/layer_{layer:02d}/{name}" for layer in (0, 1) for name in per_layer),
-    }
+    curves = scalars_of(config.run_folder)
+    layers = [tag for tag in curves if re.match(r"moe/layer_\d+/", tag)]
+    model = [tag for tag in curves if tag.startswith(("moe/", "aux/")) and tag not in layers]
+    assert len(layers) == 6 * len(config.model.moe_layers)
+    assert 6 <= len(model) <= 12
+    assert len(curves) - len(layers) - len(model) <= 16
+    for tag in ("train/tokens", "train/flops"):
+        assert [step for step, _ in curves[tag]] == [10, 20, 30, 40, 50, 60]
 
 
 def test_scalars_are_logged_every_n_steps_and_at_the_last(tiny: Callable[..., Config]) -> None:
@@ -42,33 +55,109 @@ def test_scalars_are_logged_every_n_steps_and_at_the_last(tiny: Callable[..., Co
         assert [step for step, _ in curves[tag]] == [5, 10, 15, 17], tag
 
 
+def test_validation_scalars_are_logged_once_a_validation(tiny: Callable[..., Config]) -> None:
+    config = tiny({"data.val_every_n_steps": 20, "callbacks": [{"name": "expert_usage", "per_layer": PER_LAYER}]})
+    train(config)
+    curves = scalars_of(config.run_folder)
+    for tag in ("moe/val_max_violation", "moe/layer_01/val_effective_experts", "moe/layer_00/mutual_information"):
+        assert [step for step, _ in curves[tag]] == [20, 40, 60], tag
+    assert 1 < curves["moe/layer_01/val_effective_experts"][-1][1] <= 8
+
+
+def test_the_numbers_are_those_of_the_counts(tiny: Callable[..., Config]) -> None:
+    """One step, so that the last batch, the window and the counts of the run are the same."""
+    config = tiny({"trainer.max_steps": 1, "model.moe.dispatch": {"name": "capacity", "capacity_factor": 1.0}})
+    config = dataclasses.replace(
+        config, callbacks=[ExpertUsageConfig("expert_usage", PER_LAYER), *config.callbacks[3:]]
+    )
+    train(config)
+    (interval,) = read_expert_counts(config.run_folder).intervals
+    load_ME, kept_ME = np.array(interval.load, dtype=float), np.array(interval.kept, dtype=float)
+    curves = {tag: points[-1][1] for tag, points in scalars_of(config.run_folder).items()}
+    violation_M = load_ME.max(1) / load_ME.mean(1) - 1
+    share_ME = load_ME / load_ME.sum(1, keepdims=True)
+    effective_M = np.exp(-(share_ME * np.log(np.maximum(share_ME, 1e-20))).sum(1))
+    dropped_M = 1 - kept_ME.sum(1) / load_ME.sum(1)
+    assert (dropped_M > 0).all()
+    for name, value_M in (
+        *(("max_violation", violation_M), ("max_violation_window", violation_M)),
+        *(("effective_experts", effective_M), ("dropped", dropped_M)),
+    ):
+        assert curves[f"moe/{name}"] == pytest.approx(value_M.mean(), rel=1e-5), name
+        for i in (0, 1):
+            assert curves[f"moe/layer_{i:02d}/{name}"] == pytest.approx(value_M[i], rel=1e-5), name
+    assert curves["moe/dead_experts"] == (load_ME == 0).sum()
+    validated = np.array(list(read_expert_counts(config.run_folder).validations[1].values()), dtype=float).sum(0)
+    expected = (validated.max(1) / validated.mean(1) - 1).mean()
+    assert curves["moe/val_max_violation"] == pytest.approx(expected, rel=1e-5)
+
+
 def test_the_bias_scalars_follow_the_rate(tiny: Callable[..., Config]) -> None:
-    config = tiny({**LOSS_FREE, "trainer.max_steps": 10})
+    usage = {"name": "expert_usage", "per_layer": ["bias_range", "bias_update"]}
+    config = tiny({**LOSS_FREE, "trainer.max_steps": 10, "callbacks": [usage]})
     train(config)
     curves = scalars_of(config.run_folder)
     assert 0 < curves["moe/layer_00/bias_update"][-1][1] <= 0.02
     assert 0 < curves["moe/layer_00/bias_range"][-1][1] <= 10 * 2 * 0.01 + 1e-6
 
 
-def test_the_heat_map_and_the_run_card_are_there(tiny: Callable[..., Config]) -> None:
-    config = tiny(
-        {
-            "trainer.max_steps": 30,
-            "callbacks": [{"name": "expert_usage", "image_every_n_steps": 20}, "run_card"],
-        }
-    )
+@pytest.mark.parametrize("raw", [False, True])
+def test_the_raw_loss_is_shown_if_asked_for(raw: bool, tiny: Callable[..., Config]) -> None:
+    config = tiny({"trainer.max_steps": 2, "callbacks": [{"name": "balance", "raw": raw}]})
+    train(config)
+    tags = {tag for tag in scalars_of(config.run_folder) if tag.startswith("aux/")}
+    assert tags == ({"aux/switch", "aux/switch_raw"} if raw else {"aux/switch"})
+
+
+def test_heat_maps_are_drawn_at_the_first_step_every_n_and_the_last(tiny: Callable[..., Config]) -> None:
+    usage = {"name": "expert_usage", "image_every_n_steps": 20}
+    config = tiny({**LOSS_FREE, "trainer.max_steps": 45, "callbacks": [usage]})
     train(config)
     events = EventAccumulator(str(config.run_folder), size_guidance={"images": 0})
     events.Reload()
-    images = events.Images("moe/load")
-    assert [image.step for image in images] == [10, 20, 30]
-    pixels = np.asarray(Image.open(io.BytesIO(images[-1].encoded_image_string)))
-    assert pixels.shape[1] > 300
-    assert pixels.std() > 5, "an empty picture"
-    texts = {tag: events.Tensors(tag)[0].tensor_proto.string_val[0].decode() for tag in events.Tags()["tensors"]}
-    assert "n_experts: 8" in texts["run/config/text_summary"]
-    assert "active parameters" in texts["run/model/text_summary"]
-    assert "| `blocks.*.moe.experts.gate_up` | 8 x 32 x 32 | 2 x |" in texts["run/model/text_summary"]
+    assert set(events.Tags()["images"]) == {"moe/load", "moe/gate", "moe/bias"}
+    for tag in events.Tags()["images"]:
+        images = events.Images(tag)
+        assert [image.step for image in images] == [10, 20, 40, 45], tag
+        pixels = np.asarray(Image.open(io.BytesIO(images[-1].encoded_image_string)))
+        assert pixels.shape[1] > 300
+        assert pixels.std() > 5, "an empty picture"
+
+
+def test_a_router_without_logits_shows_what_it_has(tiny: Callable[..., Config]) -> None:
+    usage = {"name": "expert_usage", "per_layer": PER_LAYER}
+    config = tiny({"model.moe.router": "hash", "model.moe.balancers": [], "trainer.max_steps": 2, "callbacks": [usage]})
+    train(config)
+    names = {tag.split("/")[2] for tag in scalars_of(config.run_folder) if tag.startswith("moe/layer_00/")}
+    training = {"max_violation", "max_violation_window", "effective_experts", "dead_experts"}
+    assert names == training | {"val_max_violation", "val_effective_experts", "mutual_information"}
+    events = EventAccumulator(str(config.run_folder))
+    events.Reload()
+    assert events.Tags()["images"] == ["moe/load"]
+
+
+@pytest.mark.gpu
+def test_the_device_is_read_at_log_steps_alone(tiny: Callable[..., Config], monkeypatch: pytest.MonkeyPatch) -> None:
+    config = tiny({**LOSS_FREE, "trainer.accelerator": "cuda", "trainer.compile": False, "trainer.max_steps": 25})
+    watched: list[int] = []
+
+    def guarded(hook: Callable[..., None]) -> Callable[..., None]:
+        def run(self: Any, trainer: Any, module: Any, *arguments: Any) -> None:
+            between = module.step > 1 and not module.is_log_step
+            watched.append(int(between))
+            torch.cuda.set_sync_debug_mode("error" if between else "default")
+            try:
+                hook(self, trainer, module, *arguments)
+            finally:
+                torch.cuda.set_sync_debug_mode("default")
+
+        return run
+
+    for each in config.callbacks:
+        kind = type(build("callback", each, config))
+        monkeypatch.setattr(kind, "on_train_batch_end", guarded(kind.on_train_batch_end))
+    train(config)
+    assert sum(watched) == len(config.callbacks) * (25 - 4)
 
 
 def test_mfu_counts_active_parameters_and_is_absent_for_an_unknown_chip(tiny: Callable[..., Config]) -> None:

@@ -73,7 +73,7 @@ def test_the_two_permutations_are_inverse():
 def test_dispatch_gives_each_row_the_vector_of_its_token():
     dispatcher, routing = make_dispatcher(), random_routing()
     x_TD = torch.arange(20.0).unsqueeze(1) * torch.ones(4)
-    rows_RD, plan = dispatcher.dispatch(x_TD, routing)
+    rows_RD, plan = dispatcher.dispatch(x_TD, routing, True)
     assert torch.equal(rows_RD, x_TD[plan.choice_of_row_R // 3])
 
 
@@ -82,7 +82,7 @@ def test_with_identity_experts_the_result_is_the_sum_of_the_gates_times_the_toke
     dispatcher, routing = make_dispatcher(), random_routing(masked=masked)
     x_TD = torch.randn(20, 5, generator=torch.Generator().manual_seed(1), requires_grad=True)
     gates_TK = routing.gates_TK.requires_grad_()
-    rows_RD, plan = dispatcher.dispatch(x_TD, routing)
+    rows_RD, plan = dispatcher.dispatch(x_TD, routing, True)
     y_TD = dispatcher.combine(rows_RD, routing, plan)
     torch.testing.assert_close(y_TD, gates_TK.sum(-1, keepdim=True) * x_TD)
     grad_TD = torch.randn(20, 5, generator=torch.Generator().manual_seed(2))
@@ -97,7 +97,7 @@ def test_each_choice_has_its_own_gate():
     """Experts that multiply by their own number: sum_k gate_k (1 + id_k) x."""
     dispatcher, routing = make_dispatcher(), random_routing()
     x_TD = torch.randn(20, 5, generator=torch.Generator().manual_seed(1))
-    rows_RD, plan = dispatcher.dispatch(x_TD, routing)
+    rows_RD, plan = dispatcher.dispatch(x_TD, routing, True)
     number_R1 = routing.expert_ids_TK.flatten()[plan.choice_of_row_R].unsqueeze(-1) + 1.0
     y_TD = dispatcher.combine(rows_RD * number_R1, routing, plan)
     factor_T1 = (routing.gates_TK * (routing.expert_ids_TK + 1)).sum(-1, keepdim=True)
@@ -111,7 +111,7 @@ def test_the_hand_written_gradients_are_those_of_finite_differences():
     factor_RD = torch.randn(15, 3, dtype=torch.float64, generator=torch.Generator().manual_seed(2))
 
     def layer(x_TD, gates_TK):
-        rows_RD, plan = dispatcher.dispatch(x_TD, routing)
+        rows_RD, plan = dispatcher.dispatch(x_TD, routing, True)
         return dispatcher.combine(rows_RD.square() * factor_RD, TokenChoice(routing.expert_ids_TK, gates_TK), plan)
 
     inputs = (x_TD.requires_grad_(), routing.gates_TK.requires_grad_())
@@ -123,7 +123,7 @@ def test_rows_of_none_are_never_read():
     dispatcher, routing = make_dispatcher(), random_routing(masked=(0, 19))
     x_TD = torch.randn(20, 5, generator=torch.Generator().manual_seed(1), requires_grad=True)
     gates_TK = routing.gates_TK.requires_grad_()
-    rows_RD, plan = dispatcher.dispatch(x_TD, routing)
+    rows_RD, plan = dispatcher.dispatch(x_TD, routing, True)
     tail_R1 = (torch.arange(60) >= plan.offsets_E[-1]).unsqueeze(-1)
     poisoned_RD = torch.where(tail_R1, torch.nan, rows_RD)
     poisoned_RD.register_hook(lambda grad: torch.where(tail_R1, torch.nan, grad))
@@ -141,7 +141,7 @@ def test_a_gradient_through_bfloat16_rows_is_summed_in_float32():
     dispatcher = make_dispatcher(1)
     gates_TK = torch.ones(1, 1, requires_grad=True)
     routing = TokenChoice(torch.zeros(1, 1, dtype=torch.int64), gates_TK)
-    rows_RD, plan = dispatcher.dispatch(torch.full((1, 1001), 1 / 256, dtype=torch.bfloat16), routing)
+    rows_RD, plan = dispatcher.dispatch(torch.full((1, 1001), 1 / 256, dtype=torch.bfloat16), routing, True)
     y_TD = dispatcher.combine(rows_RD, routing, plan)
     assert y_TD.dtype == torch.bfloat16
     y_TD.backward(torch.ones_like(y_TD))

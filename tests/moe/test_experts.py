@@ -278,6 +278,6 @@ def test_auto_falls_back_to_the_loop_for_odd_widths_and_says_so_once(tiny_config
 
 def test_auto_takes_the_grouped_product_where_widths_allow_and_says_nothing(caplog):
     with caplog.at_level(logging.INFO, logger="moelm"):
-        experts = Experts(MoEConfig(n_experts=4, d_expert=24, experts=ExpertsConfig(backend="auto")), d_model=40)
+        experts = Experts(MoEConfig(n_experts=4, d_expert=24, experts=ExpertsConfig(backend="auto")), d_in=40)
     assert experts.backend == "grouped"
     assert not caplog.records

@@ -55,7 +55,7 @@ def test_every_tensor_file_loads_with_weights_only(run: Config) -> None:
     for file in files:
         torch.load(file, weights_only=True)
     others = {file.suffix for file in run.run_folder.rglob("*") if file.is_file() and file.suffix != ".pt"}
-    assert {suffix for suffix in others if not suffix[1:].isdigit()} == {".yaml", ".json"}
+    assert {suffix for suffix in others if not suffix[1:].isdigit()} == {".yaml", ".json", ".jsonl"}
 
 
 def test_a_planted_pickle_is_refused_and_not_executed(run: Config, tmp_path: Path) -> None:

@@ -54,7 +54,7 @@ def test_two_ddp_processes_equal_one_process(tiny: Callable[..., Config], tmp_pa
         "train/grad_norm",
         "aux/z_loss",
         "moe/max_violation",
-        "moe/layer_01/load_entropy",
+        "moe/layer_01/effective_experts",
     ):
         for (step, x), (_, y) in zip(curves[0][tag][:3], curves[1][tag][:3], strict=True):
             assert x == pytest.approx(y, rel=1e-3), (tag, step)

@@ -89,14 +89,15 @@ def test_the_expert_bias_stays_float32_under_bf16_mixed(tiny: Callable[..., Conf
 
 def test_the_logged_loss_is_the_sum_of_its_parts(tiny: Callable[..., Config]) -> None:
     balancers = [{"name": "switch", "coef": 0.5}, {"name": "z_loss", "coef": 0.1}]
-    config = tiny({"model.moe.balancers": balancers, "trainer.max_steps": 30, "optim.micro_batch_size": 4})
+    changes = {"model.moe.balancers": balancers, "trainer.max_steps": 30, "optim.micro_batch_size": 4}
+    config = tiny({**changes, "model.moe.router": "reinforce", "callbacks": [{"name": "balance", "raw": True}]})
     train(config)
     curves = {tag: dict(points) for tag, points in scalars_of(config.run_folder).items()}
     steps = curves["train/loss"]
     assert list(steps) == [10, 20, 30]
     for step, loss in steps.items():
-        parts = [curves[tag][step] for tag in ("train/ce", "aux/switch", "aux/z_loss")]
-        assert all(part > 0.01 for part in parts)
+        parts = [curves[tag][step] for tag in ("train/ce", "train/routing", "aux/switch", "aux/z_loss")]
+        assert all(abs(part) > 0.001 for part in parts)
         assert loss == pytest.approx(sum(parts), abs=1e-6)
         assert curves["aux/switch"][step] == pytest.approx(0.5 * curves["aux/switch_raw"][step], rel=1e-5)
 

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import ClassVar, NamedTuple
 
 from torch import Tensor
 
-from moelm.config import NamedConfig, setting
+from moelm.config import ConfigError, MoEConfig, NamedConfig, setting
 from moelm.moe.types import RouterStats
 
 
@@ -16,12 +16,36 @@ from moelm.moe.types import RouterStats
 class LossConfig(NamedConfig):
     """The settings of a balancer that is a loss."""
 
+    balances: ClassVar[bool] = True  # it evens out the load; False for a loss that does something else to the router
+
     coef: float = setting(0.01, ge=0)  # multiplies the loss
     over_layers: str = setting("mean", allowed=("mean", "sum"))  # how the losses of the MoE layers are joined
+
+    def check(self, key: str, config: MoEConfig) -> None:
+        router = config.router
+        if not router.learned:
+            problem = f"the router {router.name} has no weights that {self.name} could move"
+            raise ConfigError(key, problem, "set model.moe.balancers=[none]")
+        if self.balances and router.balanced:
+            problem = f"the router {router.name} loads experts evenly by construction, so {self.name} has no effect"
+            raise ConfigError(key, problem, "remove it; model.moe.balancers=[none] if nothing else is listed")
+
+
+@dataclass
+class GroupLossConfig(LossConfig):
+    """The settings of a loss over groups of experts, which are those of the router."""
+
+    def check(self, key: str, config: MoEConfig) -> None:
+        super().check(key, config)
+        if getattr(config.router, "n_groups", 1) <= 1:
+            problem = f"{self.name} balances groups of experts, and the router {config.router.name} has none here"
+            raise ConfigError(key, problem, "set model.moe.router.n_groups of the router top_k, or use sequence")
 
 
 class Balancer:
     """Pure: state lives in the routers' `expert_bias` alone."""
+
+    scope = "micro_batch"  # "global": `loss` is given `window_ME`, which costs an all-reduce a micro-batch
 
     def __init__(self, config: NamedConfig) -> None:
         self.config = config
@@ -31,12 +55,13 @@ class Balancer:
         is then a LossConfig.
 
         `stats` are stacked over layers. `window_ME` is the load summed over ranks and over the micro-batches of
-        this optimizer step, given only to balancers that need it.
+        this optimizer step up to this one; None for the scope "micro_batch".
         """
         return None
 
-    def update_bias(self, bias_ME: Tensor, load_ME: Tensor) -> Tensor | None:
-        """The new expert_bias, float32 [M, E], from the load of the whole optimizer step; None to keep it."""
+    def update_bias(self, bias_ME: Tensor, load_ME: Tensor, step: int) -> Tensor | None:
+        """The new expert_bias, float32 [M, E], from the load of the whole optimizer step, float64; None to keep it.
+        `step` counts optimizer steps from 0."""
         return None
 
 

@@ -1,4 +1,4 @@
-"""The `switch` balancer: the load-balancing loss of Switch Transformers, per layer and micro-batch."""
+"""The `switch` balancer: the load-balancing loss of Switch Transformers and GShard, per layer and micro-batch."""
 
 from __future__ import annotations
 
@@ -8,18 +8,30 @@ from torch import Tensor
 
 from moelm.config import register
 from moelm.moe.balancing.base import Balancer, LossConfig
+from moelm.moe.balancing.measures import mean_over_batch, share_product
 from moelm.moe.types import RouterStats
 
 
 @dataclass
 class SwitchConfig(LossConfig):
-    pass
+    first_choice_only: bool = False  # count only the best expert of each token (GShard, Mesh TensorFlow)
 
 
 @register("balancer", "switch", SwitchConfig)
 class SwitchBalancer(Balancer):
+    """`switch_aux_loss` of this micro-batch on this rank: the losses of micro-batches are averaged, which is not the
+    loss of their union.
+
+    With `first_choice_only` f counts the first choices, as in GShard (arXiv 2006.16668, algorithm 1, l_aux) and Mesh
+    TensorFlow. GShard puts 1/E before the sum where this has E, so its value at balance is 1 / E^2 and its
+    coefficient is to be divided by E^2 here; Mesh TensorFlow has the scale of this one.
+    """
+
+    config: SwitchConfig
+
     def loss(self, stats: RouterStats, window_ME: Tensor | None) -> Tensor:
-        return switch_aux_loss(stats.load_BE, stats.prob_BE, stats.n_tokens_B)
+        counts_MBE = stats.first_choice_BE if self.config.first_choice_only else stats.load_BE
+        return switch_aux_loss(counts_MBE, stats.prob_BE, stats.n_tokens_B)
 
 
 def switch_aux_loss(load_MBE: Tensor, prob_MBE: Tensor, n_tokens_MB: Tensor) -> Tensor:
@@ -29,9 +41,4 @@ def switch_aux_loss(load_MBE: Tensor, prob_MBE: Tensor, n_tokens_MB: Tensor) -> 
     (the transformers implementation gives top_k there, and pools the layers, in which imbalances cancel). It counts the
     choices as made, with a selection bias if there is one. Gradient flows through P only. Returns float32 [M].
     """
-    n_experts = load_MBE.shape[-1]
-    load_ME = load_MBE.sum(1)
-    f_ME = load_ME / load_ME.sum(-1, keepdim=True).clamp(min=1)
-    weight_MB1 = (n_tokens_MB / n_tokens_MB.sum(-1, keepdim=True).clamp(min=1)).unsqueeze(-1)
-    p_ME = (prob_MBE * weight_MB1).sum(1)
-    return n_experts * (f_ME * p_ME).sum(-1)
+    return share_product(load_MBE.sum(1), mean_over_batch(prob_MBE, n_tokens_MB))

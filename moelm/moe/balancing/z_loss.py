@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import ClassVar
 
 from torch import Tensor
 
@@ -13,11 +14,18 @@ from moelm.moe.types import RouterStats
 
 @dataclass
 class ZLossConfig(LossConfig):
+    balances: ClassVar[bool] = False
+
     coef: float = setting(0.001, ge=0)
 
 
 @register("balancer", "z_loss", ZLossConfig)
 class ZLossBalancer(Balancer):
+    """L_m = mean over tokens of logsumexp(logits)^2 (ST-MoE, arXiv 2202.08906, eq. 5); (ln E)^2 at zero logits.
+
+    Counts nothing. Gradient flows through the logits. A mean over the tokens of the micro-batch, so those of equal size
+    give the same as their union.
+    """
+
     def loss(self, stats: RouterStats, window_ME: Tensor | None) -> Tensor:
-        """L_m = mean over tokens of logsumexp(logits)^2 (ST-MoE, arXiv 2202.08906, eq. 5); (ln E)^2 at zero logits."""
         return stats.log_z_sq

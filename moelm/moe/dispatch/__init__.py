@@ -1,5 +1,5 @@
 """Dispatchers: rows sorted by expert, and back. One file each; importing this package registers them all."""
 
-from moelm.moe.dispatch import dropless
+from moelm.moe.dispatch import capacity, dropless
 
-__all__ = ["dropless"]
+__all__ = ["capacity", "dropless"]

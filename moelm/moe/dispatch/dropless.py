@@ -1,29 +1,31 @@
 """The `dropless` dispatcher: every chosen expert computes its token, however uneven the load.
 
 Token choice has exactly K rows a token, so both directions are gathers through one permutation and its inverse:
-deterministic, no atomics, static shapes.
+deterministic, no atomics, static shapes. Where experts chose the tokens, a token may have any number of rows, and
+they are added in a fixed order (`sum_by_token`).
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any, ClassVar, NamedTuple
 
 import torch
 from torch import Tensor
 
-from moelm.config import MoEConfig, NamedConfig, register
-from moelm.moe.types import TokenChoice
+from moelm.config import DispatchConfig, MoEConfig, register
+from moelm.moe.types import ExpertChoice, Routing, TokenChoice
 
 
 @dataclass
-class DroplessConfig(NamedConfig):
-    pass
+class DroplessConfig(DispatchConfig):
+    accepts: ClassVar[tuple[str, ...]] = ("token_choice", "expert_choice")
 
 
 class Permutation(NamedTuple):
     """How R = T * K rows lie after dispatch. Rows of the id "none" come last, past offsets_E[-1]."""
 
+    expert_ids_TK: Tensor  # int64, as dispatched: "none" where a dispatcher dropped the choice
     row_of_choice_TK: Tensor  # int64, where choice k of token t went
     choice_of_row_R: Tensor  # int64 t * K + k, the inverse
     valid_TK: Tensor  # bool, False for "none"
@@ -37,7 +39,16 @@ def sort_by_expert(expert_ids_TK: Tensor, n_experts: int) -> Permutation:
     row_of_choice = torch.empty_like(order_R).scatter(0, order_R, rows).view_as(expert_ids_TK)
     counts = torch.zeros(n_experts + 1, dtype=torch.int32, device=ids_R.device)
     counts_E = counts.scatter_add(0, ids_R, torch.ones_like(ids_R, dtype=torch.int32))[:n_experts]
-    return Permutation(row_of_choice, order_R, expert_ids_TK != n_experts, counts_E.cumsum(0, dtype=torch.int32))
+    offsets_E = counts_E.cumsum(0, dtype=torch.int32)
+    return Permutation(expert_ids_TK, row_of_choice, order_R, expert_ids_TK != n_experts, offsets_E)
+
+
+class Slots(NamedTuple):
+    """Rows of expert choice: slot c of expert e is row e * C + c."""
+
+    token_of_row_R: Tensor  # int64; n_tokens means "none"
+    offsets_E: Tensor  # int32 end of each expert's rows
+    n_tokens: int
 
 
 class _Dispatch(torch.autograd.Function):
@@ -88,21 +99,84 @@ def _gather_choices(rows_RD: Tensor, row_of_choice_TK: Tensor, valid_TK: Tensor)
     return torch.where(valid_TK.unsqueeze(-1), chosen_TKD, 0.0)
 
 
+@torch.library.custom_op("moelm::sum_by_token", mutates_args=())
+def sum_by_token(rows_RD: Tensor, token_of_row_R: Tensor, n_tokens: int) -> Tensor:
+    """y_t = sum of the rows of token t, in the order of the rows: the same value every time. Rows of the id
+    n_tokens ("none") are left out, whatever they hold. A custom op because inductor would make it atomics on CUDA."""
+    y_TD = rows_RD.new_zeros(n_tokens + 1, rows_RD.shape[1])
+    if rows_RD.is_cuda:  # index_add is atomic there, an accumulating index_put sorts
+        y_TD.index_put_((token_of_row_R,), rows_RD, accumulate=True)
+    else:
+        y_TD.index_add_(0, token_of_row_R, rows_RD)
+    return y_TD[:n_tokens].clone()
+
+
+@sum_by_token.register_fake
+def _(rows_RD: Tensor, token_of_row_R: Tensor, n_tokens: int) -> Tensor:
+    return rows_RD.new_empty(n_tokens, rows_RD.shape[1])
+
+
+def _sum_setup(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    ctx.save_for_backward(inputs[1])
+
+
+def _sum_backward(ctx: Any, grad_TD: Tensor) -> tuple[Tensor | None, ...]:
+    return _rows_of_tokens(grad_TD, *ctx.saved_tensors), None, None
+
+
+sum_by_token.register_autograd(_sum_backward, setup_context=_sum_setup)
+
+
+def _rows_of_tokens(x_TD: Tensor, token_of_row_R: Tensor) -> Tensor:
+    """[R, D]; 0 for rows of "none"."""
+    n_tokens = x_TD.shape[0]
+    rows_RD = x_TD.index_select(0, token_of_row_R.clamp(max=n_tokens - 1))
+    return torch.where((token_of_row_R < n_tokens).unsqueeze(-1), rows_RD, 0.0)
+
+
+class _Spread(torch.autograd.Function):
+    """rows_R = x_T[t(R)]; backward is `sum_by_token`."""
+
+    @staticmethod
+    def forward(ctx: Any, x_TD: Tensor, token_of_row_R: Tensor) -> Tensor:
+        ctx.save_for_backward(token_of_row_R)
+        ctx.n_tokens = x_TD.shape[0]
+        return _rows_of_tokens(x_TD, token_of_row_R)
+
+    @staticmethod
+    def backward(ctx: Any, grad_RD: Tensor) -> tuple[Tensor | None, ...]:
+        (token_of_row_R,) = ctx.saved_tensors
+        return sum_by_token(grad_RD, token_of_row_R, ctx.n_tokens), None
+
+
 @register("dispatch", "dropless", DroplessConfig)
 class DroplessDispatcher:
-    """Accepts token choice. Holds no parameters."""
+    """Accepts token choice and expert choice. Holds no parameters."""
 
-    def __init__(self, config: DroplessConfig, moe: MoEConfig) -> None:
+    def __init__(self, config: DispatchConfig, moe: MoEConfig) -> None:
         self.n_experts = moe.n_experts
 
-    def dispatch(self, x_TD: Tensor, routing: TokenChoice) -> tuple[Tensor, Permutation]:
+    def dispatch(self, x_TD: Tensor, routing: Routing, training: bool) -> tuple[Tensor, Permutation | Slots]:
         """rows [R, D], sorted by expert, and the plan that `combine` and the experts need."""
-        plan = sort_by_expert(routing.expert_ids_TK, self.n_experts)
+        if isinstance(routing, ExpertChoice):
+            E, C = routing.token_ids_EC.shape
+            ends_E = torch.arange(1, E + 1, dtype=torch.int32, device=x_TD.device) * C
+            slots = Slots(routing.token_ids_EC.flatten(), ends_E, x_TD.shape[0])
+            return _Spread.apply(x_TD, slots.token_of_row_R), slots
+        plan = sort_by_expert(self.kept(routing, training), self.n_experts)
         rows_RD = _Dispatch.apply(x_TD, plan.row_of_choice_TK, plan.choice_of_row_R, plan.valid_TK)
         return rows_RD, plan
 
-    def combine(self, rows_RD: Tensor, routing: TokenChoice, plan: Permutation) -> Tensor:
-        """y [T, D] = sum over k of gate x row."""
+    def kept(self, routing: TokenChoice, training: bool) -> Tensor:
+        """The expert ids [T, K], "none" for the choices that are dropped: here none is."""
+        return routing.expert_ids_TK
+
+    def combine(self, rows_RD: Tensor, routing: Any, plan: Permutation | Slots) -> Tensor:
+        """y [T, D] = the sum over a token's rows of gate x row; 0 for a token without."""
+        if isinstance(plan, Slots):
+            gates_R1 = routing.gates_EC.flatten().to(rows_RD.dtype).unsqueeze(-1)
+            summed: Tensor = sum_by_token(rows_RD * gates_R1, plan.token_of_row_R, plan.n_tokens)
+            return summed
         combined: Tensor = _Combine.apply(
             rows_RD, routing.gates_TK, plan.row_of_choice_TK, plan.choice_of_row_R, plan.valid_TK
         )

@@ -1,0 +1,66 @@
+"""The `base` router: a balanced assignment of tokens to experts in training, the best expert in evaluation."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from moelm.config import MoEConfig, register, setting
+from moelm.moe.routing.base import LearnedRouter, LearnedRouterConfig, count_tokens, token_choice_with_stats
+from moelm.moe.types import RouteContext, RouterStats, TokenChoice, count_per_sequence
+
+FIRST_STEP, LAST_STEP = 1.0, 0.01  # of the prices, in standard deviations of the logits
+
+
+@dataclass
+class BaseConfig(LearnedRouterConfig):
+    n_iterations: int = setting(30, ge=1)  # of the auction; 30 leave the largest load within 1 % of the mean
+
+
+@register("router", "base", BaseConfig)
+class BaseRouter(LearnedRouter):
+    """Training: of all assignments that give each expert T K / E tokens, the one with the largest sum of logits (BASE
+    layers, Lewis et al. 2021, arXiv 2103.16716, eq. 2), by an auction. Evaluation: each token's best experts, so it
+    depends on no other token. gate = sigmoid(logit) (eq. 1).
+
+    Balanced over the tokens of one micro-batch on one rank. No gradient flows through the assignment, only through
+    the gates. In training a token's expert depends on the batch, later tokens too, as in the paper.
+    """
+
+    def __init__(self, config: BaseConfig, moe: MoEConfig, d_model: int) -> None:
+        super().__init__(config, moe, d_model)
+        self.n_iterations = config.n_iterations
+
+    def route(self, x_TD: Tensor, context: RouteContext) -> tuple[TokenChoice, RouterStats]:
+        logits_TE = self.logits(x_TD)
+        choice_TE = logits_TE.detach()
+        if context.training:
+            choice_TE = choice_TE - auction_prices(choice_TE, self.top_k, self.n_iterations, context)
+        expert_ids_TK = choice_TE.topk(self.top_k, dim=-1).indices
+        gates_TK = logits_TE.gather(-1, expert_ids_TK).sigmoid() * self.route_scale
+        return token_choice_with_stats(expert_ids_TK, gates_TK, logits_TE.softmax(-1), context, logits_TE=logits_TE)
+
+
+@torch.no_grad()
+def auction_prices(value_TE: Tensor, top_k: int, n_iterations: int, context: RouteContext) -> Tensor:
+    """float32 [E]: prices at which every expert is in demand equally when each token buys its K best `value - price`.
+
+    All prices move at once, by the excess of demand over the mean times a falling step: the subgradient method on
+    the dual of the assignment problem. Where demand comes out exactly equal, the assignment is the best balanced
+    one (weak duality); a fixed number of iterations keeps shapes static and never waits for the device.
+    """
+    n_experts = value_TE.shape[1]
+    mask = context.token_mask_BL
+    mean_load = count_tokens(context).sum().clamp(min=1) * top_k / n_experts
+    unit = value_TE.std().clamp(min=1e-20)
+    price_E = value_TE.new_zeros(n_experts)
+    for i in range(n_iterations):
+        step = FIRST_STEP * (LAST_STEP / FIRST_STEP) ** (i / max(1, n_iterations - 1))
+        ids_TK = (value_TE - price_E).topk(top_k, dim=-1).indices
+        if mask is not None:
+            ids_TK = torch.where(mask.reshape(-1, 1), ids_TK, n_experts)
+        demand_E = count_per_sequence(ids_TK, 1, n_experts)[0]
+        price_E = price_E + step * unit * (demand_E / mean_load - 1).clamp(max=1)
+    return price_E

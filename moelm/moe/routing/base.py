@@ -1,0 +1,201 @@
+"""What all routers share: float32, jitter, logits, and the statistics of a decision."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from moelm.config import MoEConfig, RouterConfig, setting
+from moelm.moe.types import RouteContext, RouterStats, Routing, TokenChoice, count_per_sequence
+
+
+class Router(nn.Module):
+    """Tokens -> (routing, statistics). A router implements `route`.
+
+    Everything is float32, whatever autocast says and whatever dtype the model was cast to: under autocast even
+    `F.linear(x.float(), w)` comes out in bf16, and near ties then choose other experts.
+    """
+
+    expert_bias: Tensor | None  # float32 [E], moved by a balancer between steps, never by gradient
+    one_graph = True  # torch.compile takes `forward` as one graph
+
+    def __init__(self, config: RouterConfig, moe: MoEConfig, d_model: int) -> None:
+        super().__init__()
+        self.n_experts, self.top_k, self.route_scale = moe.n_experts, moe.top_k, config.route_scale
+        self.register_buffer("expert_bias", None)
+        self.initial: dict[str, float] = {}  # own parameter -> the constant that model/init.py fills it with
+
+    def forward(self, x_BLD: Tensor, context: RouteContext) -> tuple[Routing, RouterStats]:
+        with torch.autocast(device_type=x_BLD.device.type, enabled=False):
+            x_TD = x_BLD.flatten(0, 1).float()
+            if context.token_mask_BL is not None:  # replaced, not multiplied: padding may hold NaN
+                x_TD = torch.where(context.token_mask_BL.reshape(-1, 1), x_TD, 0.0)
+            return self.route(x_TD, context)
+
+    def route(self, x_TD: Tensor, context: RouteContext) -> tuple[Routing, RouterStats]:
+        """`x_TD` float32, 0 where the mask excludes a token. Random only if `context.training`."""
+        raise NotImplementedError
+
+    def loss(self, stats: RouterStats, ce_BL: Tensor) -> Tensor | None:
+        """A loss that trains the router beside what flows through its gates; None if it needs none.
+
+        `stats` are stacked over the MoE layers, `ce_BL` is each token's cross-entropy, detached, 0 where the
+        token predicts nothing.
+        """
+        return None
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Any:
+        """Keep expert_bias in float32 when the model is cast: a bf16 0.5 does not move by 0.001."""
+        bias = self.expert_bias
+        super()._apply(fn, recurse)
+        if bias is not None and self.expert_bias is not None and self.expert_bias.dtype != torch.float32:
+            self.expert_bias = bias.to(device=self.expert_bias.device)
+        return self
+
+
+@dataclass
+class LearnedRouterConfig(RouterConfig):
+    jitter: float = setting(0.0, ge=0, lt=1)  # router input x uniform(1 - jitter, 1 + jitter) in training (Switch)
+    logit_soft_cap: float | None = setting(None, gt=0)  # logits become cap x tanh(logits / cap)
+    trained_bias: bool = False  # a bias inside the logits, trained by gradient (gpt-oss)
+
+
+class LearnedRouter(Router):
+    """logits = x W^T (+ b), optionally of a jittered x (Switch, arXiv 2101.03961, section 2.4) and soft-capped.
+
+    The experts see the clean tokens: jitter multiplies the router's own copy.
+    """
+
+    def __init__(self, config: LearnedRouterConfig, moe: MoEConfig, d_model: int) -> None:
+        super().__init__(config, moe, d_model)
+        self.jitter, self.logit_soft_cap = config.jitter, config.logit_soft_cap
+        self.weight = nn.Parameter(torch.empty(moe.n_experts, d_model))
+        self.bias = nn.Parameter(torch.empty(moe.n_experts)) if config.trained_bias else None
+
+    def forward(self, x_BLD: Tensor, context: RouteContext) -> tuple[Routing, RouterStats]:
+        if self.jitter and context.training:
+            factor_BLD = 1 + self.jitter * (2 * torch.rand_like(x_BLD, dtype=torch.float32) - 1)
+            x_BLD = x_BLD.float() * factor_BLD
+        return super().forward(x_BLD, context)
+
+    def project(self, x_TD: Tensor) -> Tensor:
+        """[T, E] before bias and cap."""
+        return F.linear(x_TD, self.weight.float())
+
+    def logits(self, x_TD: Tensor) -> Tensor:
+        """float32 [T, E]."""
+        logits_TE = self.project(x_TD)
+        if self.bias is not None:
+            logits_TE = logits_TE + self.bias.float()
+        if self.logit_soft_cap is not None:
+            logits_TE = self.logit_soft_cap * torch.tanh(logits_TE / self.logit_soft_cap)
+        return logits_TE
+
+
+@dataclass
+class FixedRouterConfig(RouterConfig):
+    learned: ClassVar[bool] = False
+    balanced: ClassVar[bool] = True
+
+
+class FixedRouter(Router):
+    """A router without weights: every gate is 1 / K, and no gradient reaches it, since there is nothing to train."""
+
+    def choose(self, context: RouteContext) -> Tensor:
+        """The expert ids [T, K], distinct for each token."""
+        raise NotImplementedError
+
+    def route(self, x_TD: Tensor, context: RouteContext) -> tuple[TokenChoice, RouterStats]:
+        expert_ids_TK = self.choose(context)
+        gates_TK = x_TD.new_full(expert_ids_TK.shape, 1 / self.top_k)
+        prob_TE = x_TD.new_zeros(x_TD.shape[0], self.n_experts).scatter(1, expert_ids_TK, gates_TK)
+        return token_choice_with_stats(expert_ids_TK, gates_TK * self.route_scale, prob_TE, context)
+
+
+def token_choice_with_stats(
+    expert_ids_TK: Tensor,
+    gates_TK: Tensor,
+    prob_TE: Tensor,
+    context: RouteContext,
+    *,
+    logits_TE: Tensor | None = None,
+    unbiased_ids_TK: Tensor | None = None,
+    extra: dict[str, Tensor] | None = None,
+) -> tuple[TokenChoice, RouterStats]:
+    """Masked tokens get the id "none" and a gate of 0 and are counted nowhere; the rest is counted per sequence.
+
+    `expert_ids_TK` int64, best first, may hold "none". `prob_TE` are probabilities over experts (rows sum to 1), for
+    the balancers. `logits_TE`: None for a router without. `unbiased_ids_TK`: what would have been chosen without
+    expert_bias, None if the same. `extra`: more statistics, already summed over counted tokens.
+    """
+    B, n_experts = context.token_ids_BL.shape[0], prob_TE.shape[1]
+    if context.token_mask_BL is not None:
+        mask_T1 = context.token_mask_BL.reshape(-1, 1)
+        none = torch.full_like(expert_ids_TK, n_experts)
+        expert_ids_TK = torch.where(mask_T1, expert_ids_TK, none)
+        gates_TK = torch.where(mask_T1, gates_TK, 0.0)
+        if unbiased_ids_TK is not None:
+            unbiased_ids_TK = torch.where(mask_T1, unbiased_ids_TK, none)
+    n_tokens_B = count_tokens(context)
+    load_BE = count_per_sequence(expert_ids_TK, B, n_experts)
+    dense_TE = gates_TK.new_zeros(gates_TK.shape[0], n_experts + 1).scatter(1, expert_ids_TK, gates_TK)
+    extra = {**observe(prob_TE, logits_TE, context), **(extra or {})}
+    if not context.training:
+        extra["expert_ids_BLK"] = expert_ids_TK.unflatten(0, context.token_ids_BL.shape)
+    stats = RouterStats(
+        load_BE=load_BE,
+        kept_BE=load_BE,
+        first_choice_BE=count_per_sequence(expert_ids_TK[:, :1], B, n_experts),
+        unbiased_load_BE=load_BE if unbiased_ids_TK is None else count_per_sequence(unbiased_ids_TK, B, n_experts),
+        prob_BE=sum_per_sequence(prob_TE, context) / n_tokens_B.clamp(min=1).unsqueeze(-1),
+        gate_BE=sum_per_sequence(dense_TE[:, :n_experts], context),  # no atomics: the same sum every time
+        n_tokens_B=n_tokens_B,
+        log_z_sq=n_tokens_B.new_zeros(())
+        if logits_TE is None
+        else mean_over_tokens(logits_TE.logsumexp(-1).square(), context),
+        extra=extra,
+    )
+    return TokenChoice(expert_ids_TK, gates_TK), stats
+
+
+@torch.no_grad()
+def observe(prob_TE: Tensor, logits_TE: Tensor | None, context: RouteContext) -> dict[str, Tensor]:
+    """The OBSERVED scalars of a router with logits; nothing for one without."""
+    if logits_TE is None:
+        return {}
+    best_T1 = prob_TE.argmax(-1, keepdim=True)
+    second_T = prob_TE.scatter(-1, best_T1, 0.0).amax(-1)
+    return {
+        "prob_entropy": mean_over_tokens(torch.special.entr(prob_TE).sum(-1), context),
+        "top1_margin": mean_over_tokens(prob_TE.amax(-1) - second_T, context),
+        "logit_sq": mean_over_tokens(logits_TE.square().mean(-1), context),
+    }
+
+
+def count_tokens(context: RouteContext) -> Tensor:
+    """float32 [B]: counted tokens of each sequence."""
+    B, L = context.token_ids_BL.shape
+    if context.token_mask_BL is None:
+        return torch.full((B,), float(L), device=context.token_ids_BL.device)
+    return context.token_mask_BL.sum(1, dtype=torch.float32)
+
+
+def sum_per_sequence(values_TE: Tensor, context: RouteContext) -> Tensor:
+    """[B, E]: the sum over each sequence's counted tokens."""
+    if context.token_mask_BL is not None:
+        values_TE = torch.where(context.token_mask_BL.reshape(-1, 1), values_TE, 0.0)
+    summed_BE: Tensor = values_TE.unflatten(0, context.token_ids_BL.shape).sum(1)
+    return summed_BE
+
+
+def mean_over_tokens(values_T: Tensor, context: RouteContext) -> Tensor:
+    """Scalar: the mean over the counted tokens of the batch; 0 if there is none."""
+    if context.token_mask_BL is None:
+        return values_T.mean()
+    mask_T = context.token_mask_BL.flatten()
+    return torch.where(mask_T, values_T, 0.0).sum() / mask_T.sum().clamp(min=1)

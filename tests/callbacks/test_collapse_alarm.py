@@ -1,0 +1,108 @@
+"""The alarm: silent for a healthy router, once for a collapsing one, and gone on a resume with what it did."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+from tensorboard.backend.event_processing import plugin_event_accumulator
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from tiny_runs import summary_of
+
+from moelm.callbacks.collapse_alarm import CollapseAlarmConfig, judge, read_alarms
+from moelm.config import Config
+from moelm.train import train
+from moelm.training.checkpoint_io import step_folder
+
+HEALTHY: dict[str, Any] = {
+    "n_experts": 16,
+    "dead": [0, 1],
+    "effective": [15.0, 8.1],
+    "logit_rms": [2.0, 9.0],
+    "first_logit_rms": [1.0, 0.5],
+}
+
+
+@pytest.mark.parametrize(
+    ("change", "kinds"),
+    [
+        ({}, {}),
+        ({"dead": [0, 2]}, {"dead_experts": 1}),
+        ({"dead": [3, 2]}, {"dead_experts": 0}),
+        ({"effective": [15.0, 7.9]}, {"effective_experts": 1}),
+        ({"logit_rms": [2.0, 10.1]}, {"logits": 1}),  # 10 x max(0.5, 1)
+        ({"logit_rms": [31.0, 2.0], "first_logit_rms": [8.0, 2.0]}, {"logits": 0}),
+        ({"logit_rms": [29.0, 2.0], "first_logit_rms": [8.0, 2.0]}, {}),
+        ({"logit_rms": [], "first_logit_rms": []}, {}),
+        ({"dead": [8, 0], "effective": [15, 1]}, {"dead_experts": 0, "effective_experts": 1}),
+    ],
+)
+def test_the_bounds_by_hand(change: dict[str, Any], kinds: dict[str, int]) -> None:
+    found = judge(CollapseAlarmConfig(), **{**HEALTHY, **change})
+    assert {kind: layer for kind, (layer, _) in found.items()} == kinds
+
+
+def collapsing(**alarm: Any) -> dict[str, Any]:
+    """A router without balance, large steps and one expert a token: the winner takes all."""
+    return {
+        "model.moe.top_k": 1,
+        "model.moe.balancers": [],
+        "model.init.std": 0.1,
+        "optim.lr": 3e-2,
+        "optim.schedule": {"name": "constant"},  # the same whatever max_steps is
+        "callbacks": [{"name": "collapse_alarm", "grace_steps": 50, **alarm}, "expert_counts"],
+    }
+
+
+def test_a_collapse_is_said_once_with_its_remedy(
+    tiny: Callable[..., Config], capfd: pytest.CaptureFixture[str]
+) -> None:
+    config = tiny({**collapsing(), "trainer.max_steps": 90, "checkpoint.every_n_steps": 30})
+    train(config)
+    said = capfd.readouterr().err
+    assert said.count("collapse alarm, layer") == len(read_alarms(config.run_folder)) >= 1
+    assert "remedy: raise the coef" in said
+    alarms = {alarm.kind: alarm for alarm in read_alarms(config.run_folder)}
+    assert "effective_experts" in alarms
+    assert all(alarm.step >= 50 and not alarm.stopped for alarm in alarms.values())
+    events = EventAccumulator(str(config.run_folder))
+    events.Reload()
+    for kind, alarm in alarms.items():
+        (event,) = events.Tensors(f"alarm/{kind}/text_summary")
+        assert event.step == alarm.step
+        assert alarm.message in event.tensor_proto.string_val[0].decode()
+
+    train(tiny({**collapsing(), "trainer.max_steps": 110, "checkpoint.every_n_steps": 30}), resume="auto")
+    assert "collapse alarm" not in capfd.readouterr().err
+    assert {alarm.kind: alarm for alarm in read_alarms(config.run_folder)} == alarms
+
+    before = step_folder(config.run_folder, 30)
+    train(tiny({**collapsing(), "trainer.max_steps": 110, "checkpoint.every_n_steps": 30}), resume=str(before))
+    assert {alarm.kind: alarm for alarm in read_alarms(config.run_folder)} == alarms  # cut off, and said again
+    shown = plugin_event_accumulator.EventAccumulator(str(config.run_folder))  # which drops what was cut off
+    shown.Reload()
+    for kind, alarm in alarms.items():
+        assert [event.step for event in shown.Tensors(f"alarm/{kind}/text_summary")] == [alarm.step]
+
+
+def test_a_run_that_the_alarm_stops_ends_like_any_other(
+    tiny: Callable[..., Config], capfd: pytest.CaptureFixture[str]
+) -> None:
+    config = tiny({**collapsing(stop=True), "trainer.max_steps": 200, "data.val_every_n_steps": 200})
+    summary = train(config)
+    (first, *_) = read_alarms(config.run_folder)
+    assert first.stopped
+    assert summary["step"] == first.step < 200
+    assert summary_of(config.run_folder)["val/ce"] == summary["val/ce"] is not None
+    assert step_folder(config.run_folder, first.step).is_dir()
+    assert "collapse_alarm.stop ends the run" in capfd.readouterr().err
+    lines = (config.run_folder / "expert_counts.jsonl").read_text().splitlines()
+    assert f'"last_step":{first.step}' in lines[0]
+
+
+def test_a_balanced_run_is_left_in_peace(tiny: Callable[..., Config], capfd: pytest.CaptureFixture[str]) -> None:
+    config = tiny({"trainer.max_steps": 100, "callbacks": [{"name": "collapse_alarm", "grace_steps": 50}]})
+    train(config)
+    assert "alarm" not in capfd.readouterr().err
+    assert read_alarms(config.run_folder) == []

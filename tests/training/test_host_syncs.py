@@ -1,0 +1,80 @@
+"""Between two log steps the host never waits for the GPU."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from lightning.pytorch.callbacks import Callback
+
+from moelm.config import Config, NamedConfig, register
+from moelm.train import train
+
+WARM_UP = 3  # steps in which kernels are compiled and tuned, which waits
+EVERY = 5
+SIGMOID_WITH_BIAS = {"name": "top_k", "score": "sigmoid", "selection_bias": True}
+
+
+@register("callback", "no_host_sync", NamedConfig)
+class NoHostSync(Callback):
+    """Makes PyTorch raise on every wait for the device, but for the steps that are logged."""
+
+    n_watched = 0
+
+    def __init__(self, config: NamedConfig, run: Config) -> None:
+        pass
+
+    def on_train_batch_start(self, trainer: Any, pl_module: Any, batch: Any, batch_idx: int) -> None:
+        next_step = pl_module.step + 1
+        logged = next_step % EVERY == 0 or next_step == pl_module.config.trainer.max_steps
+        watched = next_step > WARM_UP and not logged
+        NoHostSync.n_watched += watched
+        torch.cuda.set_sync_debug_mode("error" if watched else "default")
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("compile_blocks", [False, True])
+@pytest.mark.parametrize(
+    "moe",
+    [
+        {"balancers": ["switch", "z_loss", "global_batch"]},
+        {"router": SIGMOID_WITH_BIAS, "balancers": ["loss_free", "sequence"]},
+        {"router": "gshard", "dispatch": {"name": "capacity", "drop": "probability"}},
+        {"router": "base"},
+        {"router": "expert_choice", "balancers": ["none"]},
+        {"router": "reinforce"},
+    ],
+    ids=["global_batch", "loss_free", "capacity", "base", "expert_choice", "reinforce"],
+)
+def test_no_wait_for_the_device_between_log_steps(
+    tiny: Callable[..., Config], moe: dict[str, Any], compile_blocks: bool
+) -> None:
+    changes: dict[str, Any] = {f"model.moe.{key}": value for key, value in moe.items()}
+    changes |= {
+        "model.moe.d_expert": 16,
+        "trainer.accelerator": "cuda",
+        "trainer.precision": "bf16-mixed",
+        "trainer.compile": compile_blocks,
+        "trainer.log_every_n_steps": EVERY,
+        "trainer.max_steps": 18,
+        "callbacks": [*(callback.name for callback in Config().callbacks), "no_host_sync"],
+        "optim.micro_batch_size": 8,
+    }
+    NoHostSync.n_watched = 0
+    try:
+        train(tiny(changes))
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    assert NoHostSync.n_watched == 2 * 11  # two micro-batches of each step but the logged ones
+
+
+@pytest.mark.gpu
+def test_the_watch_sees_a_wait() -> None:
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        with pytest.raises(RuntimeError, match="synchroniz"):
+            torch.ones(1, device="cuda").item()
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
