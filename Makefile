@@ -14,7 +14,7 @@ quickstart: .venv/.core
 		--prompt "$$(printf 'class Reader:\n    def __init__(self, path):\n        self.')"
 
 test: .venv/.dev
-	$(BIN)/python -m pytest -m "not slow"
+	$(BIN)/python -m pytest -m "not slow" -n auto --maxprocesses 4 --dist loadfile
 
 test-all: .venv/.dev
 	$(BIN)/python -m pytest -m slow --timeout 1200

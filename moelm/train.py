@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import os
 import sys
@@ -12,6 +13,7 @@ from typing import Any
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 
 from moelm import command_line
+from moelm.callbacks.collapse_alarm import read_alarms
 from moelm.config import Config, ConfigError, UserError, differences, load_config, to_dict, to_yaml
 from moelm.data.datamodule import TokenDataModule
 from moelm.data.prepare import prepare
@@ -178,6 +180,7 @@ def _summary(
         "val/ce": everything and everything.ce,
         "val/bits_per_byte": everything and everything.bits_per_byte,
         **module.load_summary(),
+        "alarms": [dataclasses.asdict(alarm) for alarm in read_alarms(config.run_folder)],
         **{f"val/{name}": value for name, value in shards.baselines.items()},
     }
 
@@ -200,6 +203,7 @@ def _say_summary(summary: dict[str, Any], config: Config) -> None:
             "expert load",
             f"MaxVio {number('moe/max_violation', '.3f')}, {number('moe/dead_experts', 'd')} dead experts",
         ),
+        *[("alarm", f"step {alarm['step']}, {alarm['message']}") for alarm in summary["alarms"]],
         ("folder", f"{config.run_folder}  (tensorboard --logdir {config.run.dir})"),
     ]
     width = max(len(name) for name, _ in rows)

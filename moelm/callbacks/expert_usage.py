@@ -7,11 +7,12 @@ import math
 from dataclasses import dataclass
 
 import numpy as np
+import numpy.typing as npt
 import torch
 from torch import Tensor
 from torch.utils.tensorboard import SummaryWriter
 
-from moelm.callbacks.heat_map import draw_heat_map
+from moelm.callbacks.heat_map import Pixels, draw_heat_map
 from moelm.callbacks.observer import Observer, domain_loads, image_is_due, write_image, writer_of
 from moelm.config import Config, NamedConfig, register, setting
 from moelm.moe.load_metrics import (
@@ -19,11 +20,11 @@ from moelm.moe.load_metrics import (
     effective_experts,
     max_violation,
     mutual_information,
-    relative_load,
 )
 from moelm.training.lightning_module import MoELightningModule
 from moelm.training.statistics import WINDOW
 
+Matrix = npt.NDArray[np.float64]
 DEFAULT_PER_LAYER = ["max_violation", "effective_experts", "dead_experts", "logit_rms", "dropped", "bias_range"]
 PER_LAYER = (
     *DEFAULT_PER_LAYER,
@@ -78,49 +79,55 @@ class ExpertUsage(Observer):
         module.log_scalars(scalars)
 
     def _draw(self, module: MoELightningModule, writer: SummaryWriter) -> None:
-        step, last = module.step, module.last_step
+        last, moe = module.last_step, module.config.model.moe
         assert last is not None
         assert last.load_ME is not None
         assert last.gate_ME is not None
-        names = [str(layer) for layer in self.layers]
-        image = draw_heat_map(
-            relative_load(module.recent_load.total()).cpu().numpy(),
-            low=0.0,
-            high=2.0,
-            title=f"Expert load of the last {min(WINDOW, step)} steps, 1 = uniform (step {step})",
-            row_names=names,
-            marks="dead",
-        )
-        write_image(writer, "moe/load", image, step)
-        moe = module.config.model.moe
-        if moe is not None and moe.router.learned:
-            gate_ME, load_ME = last.gate_ME.cpu().numpy(), last.load_ME.cpu().numpy()
-            mean_M = gate_ME.sum(1) / np.maximum(load_ME.sum(1), 1)
-            with np.errstate(invalid="ignore", divide="ignore"):
-                relative_ME = np.where(load_ME > 0, gate_ME / load_ME / np.maximum(mean_M[:, None], 1e-20), np.nan)
-            image = draw_heat_map(
-                relative_ME,
-                low=0.0,
-                high=2.0,
-                title=f"Mean combine weight of a choice in the last batch, 1 = the layer's mean (step {step})",
-                row_label="layer: mean weight",
-                row_names=[f"{name}: {mean:.2f}" for name, mean in zip(names, mean_M, strict=True)],
-                no_data="not chosen",
-            )
-            write_image(writer, "moe/gate", image, step)
+        assert moe is not None
+        names, step = [str(layer) for layer in self.layers], module.step
+        write_image(writer, "moe/load", load_map(_array(module.recent_load.total()), names, step), step)
+        if moe.router.learned:
+            write_image(writer, "moe/gate", gate_map(_array(last.gate_ME), _array(last.load_ME), names, step), step)
         bias_ME = module.expert_bias_ME
         if bias_ME is not None:
-            bias = bias_ME.cpu().numpy()
-            bound = round_up(float(np.abs(bias).max()))
-            image = draw_heat_map(
-                bias,
-                low=-bound,
-                high=bound,
-                title=f"Expert bias (step {step})",
-                row_names=names,
-                low_apart=False,
-            )
-            write_image(writer, "moe/bias", image, step)
+            write_image(writer, "moe/bias", bias_map(_array(bias_ME), names, step), step)
+
+
+def load_map(recent_ME: Matrix, names: list[str], step: int) -> Pixels:
+    return draw_heat_map(
+        recent_ME / np.maximum(recent_ME.mean(1, keepdims=True), 1e-20),
+        low=0.0,
+        high=2.0,
+        title=f"Expert load of the last {min(WINDOW, step)} steps, 1 = uniform (step {step})",
+        row_names=names,
+        marks="dead",
+    )
+
+
+def gate_map(gate_ME: Matrix, load_ME: Matrix, names: list[str], step: int) -> Pixels:
+    """Combine weight of a choice over the layer's mean, which the row's name says; NaN without a choice."""
+    mean_M = gate_ME.sum(1) / np.maximum(load_ME.sum(1), 1)
+    expected_ME = np.where(load_ME > 0, load_ME * mean_M[:, None], np.nan)
+    return draw_heat_map(
+        gate_ME / np.maximum(expected_ME, 1e-20),
+        low=0.0,
+        high=2.0,
+        title=f"Mean combine weight of a choice in the last batch, 1 = the layer's mean (step {step})",
+        row_label="layer: mean weight",
+        row_names=[f"{name}: {mean:.2f}" for name, mean in zip(names, mean_M, strict=True)],
+        no_data="not chosen",
+    )
+
+
+def bias_map(bias_ME: Matrix, names: list[str], step: int) -> Pixels:
+    bound = round_up(float(np.abs(bias_ME).max()))
+    title = f"Expert bias (step {step})"
+    return draw_heat_map(bias_ME, low=-bound, high=bound, title=title, row_names=names, low_apart=False)
+
+
+def _array(values_ME: Tensor) -> Matrix:
+    array: Matrix = values_ME.double().cpu().numpy()
+    return array
 
 
 def training_numbers(module: MoELightningModule) -> dict[str, Tensor]:

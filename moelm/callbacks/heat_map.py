@@ -27,7 +27,7 @@ RAMP = np.array(  # ColorBrewer RdBu reversed, without its darkest ends: they wo
 INK: Colour = (40, 40, 40)
 LINE: Colour = (170, 170, 170)
 PAD = 16  # pixels around everything
-MAX_GRID_WIDTH = 1540
+MAX_TITLE_WIDTH = 1540
 
 
 def heat_colours(values: Array, low: float, high: float, low_apart: bool = True) -> Pixels:
@@ -81,7 +81,7 @@ def draw_heat_map(
     cell_height, cell_width = _cell_size(n_rows, n_columns, 17 if group_rows else 12)
     grid = _coloured_cells(values, low, high, low_apart, cell_height, cell_width)
     grid_height, grid_width = grid.shape[:2]
-    title = _shortened(title, title_font, MAX_GRID_WIDTH)
+    title = _shortened(title, title_font, MAX_TITLE_WIDTH)
     key = _key(low, high, marks, low_apart, no_data, tick_font)
 
     row_ticks_width = max(round(tick_font.getlength(name)) for name in names) + 8
@@ -119,7 +119,7 @@ def draw_heat_map(
 def _cell_size(n_rows: int, n_columns: int, least_height: int) -> tuple[int, int]:
     """(height, width) in pixels: large for few cells, readable for many, and never more pixels than that needs, since
     a picture is made while training waits. Up to 60 rows are at least `least_height` high."""
-    width = min(max(round(700 / n_columns), 8), MAX_GRID_WIDTH // n_columns, 84)
+    width = min(max(round(700 / n_columns), min(8, 1100 // n_columns)), 84)
     height = min(max(round(300 / n_rows), least_height if n_rows <= 60 else 6), 900 // n_rows, 56)
     return max(height, 1), max(width, 1)
 

@@ -29,7 +29,7 @@ LAYOUT = {  # of CUSTOM SCALARS: category -> chart -> tags, as regular expressio
         "effective experts by layer": ["Multiline", [r"^moe/layer_\d+/effective_experts$"]],
         "dead experts": ["Multiline", ["^moe/dead_experts$"]],
     },
-    "speed": {"tokens a second": ["Multiline", ["^perf/tokens_per_s$"]], "MFU": ["Multiline", ["^perf/mfu$"]]},
+    "speed": {"tokens a second": ["Multiline", ["^perf/tokens_per_s$"]]},
 }
 
 

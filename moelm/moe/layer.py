@@ -40,7 +40,8 @@ class MoELayer(nn.Module):
         rows_RD = self.experts(rows_RD, plan.offsets_E)
         y_BLD = self.merge(self.dispatcher.combine(rows_RD, routing, plan).view(x_BLD.shape))
         if isinstance(routing, TokenChoice) and plan.expert_ids_TK is not routing.expert_ids_TK:
-            stats = stats._replace(kept_BE=count_per_sequence(plan.expert_ids_TK, B, stats.load_BE.shape[-1]))
+            kept_BE = count_per_sequence(plan.expert_ids_TK, B, stats.load_BE.shape[-1])
+            stats = RouterStats(stats.load_BE, kept_BE, *stats[2:])  # torch 2.11 cannot compile `_replace` here
         if self.shared is not None:
             shared_BLD = self.shared(x_BLD)
             if self.shared_gate is not None:

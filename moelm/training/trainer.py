@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import logging
 import warnings
+from collections.abc import Mapping
 from typing import Any
 
 import lightning.pytorch as pl
@@ -13,6 +14,8 @@ from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.loggers import TensorBoardLogger
 from lightning.pytorch.strategies import DDPStrategy, Strategy
+from lightning.pytorch.utilities import rank_zero_only
+from tensorboard.compat.proto.summary_pb2 import Summary  # type: ignore[import-untyped]
 
 from moelm.callbacks.progress_bar import StepProgressBar
 from moelm.config import OWN_TRAINER_KEYS, Config, ConfigError, build
@@ -61,6 +64,12 @@ def build_trainer(config: Config, resume_step: int | None = None) -> pl.Trainer:
 
 
 class RunLogger(TensorBoardLogger):
+    @rank_zero_only
+    def log_metrics(self, metrics: Mapping[str, float], step: int | None = None) -> None:
+        """One event for all scalars of a step: an event each costs a millisecond for some dozens of tags."""
+        values = [Summary.Value(tag=tag, simple_value=float(value)) for tag, value in metrics.items()]
+        self.experiment._get_file_writer().add_summary(Summary(value=values), step)
+
     def save(self) -> None:
         """Without the empty hparams.yaml: the run folder has config.yaml."""
         self.experiment.flush()
