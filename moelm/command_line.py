@@ -8,6 +8,7 @@ import importlib
 import importlib.util
 import os
 import sys
+import traceback
 from collections.abc import Callable, Iterable
 from functools import partial
 from importlib.metadata import entry_points
@@ -66,8 +67,10 @@ def _import(what: str, load: Callable[[], object]) -> None:
     try:
         load()
     except Exception as error:  # whatever code from outside raises
-        problem = f"{what}: cannot be imported: {type(error).__name__}: {error}"
-        raise UserError(f"{problem}\n  remedy: name a module on Python's path, or the path of a .py file") from error
+        last = traceback.extract_tb(error.__traceback__)[-1]
+        problem = f"{what}: cannot be imported: {type(error).__name__}: {error} ({last.filename}, line {last.lineno})"
+        remedy = "name a module on Python's path, or the path of a .py file, that can be imported"
+        raise UserError(f"{problem}\n  remedy: {remedy}") from error
 
 
 def _import_file(name: str) -> None:
@@ -80,7 +83,11 @@ def _import_file(name: str) -> None:
     assert spec.loader is not None
     module = importlib.util.module_from_spec(spec)
     sys.modules[module_name] = module  # dataclasses look their module up
-    spec.loader.exec_module(module)
+    try:
+        spec.loader.exec_module(module)
+    except BaseException:
+        del sys.modules[module_name]
+        raise
 
 
 def run(main: Callable[[list[str]], None]) -> None:

@@ -61,11 +61,16 @@ class RouterConfig(NamedConfig):
     routing: ClassVar[str] = "token_choice"  # or expert_choice: which kind of decision it makes
     learned: ClassVar[bool] = True  # has weights that a balancing loss can move
     balanced: ClassVar[bool] = False  # loads experts evenly by construction, so nothing is left to balance
-    provides: ClassVar[tuple[str, ...]] = ()  # keys of RouterStats.extra that some balancer asks for
+    equal_gates: ClassVar[bool] = False  # gives all its gates the same value
     caution: ClassVar[str] = ""  # what its user must know; said at start
     no_generation: ClassVar[str] = ""  # why text cannot be generated token by token; empty if it can
 
     route_scale: float = field(default=1.0, metadata={"gt": 0})  # multiplies the gates, after normalisation
+
+    @property
+    def provides(self) -> tuple[str, ...]:
+        """Keys of RouterStats.extra that some balancer asks for."""
+        return ()
 
     @property
     def n_chunks(self) -> int:
@@ -81,6 +86,7 @@ class RouterConfig(NamedConfig):
 @dataclass
 class DispatchConfig(NamedConfig):
     accepts: ClassVar[tuple[str, ...]] = ("token_choice",)  # kinds of RouterConfig.routing
+    drops: ClassVar[bool] = False  # may leave choices out
 
     @property
     def no_generation(self) -> str:
@@ -160,6 +166,7 @@ class RunConfig:
     name: str | None = setting(None, is_a=FOLDER_NAME)  # null: the file name of the config
     seed: int = setting(0, ge=0)
     dir: str = setting("checkpoints", is_a=NOT_EMPTY)
+    preset: str | None = None  # what runs are compared by; null: the file name of the config
 
 
 @dataclass
@@ -403,8 +410,9 @@ def load_config(file: str | Path, overrides: Iterable[str] = ()) -> Config:
     """
     raw = _override(read_yaml(file), overrides)
     run = raw.setdefault("run", {})
-    if isinstance(run, dict) and run.get("name") is None:
-        run["name"] = Path(file).stem
+    if isinstance(run, dict):
+        run["name"] = Path(file).stem if run.get("name") is None else run["name"]
+        run["preset"] = Path(file).stem if run.get("preset") is None else run["preset"]
     config = from_dict(Config, raw)
     check(config)
     return config
@@ -681,6 +689,10 @@ def check(config: Config) -> None:
     _check_optim(config)
     _check_trainer(config.trainer)
     _check_each(config.callbacks, "callbacks", config)
+    moe, seq_len = config.model.moe, config.data.seq_len
+    if moe is not None and moe.router.routing == "expert_choice" and seq_len * moe.top_k < moe.n_experts:
+        problem = f"{seq_len} tokens x top_k = {moe.top_k} leave less than one for each of {moe.n_experts} experts"
+        raise ConfigError("data.seq_len", problem, "raise it, or model.moe.top_k")
     tokenizer = config.data.corpus.tokenizer
     if tokenizer.file is None and tokenizer.vocab_size > config.model.vocab_size:
         problem = f"{config.model.vocab_size} is less than the tokenizer's {tokenizer.vocab_size}"

@@ -85,6 +85,7 @@ def as_dict(result: Evaluation) -> dict[str, Any]:
         "load": result.load,
         "max_violation": max_violation(load).tolist() if result.load else [],
         "dead_experts": dead_experts(load).tolist() if result.load else [],
+        "dropped": (1 - torch.tensor(result.kept).sum(-1) / load.sum(-1).clamp(min=1)).tolist() if result.load else [],
     }
 
 

@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Iterator
-from pathlib import Path
 
 import torch
 from tokenizers import Tokenizer
 from torch import Tensor
 
 from moelm import command_line
-from moelm.config import Config, ConfigError
+from moelm.config import ConfigError, ModelConfig
 from moelm.model.gpt import GPT
 from moelm.training.checkpoint_io import find_checkpoint, load_checkpoint_config
 from moelm.training.loading import autocast, load_model
@@ -42,7 +41,7 @@ def main(argv: list[str]) -> None:
         if not holds:
             raise ConfigError(f"--{key.replace('_', '-')}", f"{getattr(arguments, key)}", f"it must be {allowed}")
     folder = find_checkpoint(arguments.checkpoint)
-    refuse_without_generation(load_checkpoint_config(folder), folder)
+    refuse_without_generation(load_checkpoint_config(folder).model, str(folder))
     model, config, device = load_model(folder)
     tokenizer = Tokenizer.from_file(str(folder / "tokenizer.json"))
     tokenizer.encode_special_tokens = True  # a prompt that spells a special token is the text that it is
@@ -69,13 +68,13 @@ def main(argv: list[str]) -> None:
     print()
 
 
-def refuse_without_generation(config: Config, folder: Path) -> None:
+def refuse_without_generation(config: ModelConfig, what: str) -> None:
     """Raises ConfigError for a model whose output for a token depends on other tokens than those before it."""
-    reason = config.model.moe.no_generation if config.model.moe is not None else ""
+    reason = config.moe.no_generation if config.moe is not None else ""
     if reason:
         raise ConfigError(
             "model.moe",
-            f"{folder} cannot generate: {reason}",
+            f"{what} cannot generate: {reason}",
             "evaluate it with python -m moelm.evaluate, or train with a token-choice router and dropless dispatch "
             "(capacity has eval_dispatch: dropless)",
         )
@@ -95,8 +94,10 @@ def generate(
 ) -> Iterator[int]:
     """Yield new token ids until `end_of_text` or `max_new_tokens`; `use_cache` changes the speed, not the text.
 
-    `prompt_1L`: int64 [1, L], L >= 1. temperature 0 is greedy. The model is used in evaluation mode.
+    `prompt_1L`: int64 [1, L], L >= 1. temperature 0 is greedy. The model is used in evaluation mode. Raises
+    ConfigError for a model that cannot generate.
     """
+    refuse_without_generation(model.config, "this model")
     model.eval()
     dtype = (
         torch.get_autocast_dtype(prompt_1L.device.type) if torch.is_autocast_enabled(prompt_1L.device.type) else None

@@ -129,7 +129,7 @@ def check_same_run(config: Config, checkpoint: Path) -> None:
 
 
 MAY_CHANGE = {
-    "run": ("name", "dir"),
+    "run": ("name", "dir", "preset"),
     "data": ("corpus.dir", "n_workers", "val_every_n_steps"),
     "optim": ("micro_batch_size",),
 }

@@ -130,9 +130,8 @@ def test_a_router_generates_the_same_text_with_a_cache_as_without_or_says_why_it
     assert config.model.moe is not None
     if config.model.moe.no_generation:
         with pytest.raises(ConfigError, match=r"cannot generate(.|\n)*remedy"):
-            generate.refuse_without_generation(config, Path("run"))
+            next(generate.generate(GPT(config.model), torch.tensor([[1]]), 1))
         return
-    generate.refuse_without_generation(config, Path("run"))
     model = GPT(config.model)
     initialize(model, 0)
     prompt = torch.tensor([[3, 1, 4, 1, 5, 9]])
@@ -149,6 +148,13 @@ def test_a_model_that_cannot_generate_is_refused_before_a_device_is_touched(
     with pytest.raises(ConfigError, match="not causal"):
         generate_main(["--checkpoint", str(config.run_folder), "--prompt", "x"])
     assert evaluate(config.run_folder)["all"].ce == pytest.approx(summary_of(config.run_folder)["val/ce"], abs=1e-6)
+
+
+def test_expert_choice_needs_a_token_for_each_expert(tiny: Callable[..., Config]) -> None:
+    moe = {"router": "expert_choice", "balancers": ["none"], "n_experts": 64, "top_k": 1, "d_expert": 8}
+    tiny({"model.moe": moe, "data.seq_len": 64, "optim.micro_batch_size": 8})
+    with pytest.raises(ConfigError, match=r"data\.seq_len: 32 tokens x top_k = 1 leave less than one"):
+        tiny({"model.moe": moe, "data.seq_len": 32})
 
 
 def test_capacity_generates_only_if_its_evaluation_is_dropless(tiny: Callable[..., Config]) -> None:

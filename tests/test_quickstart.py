@@ -9,6 +9,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 ROOT = Path(__file__).parent.parent
 
@@ -28,6 +29,17 @@ def test_the_quickstart_beats_gzip_and_xz_without_a_dead_expert(tmp_path: Path) 
     assert summary["val/bits_per_byte"] < summary["val/xz_bits_per_byte"] < summary["val/gzip_bits_per_byte"]
     assert summary["moe/dead_experts"] == 0
     assert summary["moe/max_violation"] < 1
+    assert summary["alarms"] == []
+    events = EventAccumulator(str(tmp_path / "checkpoints/quickstart"))
+    events.Reload()
+    tags = events.Tags()["scalars"]
+    experts = [tag for tag in tags if tag.startswith(("moe/", "aux/"))]
+    assert sum("layer_" not in tag for tag in experts) <= 12
+    assert all(sum(f"layer_0{layer}/" in tag for tag in experts) <= 6 for layer in range(4))
+    assert len(tags) - len(experts) <= 16
+    steps = [event.step for event in events.Scalars("train/ce")]
+    for tag in ("train/tokens", "train/flops"):
+        assert [event.step for event in events.Scalars(tag)] == steps
     for words in ("gzip -9", "xz -9", "dead experts"):
         assert words in shown
     run = "checkpoints/quickstart"
@@ -48,7 +60,7 @@ def test_reinforce_and_base_learn_more_in_200_steps_than_random_routing(tmp_path
     ce = {}
     for router in ("random", "reinforce", "base"):
         changes = [f"run.name={router}", f"model.moe.router={router}", "trainer.max_steps=200", "callbacks=[]"]
-        changes += ["model.moe.balancers=[none]"] if router == "random" else []
+        changes += ["model.moe.balancers=[none]"] if router != "reinforce" else []
         python("-m", "moelm.train", "--config", "configs/quickstart.yaml", *changes, cwd=tmp_path)
         ce[router] = json.loads((tmp_path / f"checkpoints/{router}/summary.json").read_text())["val/ce"]
     assert ce["reinforce"] < ce["random"] - 0.01, ce

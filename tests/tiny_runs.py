@@ -13,12 +13,16 @@ import pytest
 import torch
 from lightning.pytorch.callbacks import Callback
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from tensorboard.summary.writer import event_file_writer
 
 from moelm import command_line
 from moelm.config import Config, NamedConfig, from_dict, register, to_dict
 from moelm.config import check as check_config
 
 command_line.import_builtins()
+# TensorBoard reads event files in the order of their names, which end in a counter of this process: without leading
+# zeros number 10 of one second would come before number 9.
+event_file_writer._global_uid = event_file_writer.AtomicCounter(10**6)
 
 TEXTS = {"code": ["ast.py", "argparse.py", "copy.py", "csv.py", "enum.py"], "more": ["shelve.py", "types.py"]}
 STEPS = 60

@@ -12,6 +12,7 @@ from moelm.training.lightning_module import MoELightningModule
 @dataclass
 class BalanceConfig(NamedConfig):
     raw: bool = False  # aux/<balancer>_raw too: the mean over layers before `coef`
+    raw_per_layer: bool = False  # and aux/layer_XX/<balancer>_raw
 
 
 @register("callback", "balance", BalanceConfig)
@@ -19,13 +20,16 @@ class Balance(Observer):
     """aux/<balancer> is the weighted part of train/loss."""
 
     def __init__(self, config: BalanceConfig, run: Config) -> None:
-        self.raw = config.raw
+        self.config, self.layers = config, run.model.moe_layers
 
     def observe(self, module: MoELightningModule) -> None:
         step = module.last_step
         if step is None or not step.aux:
             return
         scalars = {f"aux/{name}": value for name, value in step.aux.items()}
-        if self.raw:
-            scalars |= {f"aux/{name}_raw": value_M.mean() for name, value_M in step.aux_raw_M.items()}
+        for name, raw_M in step.aux_raw_M.items():
+            if self.config.raw:
+                scalars[f"aux/{name}_raw"] = raw_M.mean()
+            if self.config.raw_per_layer:
+                scalars |= {f"aux/layer_{self.layers[i]:02d}/{name}_raw": raw for i, raw in enumerate(raw_M.unbind())}
         module.log_scalars(scalars)

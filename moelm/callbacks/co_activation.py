@@ -13,13 +13,20 @@ import torch
 from torch import Tensor
 
 from moelm.callbacks.heat_map import draw_heat_map
-from moelm.callbacks.observer import Observer, check_layers, spread, validation_image_is_due, write_image, writer_of
+from moelm.callbacks.observer import (
+    Observer,
+    check_layers,
+    ratio_to_chance,
+    spread,
+    validation_image_is_due,
+    write_image,
+    writer_of,
+)
 from moelm.config import Config, NamedConfig, register, setting
 from moelm.training.lightning_module import MoELightningModule
 from moelm.training.statistics import all_reduce_sums
 
 Matrix = npt.NDArray[np.float64]
-LEAST_EXPECTED = 5.0  # pairs by chance below which a ratio is noise
 
 
 @dataclass
@@ -129,15 +136,10 @@ def lift_within(pairs_EE: Matrix) -> Matrix:
     others_EE = 1.0 - np.eye(len(load_E))
     chance_EE = np.outer(load_E, load_E) * others_EE
     seen_EE = pairs_EE * others_EE
-    return _ratio(seen_EE, chance_EE * (seen_EE.sum() / max(chance_EE.sum(), 1.0)))
+    return ratio_to_chance(seen_EE, chance_EE * (seen_EE.sum() / max(chance_EE.sum(), 1.0)))
 
 
 def lift_between(pairs_EE: Matrix) -> Matrix:
     """Pairs (expert of one layer, expert of the next) against independence: row sum x column sum / total."""
     chance_EE = np.outer(pairs_EE.sum(1), pairs_EE.sum(0)) / max(pairs_EE.sum(), 1.0)
-    return _ratio(pairs_EE, chance_EE)
-
-
-def _ratio(seen_EE: Matrix, chance_EE: Matrix) -> Matrix:
-    enough_EE = chance_EE >= LEAST_EXPECTED
-    return np.where(enough_EE, seen_EE / np.where(enough_EE, chance_EE, 1.0), np.nan)
+    return ratio_to_chance(pairs_EE, chance_EE)

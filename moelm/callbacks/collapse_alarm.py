@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,6 +19,7 @@ from moelm.training.statistics import WINDOW
 
 FILE = "alarms.jsonl"
 BALANCE_REMEDY = "raise the coef of a balancing loss (switch) or balance by loss_free; a lower optim.lr helps too"
+FIXED_REMEDY = "the router has no weights; fewer experts, or another router"
 LOGIT_REMEDY = "add the balancer z_loss (coef 0.001), or lower optim.lr"
 
 
@@ -84,7 +86,9 @@ class CollapseAlarm(Observer):
                 self._warn(module, kind, self.layers[i], what)
 
     def _warn(self, module: MoELightningModule, kind: str, layer: int, what: str) -> None:
-        remedy = LOGIT_REMEDY if kind == "logits" else BALANCE_REMEDY
+        moe = module.config.model.moe
+        balance = BALANCE_REMEDY if moe is not None and moe.router.learned else FIXED_REMEDY
+        remedy = LOGIT_REMEDY if kind == "logits" else balance
         message = f"layer {layer}: {what}"
         stopped = self.config.stop and not module.trainer.should_stop
         say(module, f"step {module.step}: collapse alarm, {message}\n  remedy: {remedy}")
@@ -126,7 +130,8 @@ def judge(
         what = f"the load of the last {WINDOW} steps is that of {effective[worst]:.1f} experts of {n_experts}"
         found["effective_experts"] = worst, what
     bounds = [min(config.logit_rms, config.logit_growth * max(first, 1.0)) for first in first_logit_rms]
-    excess = [now / bound for now, bound in zip(logit_rms, bounds, strict=True)]
+    pairs = zip(logit_rms, bounds, strict=True)
+    excess = [math.inf if math.isnan(now) else now / bound for now, bound in pairs]
     if excess and max(excess) > 1:
         worst = excess.index(max(excess))
         what = f"the router's logits have a root mean square of {logit_rms[worst]:.1f}, more than {bounds[worst]:.1f}"

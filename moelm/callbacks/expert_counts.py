@@ -59,7 +59,7 @@ class ExpertCountsWriter(Observer):
         self.every = config.every_n_steps
         self.file = run.run_folder / FILE
         moe = run.model.moe
-        self.drops = moe is not None and moe.dispatch.name == "capacity"
+        self.drops = moe is not None and moe.dispatch.drops
         self.first_step = 0  # of the open interval; 0: not known before training starts
         self.load_ME: Tensor | None = None
         self.kept_ME: Tensor | None = None

@@ -29,7 +29,7 @@ DEFAULT_PER_LAYER = ["max_violation", "effective_experts", "dead_experts", "logi
 PER_LAYER = (
     *DEFAULT_PER_LAYER,
     *("max_violation_window", "prob_entropy", "top1_margin", "unchosen", "bias_update"),
-    *("val_max_violation", "val_effective_experts", "mutual_information"),
+    *("val_max_violation", "val_effective_experts", "val_dropped", "mutual_information"),
 )
 MODEL_WIDE = ("max_violation", "max_violation_window", "effective_experts", "dropped", "unchosen", "val_max_violation")
 
@@ -64,8 +64,12 @@ class ExpertUsage(Observer):
             return
         load_ME = torch.tensor(module.evaluation["all"].load, dtype=torch.float64)
         numbers = {"val_max_violation": max_violation(load_ME), "val_effective_experts": effective_experts(load_ME)}
+        moe = module.config.model.moe
+        if moe is not None and moe.dispatch.drops:
+            kept_ME = torch.tensor(module.evaluation["all"].kept, dtype=torch.float64)
+            numbers["val_dropped"] = 1 - kept_ME.sum(-1) / load_ME.sum(-1).clamp(min=1)
         domains = domain_loads(module)
-        if len(domains) > 1:
+        if len(domains) > 1 and "mutual_information" in self.per_layer:
             counts_MDE = torch.tensor(list(domains.values()), dtype=torch.float64).transpose(0, 1)
             numbers["mutual_information"] = mutual_information(counts_MDE)
         self._log(module, {name: value_M.tolist() for name, value_M in numbers.items()})
@@ -142,7 +146,7 @@ def training_numbers(module: MoELightningModule) -> dict[str, Tensor]:
         "dead_experts": dead_experts(recent_ME),
     }
     moe = module.config.model.moe
-    if moe is not None and moe.dispatch.name == "capacity" and last.kept_ME is not None:
+    if moe is not None and moe.dispatch.drops and last.kept_ME is not None:
         numbers["dropped"] = 1 - last.kept_ME.sum(-1) / last.load_ME.sum(-1).clamp(min=1)
     numbers |= last.observed_M
     if "logit_sq" in numbers:

@@ -9,6 +9,8 @@ from collections.abc import Sequence
 from typing import Any, TypeVar
 
 import lightning.pytorch as pl
+import numpy as np
+import numpy.typing as npt
 from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.loggers import TensorBoardLogger
 from PIL import Image
@@ -21,6 +23,8 @@ from moelm.config import Config, ConfigError
 from moelm.training.lightning_module import MoELightningModule
 
 T = TypeVar("T")
+Counts = npt.NDArray[np.float64]
+LEAST_EXPECTED = 5.0  # counts by chance below which a ratio to them is noise
 
 
 class Observer(Callback):
@@ -95,7 +99,9 @@ def domain_loads(module: MoELightningModule) -> dict[str, list[list[int]]]:
 
 
 def check_layers(key: str, layers: Sequence[int] | None, run: Config) -> None:
-    """Raises ConfigError for layers that a callback was asked to show and that have no experts."""
+    """Raises ConfigError for layers that a callback was asked to show and cannot."""
+    if layers is not None and (not layers or len(set(layers)) < len(layers)):
+        raise ConfigError(f"{key}.layers", f"{list(layers)} is empty or repeats itself", "name each once, or null")
     for layer in layers or ():
         if layer not in run.model.moe_layers:
             raise ConfigError(
@@ -108,3 +114,9 @@ def spread(items: Sequence[T], n: int) -> list[T]:
     if len(items) <= n:
         return list(items)
     return [items[round(i * (len(items) - 1) / (n - 1))] for i in range(n)]
+
+
+def ratio_to_chance(seen: Counts, chance: Counts) -> Counts:
+    """seen / chance, of any one shape; NaN where chance alone would give fewer than LEAST_EXPECTED."""
+    enough = chance >= LEAST_EXPECTED
+    return np.where(enough, seen / np.where(enough, chance, 1.0), np.nan)

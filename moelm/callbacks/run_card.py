@@ -81,6 +81,7 @@ def hyper_parameters(run: Config) -> dict[str, str | float]:
     size, moe = model_size(run.model), run.model.moe
     return {
         "run": run.run_name,
+        "preset": run.run.preset or run.run_name,
         "n_layers": run.model.n_layers,
         "d_model": run.model.d_model,
         "n_experts": moe.n_experts if moe else 0,

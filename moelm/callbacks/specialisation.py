@@ -13,6 +13,7 @@ from moelm.callbacks.observer import (
     Observer,
     check_layers,
     domain_loads,
+    ratio_to_chance,
     say,
     spread,
     validation_image_is_due,
@@ -22,8 +23,6 @@ from moelm.callbacks.observer import (
 from moelm.config import Config, NamedConfig, register, setting
 from moelm.moe.load_metrics import mutual_information
 from moelm.training.lightning_module import MoELightningModule
-
-LEAST_EXPECTED = 5.0  # choices by chance below which a ratio is noise
 
 
 @dataclass
@@ -61,8 +60,7 @@ class Specialisation(Observer):
         counts_SDE = counts_MDE[[self.layers.index(layer) for layer in self.shown]].numpy()
         chance_SDE = counts_SDE.sum(2, keepdims=True) * counts_SDE.sum(1, keepdims=True)
         chance_SDE = chance_SDE / np.maximum(counts_SDE.sum((1, 2), keepdims=True), 1)
-        enough_SDE = chance_SDE >= LEAST_EXPECTED
-        preference_SDE = np.where(enough_SDE, counts_SDE / np.where(enough_SDE, chance_SDE, 1), np.nan)
+        preference_SDE = ratio_to_chance(counts_SDE, chance_SDE)
         image = draw_heat_map(
             preference_SDE.reshape(-1, counts_SDE.shape[2]),
             low=0.0,

@@ -12,7 +12,6 @@ import torch
 from lightning.pytorch.callbacks import Callback
 
 from moelm.config import Config, NamedConfig, register
-from moelm.model.size import flops_per_token
 from moelm.training.lightning_module import MoELightningModule
 
 # Dense bf16 matrix products without sparsity, FLOP/s, from the vendors' data sheets; the first name that fits.
@@ -54,7 +53,6 @@ class Throughput(Callback):
     perf/mfu under bf16-mixed on a known chip; perf/peak_memory_gib on CUDA."""
 
     def __init__(self, config: ThroughputConfig, run: Config) -> None:
-        self.flops = flops_per_token(run.model, run.data.seq_len)
         self.batch_tokens = run.optim.batch_tokens
         self.mixed = run.trainer.precision == "bf16-mixed"
         self._mark: tuple[int, float] | None = None  # step and training time of the last log
@@ -75,7 +73,7 @@ class Throughput(Callback):
             scalars = {"perf/tokens_per_s": tokens_per_s}
             peak = peak_flops(torch.cuda.get_device_name(device)) if device.type == "cuda" else None
             if peak is not None and self.mixed:
-                scalars["perf/mfu"] = mfu(tokens_per_s, self.flops, peak, trainer.world_size)
+                scalars["perf/mfu"] = mfu(tokens_per_s, pl_module.flops_per_token, peak, trainer.world_size)
             if device.type == "cuda":
                 scalars["perf/peak_memory_gib"] = torch.cuda.max_memory_allocated(device) / 2**30
             pl_module.log_scalars(scalars)

@@ -97,8 +97,10 @@ class GPT(nn.Module):
             return GPTOutput(F.linear(x_BLD, self.head_weight_VD), None, None, {}, all_stats, cache)
         loss, ce_T = chunked_cross_entropy(x_BLD.flatten(0, 1), self.head_weight_VD, targets_BL.flatten())
         ce_BL = ce_T.view(B, L)
-        routing_loss = None if all_stats is None else self.moe_layers[0].router.loss(all_stats, ce_BL)
-        extra_losses = {} if routing_loss is None else {"routing": routing_loss}
+        extra_losses = {}
+        if all_stats is not None:
+            routing_loss = self.moe_layers[0].router.loss(all_stats, ce_BL, targets_BL != IGNORE)
+            extra_losses = {} if routing_loss is None else {"routing": routing_loss}
         return GPTOutput(None, loss, ce_BL, extra_losses, all_stats, cache)
 
 

@@ -12,7 +12,7 @@ from moelm.config import InitConfig
 from moelm.model.gpt import GPT
 
 # What writes into the residual stream: the sum of 2 n_layers such terms keeps its variance (GPT-2).
-RESIDUAL = ("attention.out.weight", "down", "down.weight", "moe.merge.weight")
+RESIDUAL = ("attention.out.weight", "down", "down.weight")
 
 
 @torch.no_grad()

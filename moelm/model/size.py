@@ -21,6 +21,7 @@ class ModelSize:
     active_no_input_embedding: int  # without the input embedding where it is not tied to the head
     active_no_embeddings: int  # without input embedding and head
     routed_expert: int  # one routed expert of one layer
+    router: int  # of one layer
 
 
 def model_size(config: ModelConfig) -> ModelSize:
@@ -28,10 +29,11 @@ def model_size(config: ModelConfig) -> ModelSize:
     with torch.device("meta"):
         model = GPT(config)
     total = sum(parameter.numel() for parameter in model.parameters())
-    expert = 0
+    expert = router = 0
     if config.moe is not None and model.moe_layers:
-        experts = model.moe_layers[0].experts
-        expert = sum(parameter.numel() for parameter in experts.parameters()) // config.moe.n_experts
+        layer = model.moe_layers[0]
+        expert = sum(parameter.numel() for parameter in layer.experts.parameters()) // config.moe.n_experts
+        router = sum(parameter.numel() for parameter in layer.router.parameters())
     moe = config.moe
     idle = 0 if moe is None else max(0, moe.n_experts - moe.choices_per_token) * len(config.moe_layers)
     active = total - idle * expert
@@ -42,6 +44,7 @@ def model_size(config: ModelConfig) -> ModelSize:
         active_no_input_embedding=active - (0 if config.tied_embeddings else embedding),
         active_no_embeddings=active - (1 if config.tied_embeddings else 2) * embedding,
         routed_expert=expert,
+        router=router,
     )
 
 
@@ -55,9 +58,11 @@ def flops_per_token(config: ModelConfig, seq_len: int) -> int:
     head = config.vocab_size * config.d_model
     norms = (2 * config.n_layers + 1) * config.d_model
     attention = config.n_layers * attention_config(config).flops_per_token(config.d_model, seq_len)
-    moe = config.moe  # chunks of one token may use an expert more than once
-    again = 0 if moe is None else max(0, moe.choices_per_token - moe.n_experts) * len(config.moe_layers)
-    return 6 * (size.active_no_embeddings + again * size.routed_expert + head - norms) + 3 * attention
+    again = 0  # what chunks of one token use more than once
+    if config.moe is not None:
+        experts = max(0, config.moe.choices_per_token - config.moe.n_experts) * size.routed_expert
+        again = (experts + (config.moe.router.n_chunks - 1) * size.router) * len(config.moe_layers)
+    return 6 * (size.active_no_embeddings + again + head - norms) + 3 * attention
 
 
 def attention_config(config: ModelConfig) -> AttentionConfig:

@@ -12,7 +12,7 @@ def relative_load(load_E: Tensor) -> Tensor:
 
 
 def max_violation(load_E: Tensor) -> Tensor:
-    """MaxVio = (max load - mean load) / mean load (arXiv 2408.15664, eq. 4): 0 is balanced, E - 1 is collapse."""
+    """MaxVio = (max load - mean load) / mean load (arXiv 2408.15664, eq. 4): 0 is balanced, E / k - 1 is collapse."""
     return relative_load(load_E).amax(-1) - 1
 
 

@@ -20,6 +20,7 @@ class Evaluation:
     bytes: float
     ce: float  # nats a token
     load: list[list[int]]  # choices by MoE layer and expert; [] for a dense model
+    kept: list[list[int]]  # the same after capacity
 
     @property
     def perplexity(self) -> float:
@@ -51,6 +52,7 @@ class EvaluationSums:
         }
         if output.stats is not None:
             by_row["load"] = output.stats.load_BE.double().transpose(0, 1)  # [B, M, E]
+            by_row["kept"] = output.stats.kept_BE.double().transpose(0, 1)
         for name, value in by_row.items():
             if name not in self._sums:
                 self._sums[name] = value.new_zeros(len(self.domains), *value.shape[1:])
@@ -71,8 +73,8 @@ class EvaluationSums:
 
 def _evaluation(sums: dict[str, Tensor]) -> Evaluation:
     tokens = int(sums["tokens"])
-    load = sums["load"].long().tolist() if "load" in sums else []
-    return Evaluation(tokens, float(sums["bytes"]), float(sums["ce"]) / max(tokens, 1), load)
+    load, kept = (sums[name].long().tolist() if name in sums else [] for name in ("load", "kept"))
+    return Evaluation(tokens, float(sums["bytes"]), float(sums["ce"]) / max(tokens, 1), load, kept)
 
 
 def forward_batch(model: GPT, batch: dict[str, Tensor], end_of_text: int | None) -> GPTOutput:

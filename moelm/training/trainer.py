@@ -51,7 +51,7 @@ def build_trainer(config: Config, resume_step: int | None = None) -> pl.Trainer:
                 config.run.dir,
                 name=config.run_name,
                 version="",
-                purge_step=None if resume_step is None else resume_step + 1,
+                purge_step=(resume_step or 0) + 1,  # 0 too: a run that died before its first checkpoint begins anew
             ),
             callbacks=[*callbacks, StepCheckpoint(config)],
             plugins=[FolderCheckpointIO(config)],

@@ -65,6 +65,9 @@ def test_a_run_draws_the_layers_asked_for(tiny: Callable[..., Config]) -> None:
     assert images_of(config) == {}  # one expert a token, and no layer after the last
     with pytest.raises(ConfigError, match="layer 7 has no experts"):
         tiny({"callbacks": [{"name": "co_activation", "layers": [7]}]})
+    for layers in ([], [0, 0]):
+        with pytest.raises(ConfigError, match="is empty or repeats itself"):
+            tiny({"callbacks": [{"name": "specialisation", "layers": layers}]})
 
 
 def test_experts_that_choose_tokens_are_passed_over(tiny: Callable[..., Config]) -> None:

@@ -35,6 +35,7 @@ HEALTHY: dict[str, Any] = {
         ({"logit_rms": [31.0, 2.0], "first_logit_rms": [8.0, 2.0]}, {"logits": 0}),
         ({"logit_rms": [29.0, 2.0], "first_logit_rms": [8.0, 2.0]}, {}),
         ({"logit_rms": [], "first_logit_rms": []}, {}),
+        ({"logit_rms": [2.0, float("nan")]}, {"logits": 1}),
         ({"dead": [8, 0], "effective": [15, 1]}, {"dead_experts": 0, "effective_experts": 1}),
     ],
 )

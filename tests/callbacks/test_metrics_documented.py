@@ -20,7 +20,7 @@ NOT_HERE = {"alarm/logits", "train/routing"}  # no tiny run makes its logits exp
 EVERYTHING: list[Any] = [
     {"name": "collapse_alarm", "grace_steps": 50, "effective_share": 0.999, "dead_share": 0.01},
     {"name": "expert_usage", "per_layer": list(PER_LAYER)},
-    {"name": "balance", "raw": True},
+    {"name": "balance", "raw": True, "raw_per_layer": True},
     *("expert_counts", "co_activation", "specialisation", "throughput", "run_card"),
 ]
 RUNS: list[dict[str, Any]] = [
@@ -55,7 +55,7 @@ def shown(run_folder: Path) -> set[str]:
     found = events.Tags()
     tags = {*found["scalars"], *found["images"], *(tag.removesuffix("/text_summary") for tag in found["tensors"])}
     tags = {re.sub(r"layer_\d\d", "layer_XX", tag) for tag in tags}
-    tags = {re.sub(r"^aux/[a-z_]+?(_raw)?$", r"aux/<balancer>\1", tag) for tag in tags}
+    tags = {re.sub(r"^aux/(layer_XX/)?[a-z_]+?(_raw)?$", r"aux/\1<balancer>\2", tag) for tag in tags}
     return {tag for tag in tags if not tag.startswith(("_hparams_", "custom_scalars"))}
 
 

@@ -20,6 +20,7 @@ ROUTER_FAULTS = {
     "a count taken twice": "shapes_and_dtypes_are_those_of_the_seam",
     "gates in the compute dtype": "shapes_and_dtypes_are_those_of_the_seam",
     "detached gates and probabilities": "gradient_reaches_every_weight_of_the_router",
+    "a scale forgotten": "route_scale_multiplies_the_gates",
     "a read of the device": "compiled_equals_eager",
     "a counter in forward": "checkpointed_equals_plain",
     "noise of its own": "the_same_seed_gives_the_same_step",
@@ -69,7 +70,9 @@ class BrokenRouter(TopKRouter):
         elif self.fault == "a counter in forward":
             self.usage_bias += 1
         routing, stats = super().route(x_TD, context)
-        if self.fault == "gates in the compute dtype":
+        if self.fault == "a scale forgotten":
+            routing = routing._replace(gates_TK=routing.gates_TK / self.route_scale)
+        elif self.fault == "gates in the compute dtype":
             routing = routing._replace(gates_TK=routing.gates_TK.bfloat16())
         elif self.fault == "a count taken twice":
             stats = stats._replace(load_BE=2 * stats.load_BE)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import inspect
 import math
 from collections.abc import Callable
+from dataclasses import replace
 
 import torch
 from torch import Tensor
@@ -119,6 +120,19 @@ def gradient_reaches_every_weight_of_the_router(config: ModelConfig) -> None:
             assert gradients[name].abs().max() > 0, name
 
 
+def route_scale_multiplies_the_gates(config: ModelConfig) -> None:
+    assert config.moe is not None
+    scaled = replace(config, moe=replace(config.moe, router=replace(config.moe.router, route_scale=3.0)))
+    gates = []
+    for each in (config, scaled):
+        model, (tokens_BL, _) = make_gpt(each, training=False), make_batch(each)
+        n = config.moe.router.n_chunks
+        x_BLD = torch.randn(B, L * n, config.d_model // n, generator=torch.Generator().manual_seed(0))
+        routing, _ = model.moe_layers[0].router(x_BLD, RouteContext(tokens_BL.repeat_interleave(n, 1), None, False))
+        gates.append(routing[1])
+    torch.testing.assert_close(gates[1], 3 * gates[0])
+
+
 def compiled_equals_eager(config: ModelConfig) -> None:
     eager, compiled = make_gpt(config), make_gpt(config)
     torch._dynamo.reset()
@@ -164,6 +178,7 @@ def masked_tokens_change_nothing(config: ModelConfig) -> None:
 CONTRACTS: list[Callable[[ModelConfig], None]] = [
     shapes_and_dtypes_are_those_of_the_seam,
     gradient_reaches_every_weight_of_the_router,
+    route_scale_multiplies_the_gates,
     compiled_equals_eager,
     checkpointed_equals_plain,
     the_same_seed_gives_the_same_step,

@@ -205,6 +205,7 @@ def test_std_of_scales_what_writes_into_the_residual_stream(tiny_config):
         "blocks.1.moe.router.weight": 0.5,
         "blocks.1.moe.experts.gate_up": 0.02,
         "blocks.1.moe.experts.down": small,
+        "blocks.1.moe.merge.weight": 0.02,  # the experts before it are small already
         "blocks.1.moe.shared.down.weight": small,
         "blocks.1.moe.shared_gate.weight": 0.02,
     }

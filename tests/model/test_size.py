@@ -49,6 +49,27 @@ def count(config):
     return total, total - idle, embedding
 
 
+ROUTER_CASES = {  # router and its options -> (parameters of a layer beside the experts, expert input, choices a token)
+    "multi_head": ({"n_heads": 2}, 8 * 16 + 2 * 32 * 32, 16, 4),
+    "cosine": ({"d_projection": 3}, 8 * 3 + 3 * 32 + 1, 32, 2),
+    "reinforce": ({}, 8 * 32 + 32 + 1, 32, 2),
+    "noisy_top_k": ({}, 2 * 8 * 32, 32, 2),
+}
+
+
+@pytest.mark.parametrize("router", ROUTER_CASES)
+def test_routers_with_weights_of_their_own_are_counted(tiny_config, router):
+    options, beside, d_in, choices = ROUTER_CASES[router]
+    config = tiny_config(n_layers=1, moe={"router": {"name": router, **options}})
+    expert, size = 3 * d_in * 16, model_size(config)
+    other = 64 * 32 + 3 * 32 + 4 * 32 * 32  # embedding, norms, attention
+    assert size.total == other + beside + 8 * expert
+    assert size.active == other + beside + choices * expert
+    again = 8 * 16 if router == "multi_head" else 0  # the second chunk meets the router's weights again
+    attention = 3 * 2 * 20 * 32
+    assert flops_per_token(config, 20) == 6 * (size.active - 3 * 32 + again) + attention
+
+
 def test_parameters_equal_a_formula_of_the_config(config):
     total, active, embedding = count(config)
     size = model_size(config)
@@ -114,7 +135,7 @@ def test_flops_of_attention_grow_with_the_sequence(tiny_config):
     ],
 )
 def test_the_short_name_says_total_and_active(total, active, name):
-    assert short_name(ModelSize(total, active, active, active, 1)) == name
+    assert short_name(ModelSize(total, active, active, active, 1, 1)) == name
 
 
 @pytest.mark.parametrize(

@@ -106,3 +106,11 @@ def test_a_coefficient_of_zero_is_allowed_and_a_negative_one_is_not(tiny_config,
     check_model(config)
     with pytest.raises(ConfigError, match=r"model\.moe\.balancers\.0\.coef"):
         tiny_config(moe={"router": GROUPS, "balancers": [{"name": name, "coef": -1}]})
+
+
+def test_a_centring_without_effect_is_refused(tiny_config):
+    router = {"name": "top_k", "selection_bias": True}
+    rule = {"name": "loss_free", "rule": "proportional"}
+    tiny_config(moe={"router": router, "balancers": [rule]})
+    with pytest.raises(ConfigError, match=r"balancers\.0\.centred: false has no effect"):
+        tiny_config(moe={"router": router, "balancers": [{**rule, "centred": False}]})

@@ -92,10 +92,20 @@ def test_noisy_top_k_without_noise_is_the_softmax_of_the_kept_logits_and_its_smo
     assert routing.expert_ids_TK.tolist() == [[1, 2]]
     e = math.exp(-1)
     torch.testing.assert_close(routing.gates_TK, torch.tensor([[1 / (1 + e), e / (1 + e)]]))
-    # deviation softplus(0) = ln 2; the second largest of the others is 2 for expert 0, and 1 for the chosen ones
+    # deviation softplus(0) + 0.01; the second largest of the others is 2 for expert 0, and 1 for the chosen ones
     phi = NormalDist().cdf
-    by_hand = [phi((1 - 2) / math.log(2)), phi((3 - 1) / math.log(2)), phi((2 - 1) / math.log(2))]
+    deviation = math.log(2) + 0.01
+    by_hand = [phi((1 - 2) / deviation), phi((3 - 1) / deviation), phi((2 - 1) / deviation)]
     torch.testing.assert_close(stats.extra["smooth_load_BE"], torch.tensor([by_hand]))
+
+
+def test_a_router_that_has_learned_to_be_sure_keeps_a_finite_gradient_of_its_smooth_load():
+    router = make_router("noisy_top_k", 3, 2)
+    x_BLD = torch.tensor([[[1.0, 3.0, 2.0]]])
+    router.noise.data = -200 * x_BLD[0] / x_BLD.square().sum() * torch.ones(3, 1)  # softplus(-200) is 0
+    _, stats = router(x_BLD, context_for(x_BLD))
+    stats.extra["smooth_load_BE"].square().sum().backward()
+    assert all(torch.isfinite(parameter.grad).all() for parameter in router.parameters())
 
 
 def test_the_smooth_load_of_noisy_top_k_is_the_expectation_of_its_load():
@@ -231,6 +241,13 @@ def test_base_finds_the_best_of_all_balanced_assignments(seed):
     torch.testing.assert_close(routing.gates_TK[:, 0], x_BLD[0, torch.arange(6), list(best)].sigmoid())
 
 
+def test_base_with_few_tokens_an_expert_is_balanced_but_for_a_few_of_them():
+    generator = torch.Generator().manual_seed(1)
+    x_BLD = torch.randn(1, 512, 64, generator=generator) + torch.randn(64, generator=generator)
+    _, stats = make_router("base", 64, 1)(x_BLD, context_for(x_BLD))
+    assert (stats.load_BE - 8).abs().max() <= 2
+
+
 @pytest.mark.parametrize("top_k", [1, 4])
 @pytest.mark.parametrize("masked", [False, True])
 def test_base_is_balanced_in_training_and_greedy_in_evaluation(top_k, masked):
@@ -335,12 +352,16 @@ def test_the_policy_gradient_of_reinforce_by_hand():
     x_BLD = torch.zeros(1, 2, 2)  # both experts have probability 1/2
     routing, stats = router(x_BLD, context_for(x_BLD, training=False))
     extra = {k: v.unsqueeze(0) for k, v in stats.extra.items()}
-    loss = router.loss(stats._replace(extra=extra, n_tokens_B=torch.tensor([[2.0]])), torch.tensor([[4.0, 0.0]]))
+    stacked = stats._replace(extra=extra)
+    loss = router.loss(stacked, torch.tensor([[4.0, 0.0]]), torch.ones(1, 2, dtype=torch.bool))
     # b - CE = (-3, 1), deviation sqrt(5), log p = ln 1/2 for both; squared errors 9 and 1
     assert loss.item() == pytest.approx(0.5 * (3 - 1) / math.sqrt(5) * math.log(0.5) / 2 + 0.25 * 5, rel=1e-5)
     loss.backward()
     assert float(router.baseline.bias.grad) == pytest.approx(0.25 * 2 * (-3 + 1) / 2)
     assert routing.expert_ids_TK.shape == (2, 1)
+    alone = router.loss(stacked, torch.tensor([[4.0, 0.0]]), torch.tensor([[True, False]]))
+    by_hand = 0.5 * math.log(0.5) + 0.25 * 9  # a token without a target is no reward
+    assert alone.item() == pytest.approx(by_hand, rel=1e-5)
 
 
 def test_reinforce_learns_which_expert_is_good():
@@ -353,7 +374,7 @@ def test_reinforce_learns_which_expert_is_good():
         good_T = (x_BLD[..., 0] > 0).long().flatten() * 2  # expert 0 or 2, by the first coordinate
         ce_BL = 2.0 + (routing.expert_ids_TK[:, 0] != good_T).float().view(2, 64)
         extra = {k: v.unsqueeze(0) for k, v in stats.extra.items()}
-        loss = router.loss(stats._replace(extra=extra, n_tokens_B=stats.n_tokens_B.unsqueeze(0)), ce_BL)
+        loss = router.loss(stats._replace(extra=extra), ce_BL, torch.ones_like(ce_BL, dtype=torch.bool))
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
@@ -462,6 +483,11 @@ def test_tokens_sent_to_a_group_are_counted_once():
         ({"router": {"name": "multi_head", "n_heads": 5}}, "model.moe.router"),
         ({"router": "expert_choice", "dispatch": "capacity", "balancers": []}, "model.moe.dispatch"),
         ({"router": {"name": "cosine", "initial_temperature": 0.001}}, "model.moe.router.initial_temperature"),
+        ({"router": "base"}, "model.moe.balancers.0"),  # the default, switch, has nothing to balance
+        (
+            {"router": "hash", "dispatch": {"name": "capacity", "drop": "probability"}, "balancers": []},
+            "model.moe.dispatch.drop",
+        ),
     ],
 )
 def test_what_a_router_cannot_do_is_refused(tiny_config, moe, key):

@@ -42,7 +42,7 @@ class NoHostSync(Callback):
         {"balancers": ["switch", "z_loss", "global_batch"]},
         {"router": SIGMOID_WITH_BIAS, "balancers": ["loss_free", "sequence"]},
         {"router": "gshard", "dispatch": {"name": "capacity", "drop": "probability"}},
-        {"router": "base"},
+        {"router": "base", "balancers": ["z_loss"]},
         {"router": "expert_choice", "balancers": ["none"]},
         {"router": "reinforce"},
     ],

@@ -98,6 +98,20 @@ def test_a_run_that_died_and_resumed_equals_the_uninterrupted_one_bitwise(
     assert_same_curves(straight.run_folder, broken.run_folder)
 
 
+def test_a_run_that_died_before_its_first_checkpoint_begins_anew_with_curves_of_its_own(
+    tiny: Callable[..., Config],
+) -> None:
+    config = tiny({"checkpoint.every_n_steps": 50})
+    straight, broken = named(config, "straight"), named(config, "broken")
+    train(straight)
+    Recorder.raise_after = 33
+    with pytest.raises(RuntimeError, match="the machine is gone"):
+        train(broken)
+    Recorder.raise_after = None
+    train(broken, resume="auto")
+    assert_same_curves(straight.run_folder, broken.run_folder)
+
+
 def assert_same_curves(straight: Path, resumed: Path) -> None:
     a, b = scalars_of(straight), scalars_of(resumed)
     assert a.keys() == b.keys()

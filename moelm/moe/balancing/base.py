@@ -37,7 +37,7 @@ class GroupLossConfig(LossConfig):
 
     def check(self, key: str, config: MoEConfig) -> None:
         super().check(key, config)
-        if getattr(config.router, "n_groups", 1) <= 1:
+        if "sent_BG" not in config.router.provides:
             problem = f"{self.name} balances groups of experts, and the router {config.router.name} has none here"
             raise ConfigError(key, problem, "set model.moe.router.n_groups of the router top_k, or use sequence")
 

@@ -25,6 +25,9 @@ class LossFreeConfig(NamedConfig):
                 f"loss_free moves a bias that the router {config.router.name!r} does not use here",
                 "set model.moe.router.selection_bias=true",
             )
+        if self.rule == "proportional" and not self.centred:
+            problem = "false has no effect with rule: proportional, whose steps have the mean 0"
+            raise ConfigError(f"{key}.centred", problem, "remove it")
 
 
 @register("balancer", "loss_free", LossFreeConfig)

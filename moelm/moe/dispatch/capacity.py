@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -19,6 +20,8 @@ from moelm.moe.types import TokenChoice
 
 @dataclass
 class CapacityConfig(DispatchConfig):
+    drops: ClassVar[bool] = True
+
     capacity_factor: float = setting(1.25, gt=0)  # in training: C = ceil(factor x T x K / E), T tokens of a micro-batch
     eval_capacity_factor: float = setting(2.0, gt=0)
     drop: str = setting("position", allowed=("position", "probability"))  # who goes first when an expert is full
@@ -32,6 +35,9 @@ class CapacityConfig(DispatchConfig):
 
     def check(self, key: str, config: MoEConfig) -> None:
         super().check(key, config)
+        if self.drop == "probability" and config.router.equal_gates:
+            problem = f"probability has no effect with the router {config.router.name}, whose gates are all the same"
+            raise ConfigError(f"{key}.drop", problem, "use position")
         default = CapacityConfig().eval_capacity_factor
         if self.eval_dispatch == "dropless" and self.eval_capacity_factor != default:
             raise ConfigError(

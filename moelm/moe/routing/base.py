@@ -41,11 +41,11 @@ class Router(nn.Module):
         """`x_TD` float32, 0 where the mask excludes a token. Random only if `context.training`."""
         raise NotImplementedError
 
-    def loss(self, stats: RouterStats, ce_BL: Tensor) -> Tensor | None:
+    def loss(self, stats: RouterStats, ce_BL: Tensor, predicted_BL: Tensor) -> Tensor | None:
         """A loss that trains the router beside what flows through its gates; None if it needs none.
 
-        `stats` are stacked over the MoE layers, `ce_BL` is each token's cross-entropy, detached, 0 where the
-        token predicts nothing.
+        `stats` are stacked over the MoE layers, `ce_BL` is each token's cross-entropy, detached, `predicted_BL` is
+        False where a token predicts nothing.
         """
         return None
 
@@ -101,6 +101,7 @@ class LearnedRouter(Router):
 class FixedRouterConfig(RouterConfig):
     learned: ClassVar[bool] = False
     balanced: ClassVar[bool] = True
+    equal_gates: ClassVar[bool] = True
 
 
 class FixedRouter(Router):
@@ -199,3 +200,10 @@ def mean_over_tokens(values_T: Tensor, context: RouteContext) -> Tensor:
         return values_T.mean()
     mask_T = context.token_mask_BL.flatten()
     return torch.where(mask_T, values_T, 0.0).sum() / mask_T.sum().clamp(min=1)
+
+
+def mix(x: Tensor) -> Tensor:
+    """A fixed scrambling of non-negative integers below 2^31 to ones below 2^31: the finaliser of lowbias32."""
+    for multiplier in (0x21F0AAAD, 0x735A2D97):
+        x = ((x ^ (x >> 15)) * multiplier) & 0x7FFFFFFF
+    return x ^ (x >> 15)

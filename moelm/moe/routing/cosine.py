@@ -23,8 +23,8 @@ class CosineConfig(TopKConfig):
 
 @register("router", "cosine", CosineConfig)
 class CosineRouter(TopKRouter):
-    """logit_e = cos(P x, w_e) / temperature, P: d_model -> d_projection, temperature learned and at least 0.01
-    (X-MoE, arXiv 2204.09179, section 3.2); scores, choice and gates as in `top_k`.
+    """logit_e = cos(P x, w_e) / temperature, P: d_model -> d_projection, temperature learned (X-MoE, arXiv 2204.09179,
+    section 3.2; once at its floor of 0.01 it gets no gradient any more); scores, choice and gates as in `top_k`.
 
     Low dimension and equal lengths keep the token vectors from collapsing onto the experts' ones.
     """

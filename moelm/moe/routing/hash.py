@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from moelm.config import register
-from moelm.moe.routing.base import FixedRouter, FixedRouterConfig
+from moelm.moe.routing.base import FixedRouter, FixedRouterConfig, mix
 from moelm.moe.types import RouteContext
 
 
@@ -25,10 +25,3 @@ class HashRouter(FixedRouter):
         first_T1 = ids_T1 + mix(ids_T1 // self.n_experts)
         offsets_K = torch.arange(self.top_k, device=ids_T1.device) * (self.n_experts // self.top_k)
         return (first_T1 + offsets_K) % self.n_experts
-
-
-def mix(x: Tensor) -> Tensor:
-    """A fixed scrambling of non-negative integers below 2^31 to ones below 2^31: the finaliser of lowbias32."""
-    for multiplier in (0x21F0AAAD, 0x735A2D97):
-        x = ((x ^ (x >> 15)) * multiplier) & 0x7FFFFFFF
-    return x ^ (x >> 15)

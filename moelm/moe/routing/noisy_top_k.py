@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import ClassVar
 
 import torch
 import torch.nn.functional as F
@@ -14,10 +13,14 @@ from moelm.config import ConfigError, MoEConfig, register
 from moelm.moe.routing.base import LearnedRouter, LearnedRouterConfig, sum_per_sequence, token_choice_with_stats
 from moelm.moe.types import RouteContext, RouterStats, TokenChoice
 
+LEAST_DEVIATION = 0.01  # without it a router that has learned to be sure divides 0 by 0 in the gradient of its load
+
 
 @dataclass
 class NoisyTopKConfig(LearnedRouterConfig):
-    provides: ClassVar[tuple[str, ...]] = ("smooth_load_BE",)
+    @property
+    def provides(self) -> tuple[str, ...]:
+        return ("smooth_load_BE",)
 
     def check(self, key: str, config: MoEConfig) -> None:
         if config.top_k == 1:
@@ -30,11 +33,12 @@ class NoisyTopKConfig(LearnedRouterConfig):
 
 @register("router", "noisy_top_k", NoisyTopKConfig)
 class NoisyTopKRouter(LearnedRouter):
-    """H = logits + N(0, 1) softplus(x W_noise^T), the noise in training only; chosen = TopK(H);
-    gates = softmax of the chosen H (Shazeer et al. 2017, arXiv 1701.06538, eq. 3-5).
+    """H = logits + N(0, 1) (softplus(x W_noise^T) + 0.01), the noise in training only; chosen = TopK(H);
+    gates = softmax of the chosen H (Shazeer et al. 2017, arXiv 1701.06538, eq. 3-5; 0.01 is ours).
 
-    W_noise starts at 0, as there, which is noise of deviation ln 2. `smooth_load_BE` is the load as a differentiable
-    expectation (eq. 8-10): sum over tokens of Phi((logit_e - the k-th largest H of the others) / softplus(...)).
+    W_noise starts at 0, as there, which is noise of deviation ln 2 + 0.01. `smooth_load_BE` is the load as a
+    differentiable expectation (eq. 8-10): sum over tokens of Phi((logit_e - the k-th largest H of the others) /
+    deviation_e).
     """
 
     def __init__(self, config: NoisyTopKConfig, moe: MoEConfig, d_model: int) -> None:
@@ -44,7 +48,7 @@ class NoisyTopKRouter(LearnedRouter):
 
     def route(self, x_TD: Tensor, context: RouteContext) -> tuple[TokenChoice, RouterStats]:
         logits_TE = self.logits(x_TD)
-        deviation_TE = F.softplus(F.linear(x_TD, self.noise.float()))
+        deviation_TE = F.softplus(F.linear(x_TD, self.noise.float())) + LEAST_DEVIATION
         noisy_TE = logits_TE
         if context.training:
             noisy_TE = logits_TE + torch.randn_like(logits_TE) * deviation_TE

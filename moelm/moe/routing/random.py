@@ -9,8 +9,7 @@ import torch
 from torch import Tensor
 
 from moelm.config import register
-from moelm.moe.routing.base import FixedRouter, FixedRouterConfig
-from moelm.moe.routing.hash import mix
+from moelm.moe.routing.base import FixedRouter, FixedRouterConfig, mix
 from moelm.moe.types import RouteContext
 
 

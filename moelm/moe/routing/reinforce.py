@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 import torch.nn.functional as F
@@ -15,6 +16,8 @@ from moelm.moe.types import RouteContext, RouterStats, TokenChoice
 
 @dataclass
 class ReinforceConfig(LearnedRouterConfig):
+    equal_gates: ClassVar[bool] = True
+
     policy_coef: float = setting(0.1, ge=0)  # multiplies the policy-gradient loss
     baseline_coef: float = setting(0.01, ge=0)  # multiplies the baseline's squared error
 
@@ -24,12 +27,13 @@ class ReinforceRouter(LearnedRouter):
     """Training: K experts drawn without replacement from softmax(logits), by Gumbel noise; evaluation: the K most
     probable. Gates are 1 / K, so the cross-entropy reaches the router by the policy gradient alone:
 
-        L = - mean_t A_t log p(choice_t) + mean_t (b_t - CE_t)^2,   A_t = (b_t - CE_t) / deviation
+        L = - mean_t A_t log p(choice_t) + mean_t (b_t - CE_t)^2,   A_t = (b_t - CE_t) / its rms
 
     with the reward -CE_t, the cross-entropy of predicting the next token at t, and b_t a learned linear baseline of
     the router's input (Williams 1992; in routed language models RL-R, Clark et al. 2022, arXiv 2202.01169). A is
-    detached and scaled to unit deviation over the micro-batch; the baseline sends no gradient into the model. Mean
-    over the MoE layers. A token's choice also changes later tokens' losses, through attention, which this ignores.
+    detached and scaled to a root mean square of 1 over the micro-batch; the baseline sends no gradient into the
+    model. Mean over the MoE layers. A token's choice also changes later tokens' losses, through attention, which
+    this ignores.
     """
 
     def __init__(self, config: ReinforceConfig, moe: MoEConfig, d_model: int) -> None:
@@ -58,14 +62,14 @@ class ReinforceRouter(LearnedRouter):
             extra={"log_prob_BL": log_prob_T.view(shape), "baseline_BL": baseline_T.view(shape)},
         )
 
-    def loss(self, stats: RouterStats, ce_BL: Tensor) -> Tensor:
-        """Scalar; masked tokens, whose log-probability, baseline and cross-entropy are all 0, add nothing."""
-        n_tokens = stats.n_tokens_B[0].sum().clamp(min=1)
-        error_MBL = stats.extra["baseline_BL"] - ce_BL
+    def loss(self, stats: RouterStats, ce_BL: Tensor, predicted_BL: Tensor) -> Tensor:
+        """Scalar, a mean over the tokens that predict something."""
+        n_targets = predicted_BL.sum().clamp(min=1)
+        error_MBL = torch.where(predicted_BL, stats.extra["baseline_BL"] - ce_BL, 0.0)
         advantage_MBL = error_MBL.detach()
-        deviation_M11 = (advantage_MBL.square().sum((1, 2), keepdim=True) / n_tokens).sqrt().clamp(min=1e-6)
-        policy_M = -(advantage_MBL / deviation_M11 * stats.extra["log_prob_BL"]).sum((1, 2)) / n_tokens
-        baseline_M = error_MBL.square().sum((1, 2)) / n_tokens
+        rms_M11 = (advantage_MBL.square().sum((1, 2), keepdim=True) / n_targets).sqrt().clamp(min=1e-6)
+        policy_M = -(advantage_MBL / rms_M11 * stats.extra["log_prob_BL"]).sum((1, 2)) / n_targets
+        baseline_M = error_MBL.square().sum((1, 2)) / n_targets
         return (self.policy_coef * policy_M + self.baseline_coef * baseline_M).mean()
 
 

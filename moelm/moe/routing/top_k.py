@@ -25,6 +25,10 @@ class TopKConfig(LearnedRouterConfig):
     group_score: str = setting("max", allowed=("max", "top2_sum"))  # DeepSeek-V2: max; V3: top2_sum
     selection_bias: bool = False  # expert_bias is added to the scores for the choice, never to the gates
 
+    @property
+    def provides(self) -> tuple[str, ...]:
+        return ("sent_BG",) if self.n_groups > 1 else ()
+
     def check(self, key: str, config: MoEConfig) -> None:
         if config.top_k == 1 and self.normalize_gates == "after_top_k":
             raise ConfigError(
