@@ -230,6 +230,7 @@ class ModelConfig:
     attention: NamedConfig = named("attention", "gqa")
     feed_forward: FeedForwardConfig = field(default_factory=FeedForwardConfig)
     moe: MoEConfig | None = field(default_factory=MoEConfig)  # null: every layer is dense
+    norm: str = setting("rmsnorm", allowed=("rmsnorm", "layernorm"))  # layernorm: without bias (DBRX)
     norm_eps: float = setting(1e-5, gt=0)
     tied_embeddings: bool = True
     dropout: float = setting(0.0, ge=0, lt=1)  # on the embedding and on what attention and FFN add

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from moelm.config import ModelConfig, build
 from moelm.model.attention.base import Attention
 from moelm.model.feed_forward import SwiGLU
-from moelm.model.norm import RMSNorm
+from moelm.model.norm import make_norm
 from moelm.moe.layer import MoELayer
 from moelm.moe.types import RouteContext, RouterStats
 
@@ -21,9 +21,9 @@ class Block(nn.Module):
     def __init__(self, config: ModelConfig, layer: int) -> None:
         super().__init__()
         self.dropout = config.dropout
-        self.attention_norm = RMSNorm(config.d_model, config.norm_eps)
+        self.attention_norm = make_norm(config)
         self.attention: Attention = build("attention", config.attention, config)
-        self.feed_forward_norm = RMSNorm(config.d_model, config.norm_eps)
+        self.feed_forward_norm = make_norm(config)
         self.feed_forward: nn.Module | None = None
         self.moe: MoELayer | None = None
         if config.is_moe_layer(layer):

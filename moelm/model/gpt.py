@@ -12,7 +12,7 @@ from torch.utils.checkpoint import checkpoint
 from moelm.config import ModelConfig
 from moelm.model.attention.base import Attention
 from moelm.model.block import Block
-from moelm.model.norm import RMSNorm
+from moelm.model.norm import make_norm
 from moelm.moe.types import RouteContext, RouterStats, stack_stats
 
 IGNORE = -100  # a target that is not predicted
@@ -37,7 +37,7 @@ class GPT(nn.Module):
         self.activation_checkpointing = False  # recompute each block in backward; changes no value
         self.embedding = nn.Embedding(config.vocab_size, config.d_model)
         self.blocks = nn.ModuleList(Block(config, layer) for layer in range(config.n_layers))
-        self.norm = RMSNorm(config.d_model, config.norm_eps)
+        self.norm = make_norm(config)
         tied = config.tied_embeddings
         self.head = None if tied else nn.Linear(config.d_model, config.vocab_size, bias=False)
 
