@@ -177,8 +177,13 @@ class FeedForwardConfig:
 
 @dataclass
 class ExpertsConfig:
+    """Of the routed experts alone; dense and shared feed-forwards stay SwiGLU without biases."""
+
     backend: str = setting("auto", allowed=("auto", "grouped", "loop"))  # auto: grouped where widths allow
-    activation: str = setting("swiglu", allowed=("swiglu",))
+    activation: str = setting("swiglu", allowed=("swiglu", "clamped_swiglu"))
+    clamp_limit: float = setting(7.0, gt=0)  # clamped_swiglu: gate at most this, up within +- this
+    clamp_alpha: float = setting(1.702, gt=0)  # clamped_swiglu: gate * sigmoid(alpha * gate)
+    bias: bool = False  # each expert adds a trained bias to gate, up and its output (gpt-oss)
 
 
 @dataclass
@@ -732,6 +737,10 @@ def check_model(model: ModelConfig) -> None:
         d_in = "d_model" if moe.router.n_chunks == 1 else f"d_model / {moe.router.n_chunks} chunks"
         problem = f"grouped needs multiples of 8, not {d_in} = {width}, d_expert = {moe.d_expert}"
         raise ConfigError("model.moe.experts.backend", problem, "round the widths, or use auto or loop")
+    for key in ("clamp_limit", "clamp_alpha"):
+        if moe.experts.activation != "clamped_swiglu" and getattr(moe.experts, key) != getattr(ExpertsConfig(), key):
+            problem = f"{getattr(moe.experts, key)} has no effect with the activation {moe.experts.activation}"
+            raise ConfigError(f"model.moe.experts.{key}", problem, "remove it, or set activation: clamped_swiglu")
     moe.dispatch.check("model.moe.dispatch", moe)
     _check_each(moe.balancers, "model.moe.balancers", moe)
 

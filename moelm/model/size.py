@@ -52,17 +52,22 @@ def flops_per_token(config: ModelConfig, seq_len: int) -> int:
     """Training floating-point operations a token: 6 x (active parameters that multiply) + 3 x attention.
 
     6 = 2 forward (a multiply-add) + 4 backward. The input embedding is a look-up; the head multiplies, tied or
-    not. Causal attention counts only the half of the scores that are needed. Recomputation does not count.
+    not. The biases of experts are added and do not count, nor does recomputation. Causal attention counts only the half
+    of the scores that are needed.
     """
     size = model_size(config)
     head = config.vocab_size * config.d_model
     norms = (2 * config.n_layers + 1) * config.d_model
     attention = config.n_layers * attention_config(config).flops_per_token(config.d_model, seq_len)
     again = 0  # what chunks of one token use more than once
+    biases = 0  # of the experts, which are added
     if config.moe is not None:
+        if config.moe.experts.bias:
+            width = 2 * config.moe.d_expert + config.d_model // config.moe.router.n_chunks
+            biases = config.moe.choices_per_token * width * len(config.moe_layers)
         experts = max(0, config.moe.choices_per_token - config.moe.n_experts) * size.routed_expert
         again = (experts + (config.moe.router.n_chunks - 1) * size.router) * len(config.moe_layers)
-    return 6 * (size.active_no_embeddings + again + head - norms) + 3 * attention
+    return 6 * (size.active_no_embeddings + again + head - norms - biases) + 3 * attention
 
 
 def attention_config(config: ModelConfig) -> AttentionConfig:
@@ -141,7 +146,12 @@ def _activation_bytes(model: ModelConfig, layer: int, tokens: int, mixed: bool, 
     if moe is None or not model.is_moe_layer(layer):
         return tokens * (norms + attended + c * hidden * model.feed_forward.d_ff)
     n_chunks = moe.router.n_chunks
-    rows = moe.choices_per_token * c * (2 * d // n_chunks + hidden * moe.d_expert)  # input and output rows, hidden
+    expert_hidden = hidden
+    if moe.experts.activation == "clamped_swiglu" and not compiled:
+        expert_hidden = 7  # gate and up; clamped gate, its sigmoid, their product, up + 1; and the product of all
+    rows = (
+        moe.choices_per_token * c * (2 * d // n_chunks + expert_hidden * moe.d_expert)
+    )  # input and output rows, hidden
     router = 4 * 2 * moe.n_experts * n_chunks + (0 if compiled else 4 * d)
     if moe.router.mixes_chunks:
         router += c * 2 * d  # what split and merge read

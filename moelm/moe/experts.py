@@ -7,7 +7,9 @@ Weights are `[E, in, out]`, gate and up side by side in one tensor, so that one 
 from __future__ import annotations
 
 import logging
-from functools import cache
+from collections.abc import Callable
+from functools import cache, partial
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -58,15 +60,73 @@ def _backward(ctx: torch.autograd.function.FunctionCtx, grad_RF: Tensor) -> tupl
 grouped_mm.register_autograd(_backward, setup_context=_save_for_backward)
 
 
-def loop_mm(x_RD: Tensor, w_EDF: Tensor, offsets_E: Tensor) -> Tensor:
+@torch.library.custom_op("moelm::sum_by_expert", mutates_args=())
+def sum_by_expert(rows_RF: Tensor, offsets_E: Tensor) -> Tensor:
+    """[E, F], the sum of each expert's rows: 0 for an idle expert, rows past the last offset left out.
+
+    A grouped product with a matrix of ones, so it sums as the gradient of the weights does: in float32 for
+    bfloat16 rows, in one order, without atomics and without asking the device for the offsets.
+    """
+    rows_RF = rows_RF.contiguous()
+    ones_8R = rows_RF.new_ones(rows_RF.shape[0], 8).T  # 8 of them: the product takes no narrower matrix
+    return F.grouped_mm(ones_8R, rows_RF, offs=offsets_E)[:, 0].clone()
+
+
+@sum_by_expert.register_fake
+def _(rows_RF: Tensor, offsets_E: Tensor) -> Tensor:
+    return rows_RF.new_empty(offsets_E.shape[0], rows_RF.shape[1])
+
+
+class _AddBias(torch.autograd.Function):
+    """rows_r + bias^e for the rows r of expert e; backward of the bias is `sum_by_expert`."""
+
+    @staticmethod
+    def forward(ctx: Any, rows_RF: Tensor, bias_EF: Tensor, offsets_E: Tensor) -> Tensor:
+        ctx.save_for_backward(offsets_E)
+        return rows_RF + bias_EF.index_select(0, expert_of_row(offsets_E, rows_RF.shape[0]))
+
+    @staticmethod
+    def backward(ctx: Any, grad_RF: Tensor) -> tuple[Tensor, Tensor, None]:
+        (offsets_E,) = ctx.saved_tensors
+        return grad_RF, sum_by_expert(grad_RF, offsets_E), None
+
+
+def expert_of_row(offsets_E: Tensor, n_rows: int) -> Tensor:
+    """int64 [R]: how many experts end at or before each row; the last expert for rows past the last offset."""
+    rows_R = torch.arange(n_rows, dtype=offsets_E.dtype, device=offsets_E.device)
+    ids_R = torch.searchsorted(offsets_E, rows_R, right=True)
+    return ids_R.clamp(max=offsets_E.shape[0] - 1)
+
+
+def grouped_linear(x_RD: Tensor, w_EDF: Tensor, bias_EF: Tensor | None, offsets_E: Tensor) -> Tensor:
+    """x[r] @ w[e] + bias[e] for the rows r of expert e, one product for all. Rows past the last offset: undefined."""
+    y_RF: Tensor = grouped_mm(x_RD, w_EDF, offsets_E)
+    return y_RF if bias_EF is None else _AddBias.apply(y_RF, bias_EF, offsets_E)
+
+
+def loop_linear(x_RD: Tensor, w_EDF: Tensor, bias_EF: Tensor | None, offsets_E: Tensor) -> Tensor:
     """The same function, one expert after the other. Rows past the last offset come out 0."""
     ends = offsets_E.tolist()
     blocks = [x_RD[start:end] @ w for start, end, w in zip([0, *ends], ends, w_EDF, strict=False)]
+    if bias_EF is not None:
+        blocks = [block + bias for block, bias in zip(blocks, bias_EF, strict=True)]
     return torch.cat([*blocks, x_RD.new_zeros(x_RD.shape[0] - ends[-1], w_EDF.shape[2])])
 
 
+def swiglu(gate: Tensor, up: Tensor) -> Tensor:
+    """silu(gate) * up (arXiv 2002.05202)."""
+    return F.silu(gate) * up
+
+
+def clamped_swiglu(gate: Tensor, up: Tensor, limit: float, alpha: float) -> Tensor:
+    """(up' + 1) * gate' * sigmoid(alpha gate') with gate' = min(gate, limit) and up' within +- limit (gpt-oss)."""
+    gate, up = gate.clamp(max=limit), up.clamp(-limit, limit)
+    return (up + 1) * (gate * torch.sigmoid(alpha * gate))
+
+
 class Experts(nn.Module):
-    """y_r = W_down^e (silu(W_gate^e x_r) * W_up^e x_r) for rows sorted by expert e.
+    """y_r = W_down^e act(W_gate^e x_r, W_up^e x_r) for rows sorted by expert e, act = SwiGLU or clamped SwiGLU; with
+    `bias` one is added to each of the three products.
 
     An idle expert gets a zero gradient, not None, so the optimizer still decays its weights: the price of one
     stacked parameter, which never hangs FSDP or trips DDP.
@@ -76,6 +136,13 @@ class Experts(nn.Module):
         super().__init__()
         self.gate_up = nn.Parameter(torch.empty(moe.n_experts, d_in, 2 * moe.d_expert))
         self.down = nn.Parameter(torch.empty(moe.n_experts, moe.d_expert, d_in))
+        bias = moe.experts.bias
+        self.gate_up_bias = nn.Parameter(torch.empty(moe.n_experts, 2 * moe.d_expert)) if bias else None
+        self.down_bias = nn.Parameter(torch.empty(moe.n_experts, d_in)) if bias else None
+        self.activation: Callable[[Tensor, Tensor], Tensor] = swiglu
+        if moe.experts.activation == "clamped_swiglu":
+            limit, alpha = moe.experts.clamp_limit, moe.experts.clamp_alpha
+            self.activation = partial(clamped_swiglu, limit=limit, alpha=alpha)
         fits = grouped_widths_fit(d_in, moe.d_expert)
         self.backend = moe.experts.backend
         if self.backend == "auto":
@@ -86,10 +153,12 @@ class Experts(nn.Module):
     def forward(self, rows_RD: Tensor, offsets_E: Tensor) -> Tensor:
         """[R, D], in the autocast dtype if autocast is on. Rows past offsets_E[-1] are undefined."""
         dtype = compute_dtype(rows_RD)
-        matmul = grouped_mm if self.backend == "grouped" else loop_mm
-        gate_RF, up_RF = matmul(rows_RD.to(dtype), self.gate_up.to(dtype), offsets_E).chunk(2, -1)
-        hidden: Tensor = matmul(F.silu(gate_RF) * up_RF, self.down.to(dtype), offsets_E)
-        return hidden
+        linear = grouped_linear if self.backend == "grouped" else loop_linear
+        gate_up_bias = None if self.gate_up_bias is None else self.gate_up_bias.to(dtype)
+        down_bias = None if self.down_bias is None else self.down_bias.to(dtype)
+        gate_up_RF = linear(rows_RD.to(dtype), self.gate_up.to(dtype), gate_up_bias, offsets_E)
+        hidden_RF = self.activation(*gate_up_RF.chunk(2, -1))
+        return linear(hidden_RF, self.down.to(dtype), down_bias, offsets_E)
 
 
 @cache  # one line for all layers

@@ -60,6 +60,18 @@ def test_norms_are_one_and_biases_zero(tiny_config):
         assert tensors[name].std() > 0.05, name
 
 
+def test_biases_of_experts_start_at_zero_and_change_no_other_value(tiny_config):
+    wanted = tensors_of(make_model(tiny_config(moe=RICH_MOE)))
+    config = tiny_config(moe=RICH_MOE | {"experts": {"bias": True, "activation": "clamped_swiglu"}})
+    tensors = tensors_of(make_model(config))
+    assert_same_values(tensors, wanted)
+    shapes = {name: (tensors[name].shape, tensors[name].abs().sum().item()) for name in tensors.keys() - wanted.keys()}
+    assert shapes == {
+        "blocks.1.moe.experts.gate_up_bias": ((8, 32), 0.0),
+        "blocks.1.moe.experts.down_bias": ((8, 32), 0.0),
+    }
+
+
 def test_values_do_not_depend_on_the_state_of_the_global_generator(tiny_config):
     config = tiny_config(moe=RICH_MOE)
     torch.manual_seed(1)

@@ -18,6 +18,9 @@ CASES = {
     "shared": {"tied_embeddings": False, "moe": {"n_shared_experts": 2, "top_k": 3}},
     "shared_gated": {"moe": {"n_shared_experts": 1, "d_shared": 40, "shared_gate": True, "top_k": 1}},
     "biases": {"moe": {"router": {"name": "top_k", "trained_bias": True, "selection_bias": True}}},
+    "expert_biases": {
+        "moe": {"top_k": 3, "first_moe_layer": 1, "experts": {"bias": True, "activation": "clamped_swiglu"}}
+    },
     "dense": {"moe": None, "n_layers": 3},
     "wide_heads": {"attention": {"name": "gqa", "n_heads": 4, "n_kv_heads": 1, "head_dim": 16}},
 }
@@ -26,6 +29,11 @@ CASES = {
 @pytest.fixture(params=CASES.values(), ids=CASES)
 def config(request, tiny_config):
     return tiny_config(**request.param)
+
+
+def expert_parameters(config):
+    d, width = config.d_model, config.moe.d_expert
+    return 3 * d * width + (2 * width + d if config.moe.experts.bias else 0)
 
 
 def count(config):
@@ -42,7 +50,7 @@ def count(config):
         if moe is None or layer < first or (layer - first) % every:
             total += 3 * d * config.feed_forward.d_ff
             continue
-        expert = 3 * d * moe.d_expert
+        expert = expert_parameters(config)
         total += moe.n_experts * (d + expert + (1 if moe.router.trained_bias else 0))
         total += 3 * d * (moe.d_shared or moe.n_shared_experts * moe.d_expert) + (d if moe.shared_gate else 0)
         idle += (moe.n_experts - moe.top_k) * expert
@@ -70,6 +78,14 @@ def test_routers_with_weights_of_their_own_are_counted(tiny_config, router):
     assert flops_per_token(config, 20) == 6 * (size.active - 3 * 32 + again) + attention
 
 
+def test_biases_of_experts_do_not_multiply_whatever_a_token_chooses(tiny_config):
+    for moe in ({}, {"top_k": 8}, {"top_k": 5, "router": {"name": "multi_head", "n_heads": 2}}):
+        sizes = [tiny_config(moe=moe | {"experts": {"bias": bias}}) for bias in (False, True)]
+        assert flops_per_token(sizes[0], 20) == flops_per_token(sizes[1], 20)
+        d_in = 32 // sizes[1].moe.router.n_chunks
+        assert model_size(sizes[1]).total - model_size(sizes[0]).total == 2 * 8 * (2 * 16 + d_in)
+
+
 def test_parameters_equal_a_formula_of_the_config(config):
     total, active, embedding = count(config)
     size = model_size(config)
@@ -77,7 +93,7 @@ def test_parameters_equal_a_formula_of_the_config(config):
     assert size.active == active
     assert size.active_no_input_embedding == active - (0 if config.tied_embeddings else embedding)
     assert size.active_no_embeddings == active - embedding * (1 if config.tied_embeddings else 2)
-    assert size.routed_expert == (0 if config.moe is None else 3 * config.d_model * config.moe.d_expert)
+    assert size.routed_expert == (0 if config.moe is None else expert_parameters(config))
     assert size.total == sum(parameter.numel() for parameter in GPT(config).parameters())
 
 
@@ -97,7 +113,8 @@ def test_flops_are_those_that_pytorch_counts(tiny_config, case):
     """
     changes = dict(CASES[case])
     if changes.get("moe", {}) is not None:
-        changes["moe"] = changes.get("moe", {}) | {"experts": {"backend": "loop"}}  # grouped_mm is opaque to it
+        moe = changes.get("moe", {})  # grouped_mm is opaque to the counter
+        changes["moe"] = moe | {"experts": moe.get("experts", {}) | {"backend": "loop"}}
     config = tiny_config(**changes)
     model = GPT(config)
     initialize(model, 0)
