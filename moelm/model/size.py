@@ -149,9 +149,8 @@ def _activation_bytes(model: ModelConfig, layer: int, tokens: int, mixed: bool, 
     expert_hidden = hidden
     if moe.experts.activation == "clamped_swiglu" and not compiled:
         expert_hidden = 7  # gate and up; clamped gate, its sigmoid, their product, up + 1; and the product of all
-    rows = (
-        moe.choices_per_token * c * (2 * d // n_chunks + expert_hidden * moe.d_expert)
-    )  # input and output rows, hidden
+    # input and output rows, hidden
+    rows = moe.choices_per_token * c * (2 * d // n_chunks + expert_hidden * moe.d_expert)
     router = 4 * 2 * moe.n_experts * n_chunks + (0 if compiled else 4 * d)
     if moe.router.mixes_chunks:
         router += c * 2 * d  # what split and merge read
