@@ -7,7 +7,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from moelm.model.gpt import GPT
 from moelm.model.init import initialize
-from moelm.model.size import ModelSize, expert_combinations, flops_per_token, model_size, short_name
+from moelm.model.size import ModelSize, _activation_bytes, expert_combinations, flops_per_token, model_size, short_name
 
 GQA = {"name": "gqa", "n_heads": 4, "n_kv_heads": 2}
 CASES = {
@@ -164,3 +164,28 @@ def test_expert_combinations_are_binomial_coefficients(tiny_config, n_experts, t
 
 def test_a_dense_model_has_one_combination(tiny_config):
     assert expert_combinations(tiny_config(moe=None)) == 1
+
+
+@pytest.mark.parametrize("experts", [{}, {"bias": True}, {"activation": "clamped_swiglu", "bias": True}], ids=str)
+def test_the_memory_of_eager_experts_is_what_autograd_keeps(tiny_config, experts):
+    """Only what grows with d_expert is compared: the rows that come in and go out are kept by others too."""
+    kept, counted = [], []
+    for d_expert in (16, 32):
+        config = tiny_config(n_layers=1, moe={"d_expert": d_expert, "experts": {"backend": "grouped", **experts}})
+        model = GPT(config)
+        initialize(model, 0)
+        module, n_tokens = model.moe_layers[0].experts, 100
+        weights = {parameter.untyped_storage().data_ptr() for parameter in module.parameters()}
+        saved = {}
+
+        def keep(tensor, saved=saved):
+            saved[tensor.untyped_storage().data_ptr()] = tensor
+            return tensor
+
+        rows_RD = torch.randn(2 * n_tokens, 32, requires_grad=True)  # two experts a token
+        offsets_E = torch.arange(1, 9, dtype=torch.int32) * 25
+        with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+            module(rows_RD, offsets_E)
+        kept.append(sum(t.untyped_storage().nbytes() for pointer, t in saved.items() if pointer not in weights))
+        counted.append(_activation_bytes(config, 0, n_tokens, False, False))
+    assert kept[1] - kept[0] == counted[1] - counted[0]
