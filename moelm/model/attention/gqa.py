@@ -145,6 +145,10 @@ class GQA(Attention):
             q_BHLQ, k_BHLQ, v_BHLQ, mask_BLL = with_sinks(
                 q_BHLQ, k_BHLQ, v_BHLQ, mask_BLL, self.sinks * self.head_dim**0.5
             )
+        shares_heads = self.n_heads != self.n_kv_heads
+        if shares_heads and mask_BLL is not None:  # on CUDA no fused kernel takes a mask and shares heads
+            repeats, shares_heads = self.n_heads // self.n_kv_heads, False
+            k_BHLQ, v_BHLQ = k_BHLQ.repeat_interleave(repeats, 1), v_BHLQ.repeat_interleave(repeats, 1)
         y_BHLQ = F.scaled_dot_product_attention(
             q_BHLQ,
             k_BHLQ,
@@ -152,7 +156,7 @@ class GQA(Attention):
             attn_mask=None if mask_BLL is None else mask_BLL.unsqueeze(1),
             is_causal=mask_BLL is None and n_queries > 1,
             scale=self.head_dim**-0.5,
-            enable_gqa=self.n_heads != self.n_kv_heads,
+            enable_gqa=shares_heads,
         )
         y_BLD: Tensor = self.out(y_BHLQ[..., : self.head_dim].transpose(1, 2).flatten(-2))
         return y_BLD
@@ -184,12 +188,15 @@ def with_sinks(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """q, k, v and mask with one more key, of value 0, whose product with a query is the sink of the query's head.
 
-    The sink stands in a dimension of its own, where the other keys are 0, so any kernel computes the rest.
+    The sink stands in a dimension of its own, where the other keys are 0, so any kernel computes the rest; the width is
+    rounded up to a multiple of 8, which fused kernels ask for.
     """
-    B, _, L, _ = q_BHLQ.shape
-    q_BHLQ = torch.cat([q_BHLQ, scaled_sinks_H.to(q_BHLQ.dtype).view(1, -1, 1, 1).expand(B, -1, L, -1)], -1)
-    k_BHLQ = F.pad(k_BHLQ, (0, 1))
-    sink_Q = F.pad(k_BHLQ.new_ones(1), (k_BHLQ.shape[-1] - 1, 0))
+    B, _, L, Q = q_BHLQ.shape
+    more = 8 - Q % 8
+    sinks_BHL1 = scaled_sinks_H.to(q_BHLQ.dtype).view(1, -1, 1, 1).expand(B, -1, L, -1)
+    q_BHLQ = torch.cat([F.pad(q_BHLQ, (0, more - 1)), sinks_BHL1], -1)
+    k_BHLQ = F.pad(k_BHLQ, (0, more))
+    sink_Q = F.pad(k_BHLQ.new_ones(1), (Q + more - 1, 0))
     k_BHLQ = torch.cat([k_BHLQ, sink_Q.expand(*k_BHLQ.shape[:2], 1, -1)], 2)
-    v_BHLQ = F.pad(v_BHLQ, (0, 1, 0, 1))
+    v_BHLQ = F.pad(v_BHLQ, (0, more, 0, 1))
     return q_BHLQ, k_BHLQ, v_BHLQ, F.pad(mask_BLL, (0, 1), value=True)
