@@ -248,6 +248,42 @@ WRONG = [
     ("model: {moe: {experts: {clamp_alpha: 1.0}}}", "model.moe.experts.clamp_alpha", ["1.0", "no effect", "clamped_"]),
     ("model: {moe: {d_shared: 64}}", "model.moe.d_shared", ["no effect", "n_shared_experts"]),
     ("model: {attention: {n_heads: 3}}", "model.attention.n_heads", ["3 ", "d_model = 32", "head_dim"]),
+    *(
+        (f"model: {{attention: {{n_heads: 4, {options}}}}}", f"model.attention.{key}", parts)
+        for options, key, parts in (
+            ("qk_norm: whole", "qk_norm", ["'whole'", "none, head, full"]),
+            ("clip_qkv: 0", "clip_qkv", ["> 0"]),
+            ("sliding_first_layer: 1", "sliding_first_layer", ["no effect", "sliding_window"]),
+            ("sliding_every_n_layers: 2", "sliding_every_n_layers", ["no effect", "sliding_window"]),
+            ("sliding_window: 4, sliding_first_layer: 2", "sliding_first_layer", ["n_layers = 2", "lower"]),
+            ("rope_scaling: {factor: 2}", "rope_scaling.factor", ["no effect", "none", "yarn or llama3"]),
+            ("rope_scaling: {kind: llama3, factor: 2, mscale: 1}", "rope_scaling.mscale", ["no effect", "yarn"]),
+            (
+                "rope_scaling: {kind: yarn, factor: 2, original_context: 8, low_frequency_factor: 2}",
+                "rope_scaling.low_frequency_factor",
+                ["no effect", "llama3"],
+            ),
+            ("rope_scaling: {kind: yarn, original_context: 8}", "rope_scaling.factor", ["stretches nothing"]),
+            ("rope_scaling: {kind: yarn, factor: 2}", "rope_scaling.original_context", ["needs it"]),
+            (
+                "rope_scaling: {kind: yarn, factor: 2, original_context: 8, beta_fast: 1}",
+                "rope_scaling.beta_fast",
+                ["beta_slow = 1.0"],
+            ),
+            (
+                "rope_scaling: {kind: llama3, factor: 2, original_context: 8, high_frequency_factor: 1}",
+                "rope_scaling.high_frequency_factor",
+                ["low_frequency_factor = 1.0"],
+            ),
+            (
+                "rope_scaling: {kind: yarn, factor: 2, original_context: 8, mscale: 1}",
+                "rope_scaling.mscale_all_dim",
+                ["missing", "both"],
+            ),
+            ("name: mla, rope_head_dim: 7", "rope_head_dim", ["7 is odd", "pairs"]),
+            ("name: mla, rope_scaling: {factor: 2}", "rope_scaling.factor", ["no effect", "yarn or llama3"]),
+        )
+    ),
     ("optim: {batch_tokens: 500}", "optim.batch_tokens", ["500", "128", "try 512"]),
     ("optim: {schedule: {warmup_steps: 10}}", "optim.schedule.warmup_steps", ["10 ", "max_steps = 10"]),
     ("optim: {schedule: {decay_steps: 3}}", "optim.schedule.decay_steps", ["3 ", "no effect", "wsd"]),

@@ -7,7 +7,7 @@ from math import comb
 
 import torch
 
-from moelm.config import Config, ModelConfig
+from moelm.config import Config, ModelConfig, build
 from moelm.model.attention.base import AttentionConfig
 from moelm.model.gpt import GPT, MAX_LOGITS
 
@@ -52,13 +52,14 @@ def flops_per_token(config: ModelConfig, seq_len: int) -> int:
     """Training floating-point operations a token: 6 x (active parameters that multiply) + 3 x attention.
 
     6 = 2 forward (a multiply-add) + 4 backward. The input embedding is a look-up; the head multiplies, tied or
-    not. The biases of experts are added and do not count, nor does recomputation. Causal attention counts only the half
-    of the scores that are needed.
+    not. The biases of experts are added and do not count, nor does recomputation. Of attention only the scores that
+    its mask leaves count.
     """
     size = model_size(config)
     head = config.vocab_size * config.d_model
-    norms = (2 * config.n_layers + 1) * config.d_model
-    attention = config.n_layers * attention_config(config).flops_per_token(config.d_model, seq_len)
+    norms = (2 * config.n_layers + 1) * config.d_model + config.n_layers * _attention_vectors(config)
+    scores = attention_config(config).flops_per_token
+    attention = sum(scores(config.d_model, seq_len, layer) for layer in range(config.n_layers))
     again = 0  # what chunks of one token use more than once
     biases = 0  # of the experts, which are added
     if config.moe is not None:
@@ -68,6 +69,13 @@ def flops_per_token(config: ModelConfig, seq_len: int) -> int:
         experts = max(0, config.moe.choices_per_token - config.moe.n_experts) * size.routed_expert
         again = (experts + (config.moe.router.n_chunks - 1) * size.router) * len(config.moe_layers)
     return 6 * (size.active_no_embeddings + again + head - norms - biases) + 3 * attention
+
+
+def _attention_vectors(config: ModelConfig) -> int:
+    """Parameters of one layer's attention that are in no matrix: norms, biases, sinks."""
+    with torch.device("meta"):
+        attention = build("attention", config.attention, config, 0)
+    return sum(parameter.numel() for parameter in attention.parameters() if parameter.ndim < 2)
 
 
 def attention_config(config: ModelConfig) -> AttentionConfig:

@@ -54,6 +54,22 @@ def test_every_attention_keeps_it_too(tiny_config, attention, contract):
     contract(tiny_config(attention={"name": attention, "n_heads": 4}))
 
 
+ATTENTION_OPTIONS = {
+    "gqa, all options": {
+        **{"name": "gqa", "n_heads": 4, "n_kv_heads": 2, "qk_norm": "head", "qkv_bias": True, "out_bias": True},
+        **{"clip_qkv": 1.0, "sinks": True, "sliding_window": 3, "sliding_every_n_layers": 2, "rope_interleaved": True},
+        "rope_scaling": {"kind": "yarn", "factor": 4.0, "original_context": 8},
+    },
+    "mla with a latent of q": {"name": "mla", "n_heads": 4, "q_latent_dim": 8},
+}
+
+
+@pytest.mark.parametrize("contract", CONTRACTS, ids=lambda contract: contract.__name__)
+@pytest.mark.parametrize("options", ATTENTION_OPTIONS.values(), ids=ATTENTION_OPTIONS)
+def test_the_options_of_attentions_keep_it_too(tiny_config, options, contract):
+    contract(tiny_config(attention=options))
+
+
 @pytest.mark.parametrize(("fault", "contract"), broken.ROUTER_FAULTS.items())
 def test_a_broken_router_breaks_the_contract(tiny_config, fault, contract):
     with broken.broken_things_registered():

@@ -10,6 +10,10 @@ from moelm.model.init import initialize
 from moelm.model.size import ModelSize, _activation_bytes, expert_combinations, flops_per_token, model_size, short_name
 
 GQA = {"name": "gqa", "n_heads": 4, "n_kv_heads": 2}
+MLA = {
+    **{"name": "mla", "n_heads": 3, "kv_latent_dim": 12, "nope_head_dim": 5, "rope_head_dim": 6},
+    "v_head_dim": 7,
+}
 CASES = {
     "all_moe": {},
     "untied": {"tied_embeddings": False},
@@ -22,6 +26,10 @@ CASES = {
         "moe": {"top_k": 3, "first_moe_layer": 1, "experts": {"bias": True, "activation": "clamped_swiglu"}}
     },
     "dense": {"moe": None, "n_layers": 3},
+    "qk_norm_of_heads": {"attention": GQA | {"qk_norm": "head", "head_dim": 16}},
+    "qk_norm_and_biases": {"attention": GQA | {"qk_norm": "full", "qkv_bias": True, "out_bias": True}},
+    "latent": {"attention": MLA},
+    "latent_of_q": {"attention": MLA | {"q_latent_dim": 9}},
     "wide_heads": {"attention": {"name": "gqa", "n_heads": 4, "n_kv_heads": 1, "head_dim": 16}},
 }
 
@@ -38,14 +46,12 @@ def expert_parameters(config):
 
 def count(config):
     """(total, active, embedding) from the config's numbers alone."""
-    d, moe, attention = config.d_model, config.moe, config.attention
-    head_dim = attention.head_dim or d // attention.n_heads
-    kv_heads = attention.n_kv_heads or attention.n_heads
+    d, moe = config.d_model, config.moe
     embedding = config.vocab_size * d
     total = embedding * (1 if config.tied_embeddings else 2) + d
     idle = 0
     for layer in range(config.n_layers):
-        total += 2 * d + 2 * d * head_dim * (attention.n_heads + kv_heads)
+        total += 2 * d + sum(count_attention(config))
         first, every = (None, None) if moe is None else (moe.first_moe_layer, moe.moe_every_n_layers)
         if moe is None or layer < first or (layer - first) % every:
             total += 3 * d * config.feed_forward.d_ff
@@ -55,6 +61,23 @@ def count(config):
         total += 3 * d * (moe.d_shared or moe.n_shared_experts * moe.d_expert) + (d if moe.shared_gate else 0)
         idle += (moe.n_experts - moe.top_k) * expert
     return total, total - idle, embedding
+
+
+def count_attention(config):
+    """(in matrices, in norms and biases) of one layer."""
+    d, attention = config.d_model, config.attention
+    heads = attention.n_heads
+    if attention.name == "mla":
+        qk, v, latent, rope = 11, attention.v_head_dim, attention.kv_latent_dim, attention.rope_head_dim
+        q_latent = attention.q_latent_dim or 0
+        q = d * q_latent + q_latent * heads * qk if q_latent else d * heads * qk
+        return q + d * (latent + rope) + latent * heads * (5 + v) + heads * v * d, q_latent + latent
+    head_dim = attention.head_dim or d // heads
+    kv_heads = attention.n_kv_heads or heads
+    q, kv = heads * head_dim, kv_heads * head_dim
+    vectors = {"none": 0, "head": 2 * head_dim, "full": q + kv}[attention.qk_norm]
+    vectors += (q + 2 * kv if attention.qkv_bias else 0) + (d if attention.out_bias else 0)
+    return 2 * d * (q + kv), vectors
 
 
 ROUTER_CASES = {  # router and its options -> (parameters of a layer beside the experts, expert input, choices a token)
@@ -123,7 +146,10 @@ def test_flops_are_those_that_pytorch_counts(tiny_config, case):
     with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH):
         model(tokens_BL[:, :-1], tokens_BL[:, 1:]).loss.backward()
     attention = config.attention
-    head_dim = attention.head_dim or config.d_model // attention.n_heads
+    if attention.name == "mla":
+        head_dim = (attention.nope_head_dim + attention.rope_head_dim + attention.v_head_dim) / 2  # of k and of v
+    else:
+        head_dim = attention.head_dim or config.d_model // attention.n_heads
     unneeded_half = 6 * L * attention.n_heads * head_dim * config.n_layers
     counted = counter.get_total_flops() / (B * L)
     wanted = flops_per_token(config, L) + unneeded_half
