@@ -514,7 +514,7 @@ def test_of_several_parents_the_later_one_wins(folder):
     write("seed: 3", "sub/texts.yaml")
     write("data: {corpus: {val_fraction: 0.5}, n_workers: 2}\noptim: {eps: 1e-6, lr: 0.5}", "first.yaml")
     write("extends: ../first.yaml\ndata: {corpus: texts.yaml}\noptim: {lr: 0.25}", "sub/second.yaml")
-    write("extends: [base.yaml, sub/second.yaml]\nmodel: {n_layers: 3}", "child.yaml")
+    write("extends: [base.yaml, sub/second.yaml]\nmodel: {n_layers: 3, vocab_size: 4096}", "child.yaml")
     config = load_config("child.yaml")
     assert (config.optim.lr, config.optim.eps, config.data.n_workers) == (0.25, 1e-6, 2)
     assert (config.model.d_model, config.model.n_layers) == (load_config("base.yaml").model.d_model, 3)
