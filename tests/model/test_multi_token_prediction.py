@@ -10,7 +10,7 @@ from moelm.config import Config, ConfigError, from_dict
 from moelm.config import check as check_config
 from moelm.model.gpt import GPT, IGNORE
 from moelm.model.init import initialize
-from moelm.moe.types import RouterStats, RouteContext
+from moelm.moe.types import RouteContext, RouterStats
 from moelm.training.optim import kind_of
 
 COEF = 0.7
