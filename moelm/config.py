@@ -232,6 +232,14 @@ class InitConfig:
 
 
 @dataclass
+class MultiTokenPredictionConfig:
+    """DeepSeek-V3's modules that predict tokens further ahead (docs/maths.md); they train, and write no text."""
+
+    n_modules: int = setting(1, ge=1)  # module k predicts the token k + 1 places ahead
+    coef: float = setting(0.3, ge=0)  # multiplies the mean of the modules' cross-entropies (lambda)
+
+
+@dataclass
 class ModelConfig:
     n_layers: int = setting(4, ge=1)
     d_model: int = setting(256, ge=1)
@@ -244,6 +252,7 @@ class ModelConfig:
     tied_embeddings: bool = True
     dropout: float = setting(0.0, ge=0, lt=1)  # on the embedding and on what attention and FFN add
     init: InitConfig = field(default_factory=InitConfig)
+    multi_token_prediction: MultiTokenPredictionConfig | None = None  # null: only the next token
 
     @property
     def attentions(self) -> list[NamedConfig]:
@@ -263,7 +272,28 @@ class ModelConfig:
 
     @property
     def moe_layers(self) -> list[int]:
+        """Of the main model."""
         return [layer for layer in range(self.n_layers) if self.is_moe_layer(layer)]
+
+    @property
+    def n_prediction_modules(self) -> int:
+        return 0 if self.multi_token_prediction is None else self.multi_token_prediction.n_modules
+
+    @property
+    def prediction_layer(self) -> int:
+        """The layer whose block the modules of multi-token prediction repeat: the last one with experts, if any."""
+        return (self.moe_layers or [self.n_layers - 1])[-1]
+
+    @property
+    def routed_layers(self) -> list[int]:
+        """Numbers of what stands on the M axis of all statistics: the MoE layers, then the modules of multi-token
+        prediction, which count on from n_layers, as in the released weights of DeepSeek-V3."""
+        modules = range(self.n_layers, self.n_layers + self.n_prediction_modules) if self.moe_layers else ()
+        return [*self.moe_layers, *modules]
+
+    def layer_name(self, layer: int) -> str:
+        """`3`, or for a module of multi-token prediction `61 (MTP 1)`, in what people read."""
+        return str(layer) if layer < self.n_layers else f"{layer} (MTP {layer - self.n_layers + 1})"
 
 
 @dataclass
@@ -735,6 +765,10 @@ def check(config: Config) -> None:
     if moe is not None and moe.router.routing == "expert_choice" and seq_len * moe.top_k < moe.n_experts:
         problem = f"{seq_len} tokens x top_k = {moe.top_k} leave less than one for each of {moe.n_experts} experts"
         raise ConfigError("data.seq_len", problem, "raise it, or model.moe.top_k")
+    n_modules = config.model.n_prediction_modules
+    if n_modules >= seq_len:
+        problem = f"{n_modules} modules look further ahead than data.seq_len = {seq_len} tokens"
+        raise ConfigError("model.multi_token_prediction.n_modules", problem, f"at most {seq_len - 1}")
     tokenizer = config.data.corpus.tokenizer
     if tokenizer.file is None and tokenizer.vocab_size > config.model.vocab_size:
         problem = f"{config.model.vocab_size} is less than the tokenizer's {tokenizer.vocab_size}"
