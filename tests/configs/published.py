@@ -136,7 +136,7 @@ TRANSFORMERS: dict[str, dict[str, Any]] = {
     },
     "dbrx": {
         "model_type": "dbrx", "d_model": 6144, "n_heads": 48, "n_layers": 40, "vocab_size": 100352,
-        "attn_config": {"clip_qkv": 8, "kv_n_heads": 8},
+        "attn_config": {"clip_qkv": 8, "kv_n_heads": 8, "rope_theta": 500000},
         "ffn_config": {"ffn_hidden_size": 10752, "hidden_size": 6144, "moe_num_experts": 16, "moe_top_k": 4},
         "tie_word_embeddings": False,
     },
