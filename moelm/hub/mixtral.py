@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Any
 
-from moelm.config import MoEConfig, ModelConfig
+from moelm.config import ModelConfig, MoEConfig
 from moelm.hub import base
 from moelm.hub.reading import Reading, read_rope, write_rope
 from moelm.hub.weights import Weight, experts_apart, experts_together, same

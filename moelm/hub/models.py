@@ -8,14 +8,22 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from moelm.config import ModelConfig
+from moelm.config import ModelConfig, grouped_widths_fit
 from moelm.hub.base import Architecture
+from moelm.hub.dbrx import Dbrx
+from moelm.hub.deepseek import DeepSeekV2, DeepSeekV3
+from moelm.hub.gpt_oss import GptOss
 from moelm.hub.mixtral import Mixtral
+from moelm.hub.olmoe import Olmoe
+from moelm.hub.qwen_moe import Qwen2MoE, Qwen3MoE
 from moelm.hub.reading import HubError, transformers
 from moelm.model.gpt import GPT
 
 # In the order in which `write_config` tries them.
-ARCHITECTURES: dict[str, Architecture] = {each.model_type: each for each in (Mixtral(),)}
+ARCHITECTURES: dict[str, Architecture] = {
+    each.model_type: each
+    for each in (Mixtral(), Qwen3MoE(), Olmoe(), Qwen2MoE(), Dbrx(), DeepSeekV3(), DeepSeekV2(), GptOss())
+}
 
 
 def architecture_of(hf: Mapping[str, Any]) -> Architecture:
@@ -83,7 +91,10 @@ def to_transformers(gpt: GPT, config: ModelConfig) -> Any:
         for name, tensor in weight.to_theirs(ours).items()
     }
     auto = transformers("models.auto.modeling_auto").AutoModelForCausalLM
-    model = auto.from_config(architecture.config_class(**hf), dtype=gpt.embedding.weight.dtype)
+    assert config.moe is not None
+    fits = grouped_widths_fit(config.d_model, config.moe.d_expert)
+    experts = {} if fits else {"experts_implementation": "eager"}  # theirs otherwise stop with an error
+    model = auto.from_config(architecture.config_class(**hf), dtype=gpt.embedding.weight.dtype, **experts)
     if config.tied_embeddings:
         state[architecture.head] = state[architecture.embedding]
     model.load_state_dict(state, assign=True)  # assigned, not copied: the selection bias stays float32 in a bf16 model

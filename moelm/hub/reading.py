@@ -44,17 +44,19 @@ class Reading:
     `reasons` collects what cannot be expressed; reading goes on, so that all of them are found.
     """
 
-    def __init__(self, config_class: Any, hf: dict[str, Any], where: str = "") -> None:
-        """Raises HubError if transformers itself refuses the values."""
-        self.where = where
+    def __init__(self, config: Any, given: dict[str, Any], where: str = "") -> None:
+        """`config`: the object that transformers makes of the mapping `given`; `where` its keys stand."""
+        self.config, self.where = config, where
         self.reasons: list[str] = []
-        self._canonical = dict(config_class.attribute_map)
-        self.given = {self._canonical.get(key, key) for key in hf}
+        self._values = given
+        self._canonical = dict(config.attribute_map)
         self._read: set[str] = set()
-        try:
-            self.config = config_class(**copy.deepcopy(hf))
-        except Exception as error:  # its validators raise errors of many kinds, all about the values
-            raise HubError(f"{config_class.__name__} refuses the config", [" ".join(str(error).split())]) from None
+        self._sections: list[Reading] = []
+
+    @property
+    def given(self) -> set[str]:
+        """The keys of the file, each in the spelling that the class prefers."""
+        return {self._canonical.get(key, key) for key in self._values}
 
     def __getitem__(self, key: str) -> Any:
         """The value of a key that the class of transformers has."""
@@ -74,6 +76,13 @@ class Reading:
         if value not in allowed:
             self.refuse(key, value, " or ".join(map(show, allowed)), remedy)
 
+    def section(self, key: str) -> Reading:
+        """A config within the config. Its reasons are among those of this one."""
+        inner = Reading(self[key], self._values.get(key) or {}, f"{self.where}{key}.")
+        inner.reasons = self.reasons
+        self._sections.append(inner)
+        return inner
+
     def refuse(self, key: str, value: Any, allowed: str, remedy: str = "") -> None:
         reason = f"{self.where}{key} is {show(value)}, allowed: {allowed}"
         self.reasons.append(f"{reason} ({remedy})" if remedy else reason)
@@ -81,8 +90,20 @@ class Reading:
     def finish(self) -> list[str]:
         """All reasons, with one for each key that was not asked for."""
         self.only("quantization_config", None, remedy="convert the weights to bf16 first")
-        unknown = sorted(self.given - self._read - HARMLESS)
-        return [*self.reasons, *(f"{self.where}{key} is a key that is not understood" for key in unknown)]
+        unknown = [
+            f"{reading.where}{key} is a key that is not understood"
+            for reading in (self, *self._sections)
+            for key in sorted(reading.given - reading._read - HARMLESS)
+        ]
+        return [*self.reasons, *unknown]
+
+
+def make_config(config_class: Any, hf: dict[str, Any]) -> Any:
+    """Raises HubError if transformers itself refuses the values."""
+    try:
+        return config_class(**copy.deepcopy(hf))
+    except Exception as error:  # its validators raise errors of many kinds, all about the values
+        raise HubError(f"{config_class.__name__} refuses the config", [" ".join(str(error).split())]) from None
 
 
 def show(value: Any) -> str:
