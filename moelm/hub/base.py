@@ -175,8 +175,7 @@ def read_heads(hf: Reading) -> dict[str, Any]:
 
 
 def read_head_dim(hf: Reading) -> dict[str, Any]:
-    head_dim = hf.get("head_dim")
-    return {} if head_dim is None else {"head_dim": head_dim}
+    return {"head_dim": hf.get("head_dim") or hf["hidden_size"] // hf["num_attention_heads"]}
 
 
 def write_heads(attention: Any) -> dict[str, Any]:

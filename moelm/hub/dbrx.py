@@ -36,6 +36,8 @@ class Dbrx(base.Architecture):
         ffn.only("moe_jitter_eps", 0.0, None, remedy="it scales what the experts see too, in training only")
         ffn.only("ffn_act_fn", {"name": "silu"})
         ffn.get("hidden_size")  # a copy of d_model
+        if attn["clip_qkv"] is None:
+            attn.refuse("clip_qkv", None, "a number", "transformers' code stops without one")
         power = ffn["moe_normalize_expert_weights"]
         ffn.only("moe_normalize_expert_weights", *NORMALIZE)
         attention = {"n_heads": hf["n_heads"], "n_kv_heads": attn["kv_n_heads"], "clip_qkv": attn["clip_qkv"]}

@@ -95,6 +95,12 @@ class DeepSeekV2(DeepSeek):
     model_type = "deepseek_v2"
     class_name = "DeepseekV2ForCausalLM"
 
+    def read(self, hf: Reading) -> dict[str, Any]:
+        for key in ("kv_lora_rank", "qk_nope_head_dim"):
+            if hf[key] % 2:
+                hf.refuse(key, hf[key], "an even number", "transformers' code cannot take pairs for complex numbers")
+        return super().read(hf)
+
     def read_router(self, hf: Reading) -> dict[str, Any]:
         hf.only("mlp_bias", False)
         hf.only("scoring_func", "softmax")

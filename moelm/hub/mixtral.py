@@ -33,7 +33,7 @@ class Mixtral(base.Architecture):
         attention: Any = config.attention_of(0)
         return base.write_sizes(config) | {
             **base.write_heads(attention),
-            "head_dim": attention.head_dim,
+            "head_dim": attention.width(config.d_model),
             "rope_parameters": write_rope(attention),
             "sliding_window": attention.sliding_window,
             "num_local_experts": moe.n_experts,

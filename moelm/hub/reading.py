@@ -11,7 +11,7 @@ from moelm.config import UserError
 # Keys that change nothing of what we compute from the weights.
 HARMLESS = {
     *("model_type", "architectures", "auto_map", "transformers_version", "name_or_path", "_name_or_path"),
-    *("torch_dtype", "dtype", "use_cache", "max_position_embeddings", "pretraining_tp", "ep_size"),
+    *("torch_dtype", "dtype", "use_cache", "max_position_embeddings", "max_seq_len", "pretraining_tp", "ep_size"),
     *("bos_token_id", "eos_token_id", "pad_token_id", "tokenizer_class"),
     *("output_router_logits", "output_attentions", "output_hidden_states", "return_dict", "use_return_dict"),
     *("is_encoder_decoder", "chunk_size_feed_forward", "id2label", "label2id", "num_labels", "problem_type"),

@@ -116,7 +116,7 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
     "dbrx gates not normalised": (
         "Dbrx",
         dbrx(
-            *(32, 3, 4, 10_000.0, {"kv_n_heads": 2, "clip_qkv": None}),
+            *(32, 3, 4, 10_000.0, {"kv_n_heads": 2, "clip_qkv": 0.8}),
             {"ffn_hidden_size": 16, "moe_num_experts": 8, "moe_top_k": 1, "moe_normalize_expert_weights": None},
         ),
     ),
@@ -140,7 +140,7 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
     ),
     "deepseek_v2 two dense layers": (
         "DeepseekV2",
-        sizes(24, 4, 2, 2, YARN, intermediate_size=15, moe_intermediate_size=5, **latent(6, 5, 4, 6, 3))
+        sizes(24, 4, 2, 2, YARN, intermediate_size=15, moe_intermediate_size=5, **latent(7, 6, 4, 6, 3))
         | {"n_routed_experts": 5, "num_experts_per_tok": 4, "n_shared_experts": 3, "first_k_dense_replace": 2},
     ),
     "deepseek_v3 groups, yarn": (
