@@ -126,7 +126,7 @@ class Memory:
 
     weights: int  # float32 master weights
     gradients: int  # float32
-    optimizer: int  # two float32 moments
+    optimizer: int  # float32: two moments; under Muon one, and two of the embeddings
     activations: int  # saved for backward, for one micro-batch
     working: int  # bf16 copies of the weights under bf16-mixed, and the logits of one chunk
 
@@ -136,7 +136,7 @@ class Memory:
 
 
 def training_memory(config: Config, n_shards: int = 1) -> Memory:
-    """An estimate for AdamW with float32 state; `n_shards` devices share weights, gradients and moments (1: DDP).
+    """An estimate with float32 optimizer state; `n_shards` devices share weights, gradients and moments (1: DDP).
 
     For a GPU, where blocks are compiled unless trainer.compile is false. Activations count what autograd keeps,
     tensor by tensor, from the shapes (see `_activation_bytes`); the allocator's fragmentation is not included.
@@ -165,7 +165,8 @@ def training_memory(config: Config, n_shards: int = 1) -> Memory:
     working = logits * (8 + head_bytes)
     if mixed:
         working += 2 * n_parameters  # autocast and the experts keep bf16 copies for the backward pass
-    return Memory(state, state, 2 * state, activations, working)
+    second = size.active - size.active_no_embeddings if config.optim.optimizer == "muon" else n_parameters
+    return Memory(state, state, state + 4 * second // n_shards, activations, working)
 
 
 def _activation_bytes(model: ModelConfig, layer: int, tokens: int, mixed: bool, compiled: bool) -> int:
