@@ -173,7 +173,8 @@ CONFIG_JSON: dict[str, dict[str, Any]] = {
     },
     "moonlight_16b_a3b": V3 | {
         "vocab_size": 163840, "hidden_size": 2048, "num_hidden_layers": 27, "num_attention_heads": 16,
-        "num_key_value_heads": 16, "q_lora_rank": None, "first_k_dense_replace": 1, "intermediate_size": 11264, "moe_intermediate_size": 1408,
+        "num_key_value_heads": 16, "q_lora_rank": None, "first_k_dense_replace": 1, "intermediate_size": 11264,
+        "moe_intermediate_size": 1408,
         "n_routed_experts": 64, "n_shared_experts": 2, "num_experts_per_tok": 6, "n_group": 1, "topk_group": 1,
         "routed_scaling_factor": 2.446, "rms_norm_eps": 1e-5, "rope_theta": 50000, "num_nextn_predict_layers": 0,
     },
