@@ -14,8 +14,10 @@ from hub.hub_models import CASES, make, tokens
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from moelm.config import ModelConfig, from_dict, to_dict
 from moelm.hub import ARCHITECTURES, Architecture, from_transformers, load_weights, to_transformers, write_config
 from moelm.model.gpt import GPT
+from moelm.model.init import initialize
 
 every_model = pytest.mark.parametrize("name", CASES)
 
@@ -232,6 +234,20 @@ def test_a_selection_bias_that_a_file_holds_in_bf16_is_read_as_float32():
     state = load_weights(architecture(model), config, tensors)
     biases = [name for name, tensor in state.items() if tensor.dtype == torch.float32]
     assert biases == [f"blocks.{layer}.moe.router.expert_bias" for layer in (1, 2)]
+
+
+def test_modules_of_multi_token_prediction_are_left_out_of_the_export():
+    model, config, _ = pair("deepseek_v3 like Moonlight")
+    raw = to_dict(config) | {"multi_token_prediction": {"n_modules": 1}}
+    predicting = from_dict(ModelConfig, raw, "model")
+    gpt = GPT(predicting)
+    initialize(gpt, 0)
+    assert any(name.startswith("multi_token_prediction.") for name in gpt.state_dict())
+    exported = to_transformers(gpt, predicting)
+    again, gpt_again = from_transformers(exported)
+    assert again == config
+    ours = {name: tensor for name, tensor in gpt.state_dict().items() if name in gpt_again.state_dict()}
+    assert_equal(gpt_again.state_dict(), ours)
 
 
 def test_training_mode_follows_the_model():
