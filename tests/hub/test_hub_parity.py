@@ -237,7 +237,7 @@ def test_a_selection_bias_that_a_file_holds_in_bf16_is_read_as_float32():
 
 
 def test_modules_of_multi_token_prediction_are_left_out_of_the_export():
-    model, config, _ = pair("deepseek_v3 like Moonlight")
+    config = pair("deepseek_v3 like Moonlight")[1]
     raw = to_dict(config) | {"multi_token_prediction": {"n_modules": 1}}
     predicting = from_dict(ModelConfig, raw, "model")
     gpt = GPT(predicting)
