@@ -57,18 +57,22 @@ class Architecture:
         return config
 
     def _read(self, hf: dict[str, Any]) -> tuple[ModelConfig | None, list[str]]:
+        """The config, as far as it can be read, and all reasons why not."""
         config_class = self.config_class
         try:
             reading = Reading(make_config(config_class, hf), hf)
         except HubError as error:
             return None, error.reasons
-        raw = self.read(reading)
-        reasons = reading.finish()
+        try:
+            raw = self.read(reading)
+        except (TypeError, ArithmeticError) as error:  # arithmetic with a null or a 0 that the class lets pass
+            return None, [*reading.reasons, f"its values do not make a model: {error}"]
+        reasons, config = reading.finish(), None
         try:
             config = from_dict(ModelConfig, raw, "model")
             check_model(config)
         except ConfigError as error:
-            return None, [*reasons, " ".join(str(error).split())]
+            reasons.append(" ".join(str(error).split()))
         return config, reasons
 
     def write_config(self, config: ModelConfig) -> dict[str, Any]:
@@ -123,6 +127,10 @@ class Architecture:
         layer = re.match(rf"{re.escape(self.layer_prefix)}(\d+)\.", name)
         past_the_last = layer is not None and int(layer[1]) >= config.n_layers
         return past_the_last or name.endswith(".inv_freq") or (config.tied_embeddings and name == self.head)
+
+    def left_out(self, name: str) -> bool:
+        """Whether one of our tensors serves training alone and has no place in their model."""
+        return name.startswith("multi_token_prediction.")
 
 
 def _smallest(attention: str) -> Any:

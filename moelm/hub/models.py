@@ -71,11 +71,14 @@ def load_weights(architecture: Architecture, config: ModelConfig, tensors: Mappi
     names = {name for name in tensors if not architecture.ignored(name, config)}
     weights = list(architecture.weights(config, architecture.is_fused(names, config)))
     wanted = {name for weight in weights for name in weight.theirs}
-    if wanted != names:
-        missing = [f"{name} is missing" for name in sorted(wanted - names)]
-        unexpected = [f"{name} is not expected" for name in sorted(names - wanted)]
-        raise HubError(f"these are not the tensors of a {architecture.model_type} of this config", missing + unexpected)
+    _check_names(wanted, names, f"these are not the tensors of a {architecture.model_type} of this config")
     return {name: tensor for weight in weights for name, tensor in weight.to_ours(tensors).items()}
+
+
+def _check_names(wanted: set[str], given: set[str], problem: str) -> None:
+    if wanted != given:
+        missing = [f"{name} is missing" for name in sorted(wanted - given)]
+        raise HubError(problem, missing + [f"{name} is not expected" for name in sorted(given - wanted)])
 
 
 def to_transformers(gpt: GPT, config: ModelConfig) -> Any:
@@ -84,12 +87,10 @@ def to_transformers(gpt: GPT, config: ModelConfig) -> Any:
     Raises HubError with all reasons if no architecture expresses the model.
     """
     architecture, hf = write_config(config)
-    ours = gpt.state_dict()
-    state = {
-        name: tensor.clone()
-        for weight in architecture.weights(config, fused=True)
-        for name, tensor in weight.to_theirs(ours).items()
-    }
+    ours = {name: tensor for name, tensor in gpt.state_dict().items() if not architecture.left_out(name)}
+    weights = list(architecture.weights(config, fused=True))
+    _check_names({name for weight in weights for name in weight.ours}, set(ours), "the GPT is not one of this config")
+    state = {name: tensor.clone() for weight in weights for name, tensor in weight.to_theirs(ours).items()}
     auto = transformers("models.auto.modeling_auto").AutoModelForCausalLM
     assert config.moe is not None
     fits = grouped_widths_fit(config.d_model, config.moe.d_expert)

@@ -19,18 +19,24 @@ HARMLESS = {
 }
 
 
+SHOWN = 40  # reasons in a message: a folder with the wrong tensors has thousands
+
+
 class HubError(UserError):
     """A model that one side has and the other cannot express, with all the reasons."""
 
     def __init__(self, problem: str, reasons: list[str]) -> None:
         self.reasons = reasons
-        super().__init__("\n".join([problem, *(f"  - {reason}" for reason in reasons)]))
+        shown, n_more = reasons[:SHOWN], len(reasons) - SHOWN
+        lines = [f"  - {reason}" for reason in shown] + [f"  and {n_more} more"] * (n_more > 0)
+        super().__init__("\n".join([problem, *lines]))
 
 
 def transformers(module: str = "") -> Any:
     """The package, or a module of it, imported when it is needed. Raises HubError where it is not installed."""
     try:
-        return importlib.import_module(f"transformers.{module}" if module else "transformers")
+        package = importlib.import_module("transformers")
+        return importlib.import_module(f"transformers.{module}") if module else package
     except ModuleNotFoundError as error:
         if error.name != "transformers":
             raise
