@@ -12,7 +12,7 @@ from torch import Tensor
 from moelm import command_line
 from moelm.config import ConfigError, ModelConfig
 from moelm.model.gpt import GPT
-from moelm.training.checkpoint_io import find_checkpoint, load_checkpoint_config
+from moelm.training.checkpoint_io import find_checkpoint, load_checkpoint_config, tokenizer_file
 from moelm.training.loading import autocast, load_model
 
 EPILOG = """example:
@@ -42,8 +42,8 @@ def main(argv: list[str]) -> None:
             raise ConfigError(f"--{key.replace('_', '-')}", f"{getattr(arguments, key)}", f"it must be {allowed}")
     folder = find_checkpoint(arguments.checkpoint)
     refuse_without_generation(load_checkpoint_config(folder).model, str(folder))
+    tokenizer = Tokenizer.from_file(str(tokenizer_file(folder)))
     model, config, device = load_model(folder)
-    tokenizer = Tokenizer.from_file(str(folder / "tokenizer.json"))
     tokenizer.encode_special_tokens = True  # a prompt that spells a special token is the text that it is
     end = tokenizer.token_to_id(config.data.corpus.tokenizer.end_of_text)
     prompt = [end, *tokenizer.encode(arguments.prompt, add_special_tokens=False).ids]
