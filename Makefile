@@ -4,14 +4,24 @@ PYTHON ?= python3
 PIP_ARGS ?=
 BIN := .venv/bin
 QUICKSTART := checkpoints/quickstart
+MINIS := checkpoints/mini
 
-.PHONY: quickstart test test-all lint
+.PHONY: quickstart minis test test-all lint
 
 quickstart: .venv/.core
 	test -f $(QUICKSTART)/summary.json || $(BIN)/python -m moelm.train --config configs/quickstart.yaml --resume auto
 	$(BIN)/python -m moelm.evaluate --checkpoint $(QUICKSTART)
 	$(BIN)/python -m moelm.generate --checkpoint $(QUICKSTART) --max-new-tokens 160 --temperature 0.6 \
 		--prompt "$$(printf 'class Reader:\n    def __init__(self, path):\n        self.')"
+
+# Every configs/mini/*.yaml, 300 steps each on the CPU; a finished one is not trained again.
+minis: .venv/.core
+	for config in configs/mini/*.yaml; do \
+		name=$$(basename $$config .yaml); \
+		test -f $(MINIS)/$$name/summary.json || $(BIN)/python -m moelm.train --config $$config --resume auto \
+			run.dir=$(MINIS) trainer.accelerator=cpu || exit 1; \
+	done
+	$(BIN)/python -m moelm.compare $(MINIS)
 
 test: .venv/.dev
 	$(BIN)/python -m pytest -m "not slow" -n auto --maxprocesses 4 --dist loadfile

@@ -232,7 +232,7 @@ class ModelConfig:
     n_layers: int = setting(4, ge=1)
     d_model: int = setting(256, ge=1)
     vocab_size: int = setting(4096, ge=2)
-    attention: NamedConfig = named("attention", "gqa")
+    attention: NamedConfig | list[NamedConfig] = named("attention", "gqa")  # a list: layers take them in turn
     feed_forward: FeedForwardConfig = field(default_factory=FeedForwardConfig)
     moe: MoEConfig | None = field(default_factory=MoEConfig)  # null: every layer is dense
     norm: str = setting("rmsnorm", allowed=("rmsnorm", "layernorm"))  # layernorm: without bias (DBRX)
@@ -240,6 +240,14 @@ class ModelConfig:
     tied_embeddings: bool = True
     dropout: float = setting(0.0, ge=0, lt=1)  # on the embedding and on what attention and FFN add
     init: InitConfig = field(default_factory=InitConfig)
+
+    @property
+    def attentions(self) -> list[NamedConfig]:
+        """The sections that layers take in turn."""
+        return self.attention if isinstance(self.attention, list) else [self.attention]
+
+    def attention_of(self, layer: int) -> NamedConfig:
+        return self.attentions[layer % len(self.attentions)]
 
     def is_moe_layer(self, layer: int) -> bool:
         moe = self.moe
@@ -410,7 +418,7 @@ _UNPARSABLE = (yaml.YAMLError, OmegaConfBaseException, ValueError, RecursionErro
 
 
 def load_config(file: str | Path, overrides: Iterable[str] = ()) -> Config:
-    """File, its chain of `extends`, then `key=value` overrides; strict, with all cross-field checks.
+    """What the file `extends`, the file, then `key=value` overrides; strict, with all cross-field checks.
 
     Raises ConfigError; touches no device and no data.
     """
@@ -432,8 +440,10 @@ def load_corpus(file: str | Path, overrides: Iterable[str] = ()) -> CorpusConfig
     return corpus
 
 
-def read_yaml(file: str | Path, named_by: str = "", seen: tuple[Path, ...] = ()) -> dict[str, Any]:
-    """One YAML with its parents (`extends`) and the corpus file it names merged in; still untyped.
+def read_yaml(
+    file: str | Path, named_by: str = "", seen: tuple[Path, ...] = (), under: dict[str, Any] | None = None
+) -> dict[str, Any]:
+    """One YAML with its parents (`extends`) and the corpus file it names, merged over `under`; still untyped.
 
     `named_by` is the key that named the file, `seen` the files that led to it.
     """
@@ -453,12 +463,13 @@ def read_yaml(file: str | Path, named_by: str = "", seen: tuple[Path, ...] = ())
     if not isinstance(loaded, dict) or not loaded:
         raise ConfigError(where, "is not a mapping of sections", "see configs/quickstart.yaml")
     raw = {str(key): value for key, value in loaded.items()}
-    parent = raw.pop("extends", None)
-    if not isinstance(parent, str | None):
-        raise ConfigError("extends", f"{_show(parent)} is not a path", "name one YAML file")
-    seen = (*seen, path.resolve())
-    base = {} if parent is None else read_yaml(path.parent / parent, "extends", seen)
-    return _merge_file(base, raw, path.parent, seen)
+    parents = raw.pop("extends", None) or []
+    seen, merged = (*seen, path.resolve()), under or {}
+    for parent in parents if isinstance(parents, list) else [parents]:
+        if not isinstance(parent, str):
+            raise ConfigError("extends", f"{_show(parent)} is not a path", "name a YAML file, or a list of them")
+        merged = read_yaml(path.parent / parent, "extends", seen, merged)
+    return _merge_file(merged, raw, path.parent, seen)
 
 
 def _override(raw: dict[str, Any], overrides: Iterable[str]) -> dict[str, Any]:
@@ -537,7 +548,8 @@ def from_dict(cls: type[C], raw: Any, key: str = "") -> C:
 def _from_value(hint: Any, f: dataclasses.Field[Any], value: Any, key: str) -> Any:
     if "registry" in f.metadata:
         kind = f.metadata["registry"]
-        if typing.get_origin(hint) is not list:
+        may_be_list = "list" in str(hint)
+        if not may_be_list or (typing.get_origin(hint) is not list and not isinstance(value, list)):
             return _from_named(kind, value, key)
         if not isinstance(value, list):
             remedy = f"list them: [{{name: ...}}]; {_names(kind)}"
@@ -713,7 +725,11 @@ def _check_each(things: list[NamedConfig], key: str, section: Any) -> None:
 
 
 def check_model(model: ModelConfig) -> None:
-    model.attention.check("model.attention", model)
+    if len(model.attentions) not in range(1, model.n_layers + 1):
+        problem = f"{len(model.attentions)} attentions for n_layers = {model.n_layers}"
+        raise ConfigError("model.attention", problem, "list at least one and at most as many as there are layers")
+    for i, attention in enumerate(model.attentions):
+        attention.check(f"model.attention.{i}" if isinstance(model.attention, list) else "model.attention", model)
     moe = model.moe
     if moe is None:
         return

@@ -16,6 +16,7 @@ from tokenizers import Tokenizer
 
 from data_prep.prepare import main as prepare_main
 from moelm import command_line, generate, info
+from moelm.compare import main as compare_main
 from moelm.config import Config, ConfigError, UserError, registered, to_yaml
 from moelm.evaluate import as_dict, evaluate
 from moelm.evaluate import main as evaluate_main
@@ -28,7 +29,10 @@ from moelm.train import train
 from moelm.training.checkpoint_io import step_folder
 from moelm.training.loading import load_model
 
-MAINS = {"evaluate": evaluate_main, "generate": generate_main, "info": info_main, "train": train_main}
+MAINS = {
+    **{"compare": compare_main, "evaluate": evaluate_main, "generate": generate_main},
+    **{"info": info_main, "train": train_main},
+}
 
 
 @pytest.fixture
@@ -271,7 +275,7 @@ def test_a_mistake_ends_a_real_process_without_a_traceback(tmp_path: Path) -> No
     assert "Traceback" not in result.stderr
 
 
-@pytest.mark.parametrize("module", ["train", "evaluate", "generate", "info"])
+@pytest.mark.parametrize("module", MAINS)
 def test_help_has_an_example(module: str, capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as stop:
         MAINS[module](["--help"])

@@ -248,14 +248,20 @@ WRONG = [
     ("model: {moe: {experts: {clamp_alpha: 1.0}}}", "model.moe.experts.clamp_alpha", ["1.0", "no effect", "clamped_"]),
     ("model: {moe: {d_shared: 64}}", "model.moe.d_shared", ["no effect", "n_shared_experts"]),
     ("model: {attention: {n_heads: 3}}", "model.attention.n_heads", ["3 ", "d_model = 32", "head_dim"]),
+    ("model: {attention: []}", "model.attention", ["0 attentions", "n_layers = 2", "at least one"]),
+    ("model: {attention: [gqa, gqa, mla]}", "model.attention", ["3 attentions", "n_layers = 2", "at most"]),
+    ("model: {attention: [gqa, {n_heads: 2}]}", "model.attention.1", ["has no `name`", "gqa, mla"]),
+    (
+        "model: {attention: [{name: gqa, n_heads: 4}, {name: gqa, n_heads: 3}]}",
+        "model.attention.1.n_heads",
+        ["d_model"],
+    ),
     *(
         (f"model: {{attention: {{n_heads: 4, {options}}}}}", f"model.attention.{key}", parts)
         for options, key, parts in (
             ("qk_norm: whole", "qk_norm", ["'whole'", "none, head, full"]),
             ("clip_qkv: 0", "clip_qkv", ["> 0"]),
-            ("sliding_first_layer: 1", "sliding_first_layer", ["no effect", "sliding_window"]),
-            ("sliding_every_n_layers: 2", "sliding_every_n_layers", ["no effect", "sliding_window"]),
-            ("sliding_window: 4, sliding_first_layer: 2", "sliding_first_layer", ["n_layers = 2", "lower"]),
+            ("sliding_window: 0", "sliding_window", [">= 1"]),
             ("rope_scaling: {factor: 2}", "rope_scaling.factor", ["no effect", "none", "yarn or llama3"]),
             ("rope_scaling: {kind: llama3, factor: 2, mscale: 1}", "rope_scaling.mscale", ["no effect", "yarn"]),
             (
@@ -342,7 +348,8 @@ FILES = {
     "its own parent": ("extends: broken.yaml", ["extends: broken.yaml: is part of itself"]),
     "no parent": ("extends: nowhere.yaml", ["extends: nowhere.yaml: no such file"]),
     "a folder as parent": ("extends: .", ["extends: .: cannot be read: Is a directory"]),
-    "two parents": ("extends: [base.yaml, base.yaml]", ["extends: ['base.yaml', 'base.yaml'] is not a path"]),
+    "a number among the parents": ("extends: [base.yaml, 3]", ["extends: 3 is not a path", "a list of them"]),
+    "itself among the parents": ("extends: [base.yaml, broken.yaml]", ["extends: broken.yaml: is part of itself"]),
     "a zero byte in a path": ('extends: "a\\0b"', ["null byte"]),
 }
 
@@ -500,6 +507,18 @@ def test_a_corpus_file_replaces_the_corpus_of_the_parent_whole():
         assert config.data.corpus == CorpusConfig(name="texts", seed=3)
     changed = load_config("child.yaml", ["data.corpus.val_fraction=0.3"])
     assert changed.data.corpus == CorpusConfig(name="texts", seed=3, val_fraction=0.3)
+
+
+def test_of_several_parents_the_later_one_wins(folder):
+    (folder / "sub").mkdir()
+    write("seed: 3", "sub/texts.yaml")
+    write("data: {corpus: {val_fraction: 0.5}, n_workers: 2}\noptim: {eps: 1e-6, lr: 0.5}", "first.yaml")
+    write("extends: ../first.yaml\ndata: {corpus: texts.yaml}\noptim: {lr: 0.25}", "sub/second.yaml")
+    write("extends: [base.yaml, sub/second.yaml]\nmodel: {n_layers: 3, vocab_size: 4096}", "child.yaml")
+    config = load_config("child.yaml")
+    assert (config.optim.lr, config.optim.eps, config.data.n_workers) == (0.25, 1e-6, 2)
+    assert (config.model.d_model, config.model.n_layers) == (load_config("base.yaml").model.d_model, 3)
+    assert config.data.corpus == CorpusConfig(name="texts", seed=3)  # a corpus file replaces those before it
 
 
 def test_a_section_that_names_another_thing_replaces_the_old_one_whole():

@@ -22,7 +22,7 @@ class Block(nn.Module):
         super().__init__()
         self.dropout = config.dropout
         self.attention_norm = make_norm(config)
-        self.attention: Attention = build("attention", config.attention, config, layer)
+        self.attention: Attention = build("attention", config.attention_of(layer), config)
         self.feed_forward_norm = make_norm(config)
         self.feed_forward: nn.Module | None = None
         self.moe: MoELayer | None = None

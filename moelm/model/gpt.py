@@ -78,13 +78,14 @@ class GPT(nn.Module):
         B, L = tokens_BL.shape
         start = cache[0].length if cache is not None else 0
         positions_L = torch.arange(start, start + L, device=tokens_BL.device)
-        rotation = self.attentions[0].rotation(positions_L)
+        n_sections = len(self.config.attentions)
+        rotations = [attention.rotation(positions_L) for attention in self.attentions[:n_sections]]
         mask_BLL = attention_mask(positions_L, document_ids_BL, start)
         context = RouteContext(tokens_BL, token_mask_BL, self.training)
         x_BLD = F.dropout(self.embedding(tokens_BL), self.config.dropout, self.training)
         layer_stats = []
         for i, block in enumerate(self.blocks):
-            entry = None if cache is None else cache[i]
+            rotation, entry = rotations[i % n_sections], None if cache is None else cache[i]
             if self.activation_checkpointing and cache is None and torch.is_grad_enabled():
                 x_BLD, stats = checkpoint(block, x_BLD, rotation, mask_BLL, context, use_reentrant=False)
             else:

@@ -7,7 +7,7 @@ from math import comb
 
 import torch
 
-from moelm.config import Config, ModelConfig, build
+from moelm.config import Config, ModelConfig, NamedConfig, build
 from moelm.model.attention.base import AttentionConfig
 from moelm.model.gpt import GPT, MAX_LOGITS
 
@@ -57,9 +57,10 @@ def flops_per_token(config: ModelConfig, seq_len: int) -> int:
     """
     size = model_size(config)
     head = config.vocab_size * config.d_model
-    norms = (2 * config.n_layers + 1) * config.d_model + config.n_layers * _attention_vectors(config)
-    scores = attention_config(config).flops_per_token
-    attention = sum(scores(config.d_model, seq_len, layer) for layer in range(config.n_layers))
+    layers = range(config.n_layers)
+    vectors = [_attention_vectors(section, config) for section in config.attentions]
+    norms = (2 * config.n_layers + 1) * config.d_model + sum(vectors[layer % len(vectors)] for layer in layers)
+    attention = sum(attention_of(config, layer).flops_per_token(config.d_model, seq_len) for layer in layers)
     again = 0  # what chunks of one token use more than once
     biases = 0  # of the experts, which are added
     if config.moe is not None:
@@ -71,16 +72,17 @@ def flops_per_token(config: ModelConfig, seq_len: int) -> int:
     return 6 * (size.active_no_embeddings + again + head - norms - biases) + 3 * attention
 
 
-def _attention_vectors(config: ModelConfig) -> int:
+def _attention_vectors(section: NamedConfig, config: ModelConfig) -> int:
     """Parameters of one layer's attention that are in no matrix: norms, biases, sinks."""
     with torch.device("meta"):
-        attention = build("attention", config.attention, config, 0)
+        attention = build("attention", section, config)
     return sum(parameter.numel() for parameter in attention.parameters() if parameter.ndim < 2)
 
 
-def attention_config(config: ModelConfig) -> AttentionConfig:
-    assert isinstance(config.attention, AttentionConfig)
-    return config.attention
+def attention_of(config: ModelConfig, layer: int) -> AttentionConfig:
+    section = config.attention_of(layer)
+    assert isinstance(section, AttentionConfig)
+    return section
 
 
 def short_name(size: ModelSize) -> str:
@@ -148,7 +150,7 @@ def _activation_bytes(model: ModelConfig, layer: int, tokens: int, mixed: bool, 
     recompute what is elementwise (SwiGLU's product, the router's float32 input) instead of keeping it."""
     c, d = (2 if mixed else 4), model.d_model
     norms = 2 * (4 * d + c * d)  # their float32 inputs, and their outputs, which projections and FFN read
-    attended = c * attention_config(model).saved_per_token(d)
+    attended = c * attention_of(model, layer).saved_per_token(d)
     hidden = 2 if compiled else 4  # gate and up; and silu(gate), and the product
     moe = model.moe
     if moe is None or not model.is_moe_layer(layer):

@@ -57,10 +57,11 @@ def test_every_attention_keeps_it_too(tiny_config, attention, contract):
 ATTENTION_OPTIONS = {
     "gqa, all options": {
         **{"name": "gqa", "n_heads": 4, "n_kv_heads": 2, "qk_norm": "head", "qkv_bias": True, "out_bias": True},
-        **{"clip_qkv": 1.0, "sinks": True, "sliding_window": 3, "sliding_every_n_layers": 2, "rope_interleaved": True},
+        **{"clip_qkv": 1.0, "sinks": True, "sliding_window": 3, "rope_interleaved": True},
         "rope_scaling": {"kind": "yarn", "factor": 4.0, "original_context": 8},
     },
     "mla with a latent of q": {"name": "mla", "n_heads": 4, "q_latent_dim": 8},
+    "two kinds in turn": [{"name": "gqa", "n_heads": 4, "sliding_window": 3}, {"name": "mla", "n_heads": 2}],
 }
 
 

@@ -13,7 +13,7 @@ OPTIONS = {
     "head norm": {"name": "gqa", "n_heads": 4, "n_kv_heads": 2, "qk_norm": "head", "qkv_bias": True},
     "full norm": {"name": "gqa", "n_heads": 4, "n_kv_heads": 2, "qk_norm": "full", "clip_qkv": 0.5, "out_bias": True},
     "interleaved": {"name": "gqa", "n_heads": 4, "rope_interleaved": True, "rope_scaling": YARN},
-    "sliding": {"name": "gqa", "n_heads": 4, "sliding_window": 3, "sliding_every_n_layers": 2},
+    "sliding": [{"name": "gqa", "n_heads": 4, "sliding_window": 3}, {"name": "gqa", "n_heads": 4}],
     "sinks": {"name": "gqa", "n_heads": 4, "n_kv_heads": 2, "sinks": True},
     "sliding with sinks": {"name": "gqa", "n_heads": 4, "n_kv_heads": 2, "sliding_window": 4, "sinks": True},
     "latent": {"name": "mla", "n_heads": 3, "kv_latent_dim": 12, "nope_head_dim": 5, "v_head_dim": 7},
@@ -79,15 +79,27 @@ def test_every_parameter_begins_as_the_rules_say(tiny_config):
 # -------------------------------------------------------------------------------------- sliding window
 
 
-@pytest.mark.parametrize(
-    ("first", "every", "wanted"), [(0, 1, [0, 1, 2, 3, 4]), (0, 2, [0, 2, 4]), (1, 2, [1, 3]), (2, 3, [2])]
-)
-def test_sliding_layers_are_where_the_config_says(tiny_config, first, every, wanted):
-    attention = {"name": "gqa", "n_heads": 4, "sliding_window": 3}
-    options = {"sliding_first_layer": first, "sliding_every_n_layers": every}
-    model = GPT(tiny_config(n_layers=5, attention=attention | options))
-    assert [i for i, block in enumerate(model.blocks) if block.attention.window == 3] == wanted
-    assert all(block.attention.window is None for i, block in enumerate(model.blocks) if i not in wanted)
+def test_layers_take_the_attentions_of_a_list_in_turn(tiny_config):
+    sections = [
+        {"name": "gqa", "n_heads": 4, "sliding_window": 3},
+        {"name": "gqa", "n_heads": 2, "rope_theta": 50.0},
+        {"name": "mla", "n_heads": 4, "rope_head_dim": 6},
+    ]
+    model = GPT(tiny_config(n_layers=5, attention=sections))
+    initialize(model, 0)
+    names = [type(block.attention).__name__ for block in model.blocks]
+    assert names == ["GQA", "GQA", "MLA", "GQA", "GQA"]
+    assert [block.attention.window for block in model.blocks if hasattr(block.attention, "window")] == [3, None] * 2
+    rotations = {}  # what each layer was given
+    for i, block in enumerate(model.blocks):
+        block.attention.register_forward_hook(lambda _, arguments, __, i=i: rotations.update({i: arguments[1]}))
+    with torch.no_grad():
+        model(make_tokens())
+    for i, block in enumerate(model.blocks):
+        wanted = block.attention.rotation(torch.arange(12))
+        assert all(torch.equal(given, own) for given, own in zip(rotations[i], wanted, strict=True))
+    one, as_list = tiny_config(attention=sections[0]), tiny_config(attention=sections[:1])
+    assert one.attention_of(1) == as_list.attention_of(1)
 
 
 @pytest.mark.parametrize("window", [1, 3, 12])
@@ -117,7 +129,7 @@ def test_flops_of_a_window_are_those_of_the_keys_it_shows(tiny_config):
     keys = sum(min(i + 1, W) for i in range(L)) / L
     assert scores(sliding_window=W) - without == pytest.approx(keys, abs=0.5)
     assert scores(sliding_window=L) == scores(sliding_window=10 * L) == scores()
-    two = {"name": "gqa", "n_heads": 4, "sliding_window": W, "sliding_every_n_layers": 2}
+    two = [{"name": "gqa", "n_heads": 4, "sliding_window": W}, {"name": "gqa", "n_heads": 4}]
     both = flops_per_token(tiny_config(n_layers=2, attention=two), L)
     plain = flops_per_token(tiny_config(n_layers=2), L)
     assert (plain - both) / (3 * 4 * 32) == pytest.approx(L / 2 - keys, abs=0.5)  # one of the two layers slides
@@ -128,7 +140,7 @@ def test_flops_of_a_window_are_those_of_the_keys_it_shows(tiny_config):
 
 def make_attention(tiny_config, **options):
     config = tiny_config(attention={"name": "gqa", "n_heads": 4, "n_kv_heads": 2} | options)
-    attention = build("attention", config.attention, config, 0)
+    attention = build("attention", config.attention, config)
     generator = torch.Generator().manual_seed(3)
     with torch.no_grad():
         for parameter in attention.parameters():

@@ -69,7 +69,7 @@ def latent(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
 
 @dataclass
 class Case:
-    ours: dict[str, Any]  # the attention section
+    ours: Any  # the attention section, or a list of them
     module: type[nn.Module]
     rotary: type[nn.Module]
     theirs: Any  # their config
@@ -93,14 +93,15 @@ class Case:
         raw = {"d_model": self.theirs.hidden_size, "n_layers": 2, "norm_eps": self.eps, "attention": self.ours}
         config = from_dict(ModelConfig, raw, "model")
         check_model(config)
-        ours = build("attention", config.attention, config, self.layer)
+        ours = build("attention", config.attention_of(self.layer), config)
         ours.load_state_dict(self.rename(theirs.state_dict()))  # strict: no parameter of either is left over
         return theirs, ours, self.rotary(self.theirs)
 
     def mask(self, x_BLD: Tensor, documents: bool) -> Tensor:
         """Theirs, added to the scores. Within documents: written out here."""
-        window = self.ours.get("sliding_window")
-        sliding = window is not None and self.layer == 0
+        sections = self.ours if isinstance(self.ours, list) else [self.ours]
+        window = sections[self.layer % len(sections)].get("sliding_window")
+        sliding = window is not None
         if not documents:
             create = create_sliding_window_causal_mask if sliding else create_causal_mask
             mask: Tensor = create(self.theirs, x_BLD, None, None)
@@ -124,9 +125,9 @@ GPT_OSS = {
 }
 OUR_GPT_OSS = gqa(
     **{"n_heads": 6, "n_kv_heads": 3, "head_dim": 14, "rope_theta": 900.0, "sinks": True, "qkv_bias": True},
-    **{"out_bias": True, "sliding_window": 5, "sliding_every_n_layers": 2},
-    rope_scaling=OUR_YARN | {"truncate": False, "beta_fast": 3.0},
+    **{"out_bias": True, "rope_scaling": OUR_YARN | {"truncate": False, "beta_fast": 3.0}},
 )
+OUR_GPT_OSS = [OUR_GPT_OSS | {"sliding_window": 5}, OUR_GPT_OSS]
 DEEPSEEK = {
     **{"hidden_size": 27, "num_attention_heads": 3, "num_key_value_heads": 3, "kv_lora_rank": 12},
     **{"qk_nope_head_dim": 6, "qk_rope_head_dim": 10, "v_head_dim": 9},

@@ -11,8 +11,8 @@ from moelm.config import NamedConfig
 
 
 class AttentionConfig(NamedConfig):
-    def flops_per_token(self, d_model: int, seq_len: int, layer: int) -> int:
-        """Forward operations of this layer a token beyond its weight matrices, averaged over a causal sequence."""
+    def flops_per_token(self, d_model: int, seq_len: int) -> int:
+        """Forward operations of one layer a token beyond its weight matrices, averaged over a causal sequence."""
         raise NotImplementedError
 
     def saved_per_token(self, d_model: int) -> int:
@@ -21,10 +21,10 @@ class AttentionConfig(NamedConfig):
 
 
 class Attention(nn.Module):
-    """Built with `(config, model, layer)`: its own section, the ModelConfig, and the number of its layer."""
+    """Built with `(config, model)`: its own section, and the ModelConfig."""
 
     def rotation(self, positions_L: Tensor) -> tuple[Tensor, Tensor]:
-        """What `forward` needs to know of positions; the same for all layers, so made once a forward pass."""
+        """What `forward` needs to know of positions; the same for all layers of one section, so made once for them."""
         raise NotImplementedError
 
     def init_cache(self, batch_size: int, max_len: int, device: torch.device, dtype: torch.dtype) -> Any:

@@ -27,9 +27,7 @@ class GQAConfig(AttentionConfig):
     out_bias: bool = False
     clip_qkv: float | None = setting(None, gt=0)  # q, k and v, after qk_norm, are cut to [-clip_qkv, clip_qkv]
     sinks: bool = False  # a learned logit a head that takes its share of the softmax and adds nothing
-    sliding_window: int | None = setting(None, ge=1)  # in sliding layers a token sees itself and those just before it
-    sliding_first_layer: int = setting(0, ge=0)
-    sliding_every_n_layers: int = setting(1, ge=1)
+    sliding_window: int | None = setting(None, ge=1)  # a token sees this many: itself and those just before it
 
     def check(self, key: str, config: ModelConfig) -> None:
         if self.head_dim is None and config.d_model % self.n_heads:
@@ -45,13 +43,6 @@ class GQAConfig(AttentionConfig):
         if self.width(config.d_model) % 2:
             raise ConfigError(f"{key}.head_dim", f"{self.width(config.d_model)} is odd", "RoPE turns pairs")
         self.rope_scaling.check(f"{key}.rope_scaling")
-        for name, default in (("sliding_first_layer", 0), ("sliding_every_n_layers", 1)):
-            if self.sliding_window is None and getattr(self, name) != default:
-                problem = f"{getattr(self, name)} has no effect without sliding_window"
-                raise ConfigError(f"{key}.{name}", problem, "remove it, or set sliding_window")
-        if self.sliding_first_layer >= config.n_layers:
-            problem = f"{self.sliding_first_layer} leaves no sliding layer among n_layers = {config.n_layers}"
-            raise ConfigError(f"{key}.sliding_first_layer", problem, "lower it")
 
     @property
     def kv_heads(self) -> int:
@@ -61,17 +52,12 @@ class GQAConfig(AttentionConfig):
         """The head dimension Q."""
         return self.head_dim or d_model // self.n_heads
 
-    def window(self, layer: int) -> int | None:
-        """How many tokens a token sees in this layer, itself included; None: all before it."""
-        distance = layer - self.sliding_first_layer
-        return self.sliding_window if distance >= 0 and distance % self.sliding_every_n_layers == 0 else None
-
-    def flops_per_token(self, d_model: int, seq_len: int, layer: int) -> int:
+    def flops_per_token(self, d_model: int, seq_len: int) -> int:
         """q k^T and the weighted sum of v: two products over the keys of a token, for each head.
 
         The keys are seq_len / 2 on average; with a window W they are W - W^2 / (2 seq_len).
         """
-        window = min(self.window(layer) or seq_len, seq_len)
+        window = min(self.sliding_window or seq_len, seq_len)
         return 2 * self.n_heads * self.width(d_model) * (2 * seq_len * window - window**2) // seq_len
 
     def saved_per_token(self, d_model: int) -> int:
@@ -87,14 +73,14 @@ class GQA(Attention):
     """softmax(q k^T / sqrt(Q)) v, causal, with RoPE on q and k; query head h reads kv head h // (H / H_kv).
 
     qk_norm: RMSNorm over each head of q and k (Qwen3, arXiv 2505.09388) or over the whole q and the whole k before
-    they are split into heads (OLMoE, arXiv 2409.02060). clip_qkv: DBRX. sliding_window: token i sees i - W < j <= i in
-    the sliding layers. sinks: with s_h learned, the weights are exp(a_j) / (exp(s_h) + sum_j exp(a_j)) (gpt-oss,
+    they are split into heads (OLMoE, arXiv 2409.02060). clip_qkv: DBRX. sliding_window: token i sees i - W < j <= i.
+    sinks: with s_h learned, the weights are exp(a_j) / (exp(s_h) + sum_j exp(a_j)) (gpt-oss,
     arXiv 2508.10925).
     """
 
-    def __init__(self, config: GQAConfig, model: ModelConfig, layer: int) -> None:
+    def __init__(self, config: GQAConfig, model: ModelConfig) -> None:
         super().__init__()
-        self.config, self.window = config, config.window(layer)
+        self.config, self.window = config, config.sliding_window
         self.n_heads, self.n_kv_heads = config.n_heads, config.kv_heads
         self.head_dim = config.width(model.d_model)
         q_width, kv_width = self.n_heads * self.head_dim, self.n_kv_heads * self.head_dim

@@ -44,7 +44,7 @@ class MLAConfig(AttentionConfig):
         magnitude = 1.0 if mscale is None else self.rope_scaling.magnitude(mscale)
         return float(self.qk_head_dim**-0.5 * magnitude * magnitude)
 
-    def flops_per_token(self, d_model: int, seq_len: int, layer: int) -> int:
+    def flops_per_token(self, d_model: int, seq_len: int) -> int:
         """q k^T and the weighted sum of v: two products over half of seq_len, on average, for each head."""
         return seq_len * self.n_heads * (self.qk_head_dim + self.v_head_dim)
 
@@ -66,7 +66,7 @@ class MLA(Attention):
     made anew from it at each step.
     """
 
-    def __init__(self, config: MLAConfig, model: ModelConfig, layer: int) -> None:
+    def __init__(self, config: MLAConfig, model: ModelConfig) -> None:
         super().__init__()
         self.config = config
         q_width = config.n_heads * config.qk_head_dim
