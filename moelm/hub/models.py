@@ -1,0 +1,91 @@
+"""Whole models: from transformers to ours and back."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from moelm.config import ModelConfig
+from moelm.hub.base import Architecture
+from moelm.hub.mixtral import Mixtral
+from moelm.hub.reading import HubError, transformers
+from moelm.model.gpt import GPT
+
+# In the order in which `write_config` tries them.
+ARCHITECTURES: dict[str, Architecture] = {each.model_type: each for each in (Mixtral(),)}
+
+
+def architecture_of(hf: Mapping[str, Any]) -> Architecture:
+    """The one that a config.json names. Raises HubError for one that moelm does not know."""
+    name = hf.get("model_type")
+    if not isinstance(name, str) or name not in ARCHITECTURES:
+        raise HubError(f"model_type is {name!r}, which moelm does not know", [f"known: {', '.join(ARCHITECTURES)}"])
+    return ARCHITECTURES[name]
+
+
+def write_config(config: ModelConfig) -> tuple[Architecture, dict[str, Any]]:
+    """The first architecture that expresses the model, and its config.json.
+
+    Raises HubError with the reasons of those that come closest.
+    """
+    failures: dict[str, list[str]] = {}
+    for name, architecture in ARCHITECTURES.items():
+        try:
+            return architecture, architecture.write_config(config)
+        except HubError as error:
+            failures[name] = error.reasons
+    fewest = min(map(len, failures.values()))
+    reasons = [f"{name}: {reason}" for name, each in failures.items() if len(each) == fewest for reason in each]
+    raise HubError("no architecture of transformers that moelm knows expresses this model; the closest", reasons)
+
+
+def from_transformers(model: Any) -> tuple[ModelConfig, GPT]:
+    """A PreTrainedModel for causal language modelling -> its config and a GPT with copies of its weights, in their
+    dtype. Raises HubError for one that moelm cannot express."""
+    hf = model.config.to_dict()
+    architecture = architecture_of(hf)
+    config = architecture.read_config(hf)
+    state = load_weights(architecture, config, model.state_dict())
+    with torch.device("meta"):
+        gpt = GPT(config)
+    gpt.load_state_dict({name: tensor.clone() for name, tensor in state.items()}, assign=True)
+    return config, gpt.train(model.training)
+
+
+def load_weights(architecture: Architecture, config: ModelConfig, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Our state dict from all tensors of theirs, in either layout.
+
+    Raises HubError that lists the tensors that are missing or belong nowhere.
+    """
+    names = {name for name in tensors if not architecture.ignored(name, config)}
+    weights = list(architecture.weights(config, architecture.is_fused(names, config)))
+    wanted = {name for weight in weights for name in weight.theirs}
+    if wanted != names:
+        missing = [f"{name} is missing" for name in sorted(wanted - names)]
+        unexpected = [f"{name} is not expected" for name in sorted(names - wanted)]
+        raise HubError(f"these are not the tensors of a {architecture.model_type} of this config", missing + unexpected)
+    return {name: tensor for weight in weights for name, tensor in weight.to_ours(tensors).items()}
+
+
+def to_transformers(gpt: GPT, config: ModelConfig) -> Any:
+    """A PreTrainedModel, in evaluation mode, that computes the same, with copies of the weights in their dtype.
+
+    Raises HubError with all reasons if no architecture expresses the model.
+    """
+    architecture, hf = write_config(config)
+    ours = gpt.state_dict()
+    state = {
+        name: tensor.clone()
+        for weight in architecture.weights(config, fused=True)
+        for name, tensor in weight.to_theirs(ours).items()
+    }
+    auto = transformers("models.auto.modeling_auto").AutoModelForCausalLM
+    model = auto.from_config(architecture.config_class(**hf), dtype=gpt.embedding.weight.dtype)
+    if config.tied_embeddings:
+        state[architecture.head] = state[architecture.embedding]
+    model.load_state_dict(state, assign=True)  # assigned, not copied: the selection bias stays float32 in a bf16 model
+    model.tie_weights()
+    return model.eval()
