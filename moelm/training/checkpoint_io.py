@@ -89,7 +89,7 @@ class FolderCheckpointIO(CheckpointIO):
             if target.exists():
                 shutil.rmtree(target)
             os.replace(stage, target)
-            _sync(target.parent)
+            sync(target.parent)
         except (OSError, RuntimeError) as error:  # torch.save raises RuntimeError on a full disk
             shutil.rmtree(stage, ignore_errors=True)
             raise CheckpointError(f"{target}: the checkpoint could not be written: {error}") from error
@@ -108,7 +108,7 @@ class FolderCheckpointIO(CheckpointIO):
 def write_manifest(folder: Path, step: int) -> None:
     files = {}
     for file in sorted(folder.iterdir()):
-        _sync(file)
+        sync(file)
         files[file.name] = {"bytes": file.stat().st_size, "sha256": hash_file(file)}
     manifest = {
         "format": FORMAT,
@@ -117,11 +117,12 @@ def write_manifest(folder: Path, step: int) -> None:
         "versions": {"moelm": moelm.__version__, "torch": torch.__version__, "lightning": lightning.__version__},
     }
     (folder / "manifest.json").write_text(json.dumps(manifest, indent=1), encoding="utf-8")
-    _sync(folder / "manifest.json")
-    _sync(folder)
+    sync(folder / "manifest.json")
+    sync(folder)
 
 
-def _sync(path: Path) -> None:
+def sync(path: Path) -> None:
+    """Until what a file or folder holds is on the disk."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
