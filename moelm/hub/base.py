@@ -11,9 +11,9 @@ import moelm.model.attention
 import moelm.moe.balancing
 import moelm.moe.dispatch
 import moelm.moe.routing  # noqa: F401  the four fill the registry, which configs are read with
-from moelm.config import ConfigError, MoEConfig, ModelConfig, check_model, from_dict, make_named
+from moelm.config import ConfigError, ModelConfig, MoEConfig, check_model, from_dict, make_named
 from moelm.hub.comparison import differences_in_effect
-from moelm.hub.reading import HubError, Reading, transformers
+from moelm.hub.reading import HubError, Reading, make_config, transformers
 from moelm.hub.weights import Weight, experts_apart, experts_together, same, side_by_side
 
 
@@ -57,14 +57,19 @@ class Architecture:
         return config
 
     def _read(self, hf: dict[str, Any]) -> tuple[ModelConfig | None, list[str]]:
-        reading = Reading(self.config_class, hf)
+        """The config, as far as it can be read, and all reasons why not."""
+        config_class = self.config_class
+        try:
+            reading = Reading(make_config(config_class, hf), hf)
+        except HubError as error:
+            return None, error.reasons
         raw = self.read(reading)
-        reasons = reading.finish()
+        reasons, config = reading.finish(), None
         try:
             config = from_dict(ModelConfig, raw, "model")
             check_model(config)
         except ConfigError as error:
-            return None, [*reasons, " ".join(str(error).split())]
+            reasons.append(" ".join(str(error).split()))
         return config, reasons
 
     def write_config(self, config: ModelConfig) -> dict[str, Any]:
@@ -76,22 +81,19 @@ class Architecture:
         assert closest.moe is not None
         hf = {"model_type": self.model_type, "architectures": [self.class_name], **self.write(closest, closest.moe)}
         back, reasons = self._read(hf)
-        if back is not None:
-            reasons = [*differences_in_effect(config, back, self.model_type), *reasons]
+        reasons = [*differences_in_effect(config, back or closest, self.model_type), *reasons]
         if reasons:
             raise HubError(f"{self.model_type} cannot express this model", reasons)
         return hf
 
     def _closest(self, config: ModelConfig) -> ModelConfig:
         """`config` with attentions and router of the name that the architecture has, so that `write` can read them."""
-        attentions = [
-            each if each.name == self.attention else _smallest(self.attention, config) for each in config.attentions
-        ]
+        attentions = [each if each.name == self.attention else _smallest(self.attention) for each in config.attentions]
         moe = config.moe
         if moe is None:
             moe = MoEConfig(n_experts=4, top_k=2, balancers=[])
         if moe.router.name != "top_k":
-            moe = dataclasses.replace(moe, router=make_named("router", "top_k"))
+            moe = dataclasses.replace(moe, router=from_dict(MoEConfig, {"router": "top_k"}).router)
         return dataclasses.replace(config, attention=attentions, moe=moe)
 
     def weights(self, config: ModelConfig, fused: bool) -> Iterator[Weight]:
@@ -123,11 +125,17 @@ class Architecture:
         past_the_last = layer is not None and int(layer[1]) >= config.n_layers
         return past_the_last or name.endswith(".inv_freq") or (config.tied_embeddings and name == self.head)
 
+    def left_out(self, name: str) -> bool:
+        """Whether one of our tensors serves training alone and has no place in their model."""
+        return name.startswith("multi_token_prediction.")
 
-def _smallest(attention: str, config: ModelConfig) -> Any:
+
+def _smallest(attention: str) -> Any:
+    """A section that is valid in any model."""
     section: Any = make_named("attention", attention)
+    section.n_heads = 1
     if attention == "gqa":
-        section.n_heads, section.head_dim = 1, 2
+        section.head_dim = 2
     return section
 
 
@@ -157,11 +165,11 @@ def write_sizes(config: ModelConfig) -> dict[str, Any]:
         "rms_norm_eps": config.norm_eps,
         "tie_word_embeddings": config.tied_embeddings,
         "initializer_range": config.init.std,
-        **_special_tokens(),
+        **no_special_tokens(),
     }
 
 
-def _special_tokens() -> dict[str, Any]:
+def no_special_tokens() -> dict[str, Any]:
     """None: which they are is the tokenizer's affair, and a default of the class may lie past the vocabulary."""
     return dict.fromkeys(("bos_token_id", "eos_token_id", "pad_token_id"))
 
@@ -172,8 +180,7 @@ def read_heads(hf: Reading) -> dict[str, Any]:
 
 
 def read_head_dim(hf: Reading) -> dict[str, Any]:
-    head_dim = hf.get("head_dim")
-    return {} if head_dim is None else {"head_dim": head_dim}
+    return {"head_dim": hf.get("head_dim") or hf["hidden_size"] // hf["num_attention_heads"]}
 
 
 def write_heads(attention: Any) -> dict[str, Any]:
@@ -187,15 +194,49 @@ def read_switch(hf: Reading, key: str = "router_aux_loss_coef") -> list[dict[str
     return [{"name": "switch", "coef": coef}] if coef else []
 
 
+def read_softmax_router(hf: Reading) -> dict[str, Any]:
+    return {"name": "top_k", "normalize_gates": "after_top_k" if hf["norm_topk_prob"] else "none"}
+
+
+def write_softmax_router(moe: MoEConfig) -> dict[str, Any]:
+    router: Any = moe.router
+    return {
+        "norm_topk_prob": router.normalize_gates == "after_top_k",
+        "router_aux_loss_coef": write_coef(moe, "switch", "global_batch"),
+    }
+
+
 def write_coef(moe: MoEConfig, *balancers: str) -> float:
     """The coefficient of the first of these balancers that the model has; 0 without."""
     coefs: list[float] = [getattr(each, "coef", 0.0) for each in moe.balancers if each.name in balancers]
     return coefs[0] if coefs else 0.0
 
 
-def gqa_weights(attention: Any, ours: str, theirs: str, out: str = "o_proj") -> Iterator[Weight]:
+def read_layer_types(hf: Reading, section: dict[str, Any]) -> Any:
+    """The attention, with a sliding window in the layers that `layer_types` says: one section or a list of those that
+    recur."""
+    windows = {"sliding_attention": hf["sliding_window"] or None, "full_attention": None}
+    types = hf["layer_types"]
+    if len(types) != hf["num_hidden_layers"] or not set(types) <= set(windows):
+        hf.refuse("layer_types", types, f"{' or '.join(windows)} for each layer")
+        return section
+    period = next(n for n in range(1, len(types) + 1) if all(kind == types[i % n] for i, kind in enumerate(types)))
+    sections = [section | {"sliding_window": windows[kind]} for kind in types[:period]]
+    return sections[0] if period == 1 else sections
+
+
+def write_layer_types(config: ModelConfig) -> dict[str, Any]:
+    attentions: list[Any] = [config.attention_of(layer) for layer in range(config.n_layers)]
+    windows = [each.sliding_window for each in attentions]
+    return {
+        "layer_types": ["full_attention" if window is None else "sliding_attention" for window in windows],
+        "sliding_window": next((window for window in windows if window is not None), None),
+    }
+
+
+def gqa_weights(attention: Any, ours: str, theirs: str) -> Iterator[Weight]:
     """`ours` and `theirs` are what the names begin with, up to the module of the attention."""
-    for name, their_name in (("q", "q_proj"), ("k", "k_proj"), ("v", "v_proj"), ("out", out)):
+    for name, their_name in (("q", "q_proj"), ("k", "k_proj"), ("v", "v_proj"), ("out", "o_proj")):
         yield same(f"{ours}.{name}.weight", f"{theirs}.{their_name}.weight")
         if attention.out_bias if name == "out" else attention.qkv_bias:
             yield same(f"{ours}.{name}.bias", f"{theirs}.{their_name}.bias")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from moelm.config import MoEConfig, ModelConfig, differences, to_dict
+from moelm.config import ModelConfig, MoEConfig, differences, to_dict
 from moelm.hub.reading import show
 
 TRAINING_ONLY = ("init", "dropout", "multi_token_prediction")

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Any
 
-from moelm.config import MoEConfig, ModelConfig
+from moelm.config import ModelConfig, MoEConfig
 from moelm.hub import base
 from moelm.hub.reading import Reading, read_rope, write_rope
 from moelm.hub.weights import Weight, experts_apart, experts_together, same
@@ -33,7 +33,7 @@ class Mixtral(base.Architecture):
         attention: Any = config.attention_of(0)
         return base.write_sizes(config) | {
             **base.write_heads(attention),
-            "head_dim": attention.head_dim,
+            "head_dim": attention.width(config.d_model),
             "rope_parameters": write_rope(attention),
             "sliding_window": attention.sliding_window,
             "num_local_experts": moe.n_experts,

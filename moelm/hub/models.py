@@ -8,14 +8,22 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from moelm.config import ModelConfig
+from moelm.config import ModelConfig, grouped_widths_fit
 from moelm.hub.base import Architecture
+from moelm.hub.dbrx import Dbrx
+from moelm.hub.deepseek import DeepSeekV2, DeepSeekV3
+from moelm.hub.gpt_oss import GptOss
 from moelm.hub.mixtral import Mixtral
+from moelm.hub.olmoe import Olmoe
+from moelm.hub.qwen_moe import Qwen2MoE, Qwen3MoE
 from moelm.hub.reading import HubError, transformers
 from moelm.model.gpt import GPT
 
 # In the order in which `write_config` tries them.
-ARCHITECTURES: dict[str, Architecture] = {each.model_type: each for each in (Mixtral(),)}
+ARCHITECTURES: dict[str, Architecture] = {
+    each.model_type: each
+    for each in (Mixtral(), Qwen3MoE(), Olmoe(), Qwen2MoE(), Dbrx(), DeepSeekV3(), DeepSeekV2(), GptOss())
+}
 
 
 def architecture_of(hf: Mapping[str, Any]) -> Architecture:
@@ -63,11 +71,14 @@ def load_weights(architecture: Architecture, config: ModelConfig, tensors: Mappi
     names = {name for name in tensors if not architecture.ignored(name, config)}
     weights = list(architecture.weights(config, architecture.is_fused(names, config)))
     wanted = {name for weight in weights for name in weight.theirs}
-    if wanted != names:
-        missing = [f"{name} is missing" for name in sorted(wanted - names)]
-        unexpected = [f"{name} is not expected" for name in sorted(names - wanted)]
-        raise HubError(f"these are not the tensors of a {architecture.model_type} of this config", missing + unexpected)
+    _check_names(wanted, names, f"these are not the tensors of a {architecture.model_type} of this config")
     return {name: tensor for weight in weights for name, tensor in weight.to_ours(tensors).items()}
+
+
+def _check_names(wanted: set[str], given: set[str], problem: str) -> None:
+    if wanted != given:
+        missing = [f"{name} is missing" for name in sorted(wanted - given)]
+        raise HubError(problem, missing + [f"{name} is not expected" for name in sorted(given - wanted)])
 
 
 def to_transformers(gpt: GPT, config: ModelConfig) -> Any:
@@ -76,14 +87,15 @@ def to_transformers(gpt: GPT, config: ModelConfig) -> Any:
     Raises HubError with all reasons if no architecture expresses the model.
     """
     architecture, hf = write_config(config)
-    ours = gpt.state_dict()
-    state = {
-        name: tensor.clone()
-        for weight in architecture.weights(config, fused=True)
-        for name, tensor in weight.to_theirs(ours).items()
-    }
+    ours = {name: tensor for name, tensor in gpt.state_dict().items() if not architecture.left_out(name)}
+    weights = list(architecture.weights(config, fused=True))
+    _check_names({name for weight in weights for name in weight.ours}, set(ours), "the GPT is not one of this config")
+    state = {name: tensor.clone() for weight in weights for name, tensor in weight.to_theirs(ours).items()}
     auto = transformers("models.auto.modeling_auto").AutoModelForCausalLM
-    model = auto.from_config(architecture.config_class(**hf), dtype=gpt.embedding.weight.dtype)
+    assert config.moe is not None
+    fits = grouped_widths_fit(config.d_model, config.moe.d_expert)
+    experts = {} if fits else {"experts_implementation": "eager"}  # theirs otherwise stop with an error
+    model = auto.from_config(architecture.config_class(**hf), dtype=gpt.embedding.weight.dtype, **experts)
     if config.tied_embeddings:
         state[architecture.head] = state[architecture.embedding]
     model.load_state_dict(state, assign=True)  # assigned, not copied: the selection bias stays float32 in a bf16 model

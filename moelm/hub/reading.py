@@ -11,7 +11,7 @@ from moelm.config import UserError
 # Keys that change nothing of what we compute from the weights.
 HARMLESS = {
     *("model_type", "architectures", "auto_map", "transformers_version", "name_or_path", "_name_or_path"),
-    *("torch_dtype", "dtype", "use_cache", "max_position_embeddings", "pretraining_tp", "ep_size"),
+    *("torch_dtype", "dtype", "use_cache", "max_position_embeddings", "max_seq_len", "pretraining_tp", "ep_size"),
     *("bos_token_id", "eos_token_id", "pad_token_id", "tokenizer_class"),
     *("output_router_logits", "output_attentions", "output_hidden_states", "return_dict", "use_return_dict"),
     *("is_encoder_decoder", "chunk_size_feed_forward", "id2label", "label2id", "num_labels", "problem_type"),
@@ -19,18 +19,24 @@ HARMLESS = {
 }
 
 
+SHOWN = 40  # reasons in a message: a folder with the wrong tensors has thousands
+
+
 class HubError(UserError):
     """A model that one side has and the other cannot express, with all the reasons."""
 
     def __init__(self, problem: str, reasons: list[str]) -> None:
         self.reasons = reasons
-        super().__init__("\n".join([problem, *(f"  - {reason}" for reason in reasons)]))
+        shown, n_more = reasons[:SHOWN], len(reasons) - SHOWN
+        lines = [f"  - {reason}" for reason in shown] + [f"  and {n_more} more"] * (n_more > 0)
+        super().__init__("\n".join([problem, *lines]))
 
 
 def transformers(module: str = "") -> Any:
     """The package, or a module of it, imported when it is needed. Raises HubError where it is not installed."""
     try:
-        return importlib.import_module(f"transformers.{module}" if module else "transformers")
+        package = importlib.import_module("transformers")
+        return importlib.import_module(f"transformers.{module}") if module else package
     except ModuleNotFoundError as error:
         if error.name != "transformers":
             raise
@@ -44,17 +50,19 @@ class Reading:
     `reasons` collects what cannot be expressed; reading goes on, so that all of them are found.
     """
 
-    def __init__(self, config_class: Any, hf: dict[str, Any], where: str = "") -> None:
-        """Raises HubError if transformers itself refuses the values."""
-        self.where = where
+    def __init__(self, config: Any, given: dict[str, Any], where: str = "") -> None:
+        """`config`: the object that transformers makes of the mapping `given`; `where` its keys stand."""
+        self.config, self.where = config, where
         self.reasons: list[str] = []
-        self._canonical = dict(config_class.attribute_map)
-        self.given = {self._canonical.get(key, key) for key in hf}
+        self._values = given
+        self._canonical = dict(config.attribute_map)
         self._read: set[str] = set()
-        try:
-            self.config = config_class(**copy.deepcopy(hf))
-        except Exception as error:  # its validators raise errors of many kinds, all about the values
-            raise HubError(f"{config_class.__name__} refuses the config", [" ".join(str(error).split())]) from None
+        self._sections: list[Reading] = []
+
+    @property
+    def given(self) -> set[str]:
+        """The keys of the file, each in the spelling that the class prefers."""
+        return {self._canonical.get(key, key) for key in self._values}
 
     def __getitem__(self, key: str) -> Any:
         """The value of a key that the class of transformers has."""
@@ -74,6 +82,13 @@ class Reading:
         if value not in allowed:
             self.refuse(key, value, " or ".join(map(show, allowed)), remedy)
 
+    def section(self, key: str) -> Reading:
+        """A config within the config. Its reasons are among those of this one."""
+        inner = Reading(self[key], self._values.get(key) or {}, f"{self.where}{key}.")
+        inner.reasons = self.reasons
+        self._sections.append(inner)
+        return inner
+
     def refuse(self, key: str, value: Any, allowed: str, remedy: str = "") -> None:
         reason = f"{self.where}{key} is {show(value)}, allowed: {allowed}"
         self.reasons.append(f"{reason} ({remedy})" if remedy else reason)
@@ -81,8 +96,20 @@ class Reading:
     def finish(self) -> list[str]:
         """All reasons, with one for each key that was not asked for."""
         self.only("quantization_config", None, remedy="convert the weights to bf16 first")
-        unknown = sorted(self.given - self._read - HARMLESS)
-        return [*self.reasons, *(f"{self.where}{key} is a key that is not understood" for key in unknown)]
+        unknown = [
+            f"{reading.where}{key} is a key that is not understood"
+            for reading in (self, *self._sections)
+            for key in sorted(reading.given - reading._read - HARMLESS)
+        ]
+        return [*self.reasons, *unknown]
+
+
+def make_config(config_class: Any, hf: dict[str, Any]) -> Any:
+    """Raises HubError if transformers itself refuses the values."""
+    try:
+        return config_class(**copy.deepcopy(hf))
+    except Exception as error:  # its validators raise errors of many kinds, all about the values
+        raise HubError(f"{config_class.__name__} refuses the config", [" ".join(str(error).split())]) from None
 
 
 def show(value: Any) -> str:
