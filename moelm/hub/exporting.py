@@ -8,8 +8,8 @@ from typing import Any
 
 from moelm.hub.folder import INDEX
 from moelm.hub.models import write_config
-from moelm.hub.reading import transformers
-from moelm.hub.streaming import ShardWriter, Written, by_layer, cast, empty_state, is_left_out
+from moelm.hub.reading import make_config, transformers
+from moelm.hub.streaming import ShardWriter, Written, by_layer, cast, empty_state
 from moelm.hub.tokenizer_files import write_tokenizer
 from moelm.training.checkpoint_io import (
     find_checkpoint,
@@ -31,9 +31,9 @@ class Export:
         self.architecture, self.hf = write_config(self.config.model)
         self.tensors = TensorFiles(weight_files(self.step))
         self.empty, self.state = empty_state(self.config.model)
-        shapes = {name: shape for name, shape in self.tensors.shapes.items() if not is_left_out(name)}
-        if shapes != {name: tuple(tensor.shape) for name, tensor in self.empty.items()}:
+        if self.tensors.shapes != {name: tuple(tensor.shape) for name, tensor in self.empty.items()}:
             raise CheckpointError(f"{self.step}: the weights do not fit its config.yaml")
+        self.left_out = sorted(name for name in self.tensors if self.architecture.left_out(name))
 
     def write(self, out: Path, name: str) -> Written:
         """Fill the empty folder `out`. Raises UserError."""
@@ -45,8 +45,7 @@ class Export:
         shards.flush()
         _name_files(out, shards)
         notes = []
-        hf = dict(self.hf)
-        hf.setdefault("max_position_embeddings", self.config.data.seq_len)
+        hf = self.longest_text() | self.hf
         if has_file(self.step, "tokenizer.json"):
             tokenizer = self.config.data.corpus.tokenizer
             ids = write_tokenizer(tokenizer_file(self.step), out, tokenizer, self.config.data.seq_len)
@@ -57,10 +56,17 @@ class Export:
         dtypes = sorted(str(dtype).removeprefix("torch.") for dtype in shards.dtypes)
         hf["dtype"] = "bfloat16" if "bfloat16" in dtypes else "float32"
         _write_json(out / "config.json", hf | _version())
-        left_out = [each for each in self.tensors if is_left_out(each)]
-        if left_out:
-            notes.append(f"left out: {len(left_out)} tensors of multi-token prediction, which only trains")
+        if self.left_out:
+            notes.append(f"left out: {len(self.left_out)} tensors that only training needs, such as {self.left_out[0]}")
         return Written(self.architecture.model_type, shards.n_elements, shards.n_bytes, dtypes, notes)
+
+    def longest_text(self) -> dict[str, int]:
+        """What the model was trained on, or what its RoPE was stretched to, under the key of the architecture."""
+        rope = self.hf.get("rope_parameters") or {}
+        stretched = int(rope.get("original_max_position_embeddings", 0) * rope.get("factor", 1))
+        theirs = make_config(self.architecture.config_class, self.hf)
+        key = "max_position_embeddings" if hasattr(theirs, "max_position_embeddings") else "max_seq_len"
+        return {key: max(self.config.data.seq_len, stretched)}
 
 
 def _name_files(out: Path, shards: ShardWriter) -> None:

@@ -55,7 +55,7 @@ class ModelFolder:
             return
         said, found = self._weight_map(), {name: file.name for name, file in self.tensors.file_of.items()}
         wrong = sorted(name for name in said.keys() | found.keys() if said.get(name) != found.get(name))
-        reasons = [f"{name}: the index says {said.get(name)}, it is in {found.get(name)}" for name in wrong[:20]]
+        reasons = [f"{name}: the index says {said.get(name)}, it is in {found.get(name)}" for name in wrong]
         if reasons:
             raise HubError(f"{self.path / INDEX} is not the index of the files beside it", reasons)
 
@@ -72,8 +72,7 @@ class ModelFolder:
         reasons = [f"{name} is missing" for name in sorted(wanted - names)]
         reasons += [f"{name} is not expected" for name in sorted(names - wanted)]
         if reasons:
-            shown = [*reasons[:20], *([f"and {len(reasons) - 20} more"] if len(reasons) > 20 else [])]
-            raise HubError(f"{self.path}: not the tensors of a {self.architecture.model_type} of this config", shown)
+            raise HubError(f"{self.path}: not the tensors of a {self.architecture.model_type} of this config", reasons)
         return weights
 
 

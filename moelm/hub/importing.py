@@ -8,7 +8,7 @@ from pathlib import Path
 
 from moelm.config import Config, DataConfig, OptimConfig, RunConfig, to_yaml
 from moelm.hub.folder import ModelFolder
-from moelm.hub.reading import HubError
+from moelm.hub.reading import HubError, make_config
 from moelm.hub.streaming import ShardWriter, Written, by_layer, cast, empty_state
 from moelm.hub.tokenizer_files import read_special_tokens
 from moelm.training.checkpoint_io import write_manifest
@@ -53,7 +53,7 @@ class Import:
 
     def config(self, name: str) -> Config:
         """A whole config whose model is the imported one. Data and optimizer are no more than a beginning."""
-        theirs = self.folder.architecture.config_class(**self.folder.hf)
+        theirs = make_config(self.folder.architecture.config_class, self.folder.hf)
         longest = getattr(theirs, "max_position_embeddings", None) or getattr(theirs, "max_seq_len", None)
         seq_len = min(longest or MAX_SEQ_LEN, MAX_SEQ_LEN)
         config = Config(

@@ -52,17 +52,11 @@ def cast(tensor: Tensor, name: str, dtype: str, is_state: bool) -> Tensor:
 
 
 def empty_state(config: ModelConfig) -> tuple[dict[str, Tensor], set[str]]:
-    """The state dict of the model on the meta device, without modules of multi-token prediction, and the names in it
-    that are state, not parameters."""
+    """The state dict of the model on the meta device, and the names in it that are state, not parameters."""
     with torch.device("meta"):
         model = GPT(config)
-    state = {name: tensor for name, tensor in model.state_dict().items() if not is_left_out(name)}
-    return state, state.keys() - {name for name, _ in model.named_parameters()}
-
-
-def is_left_out(name: str) -> bool:
-    """Whether a tensor of ours has no place in a model of transformers, which only trains with it."""
-    return name.startswith("multi_token_prediction.")
+    tensors = dict(model.state_dict())
+    return tensors, tensors.keys() - {name for name, _ in model.named_parameters()}
 
 
 def by_layer(weights: Iterable[Weight], doing: str) -> Iterator[Weight]:

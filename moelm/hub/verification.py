@@ -12,25 +12,28 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from moelm.config import differences, to_dict
 from moelm.data.tokenizer import encode_prompt
+from moelm.hub.comparison import differences_in_effect
 from moelm.hub.exporting import Export
 from moelm.hub.folder import ModelFolder
 from moelm.hub.importing import Import
-from moelm.hub.reading import HubError, transformers
-from moelm.hub.streaming import by_layer, cast, is_left_out
+from moelm.hub.reading import HubError, show, transformers
+from moelm.hub.streaming import by_layer, cast
 from moelm.hub.tokenizer_files import read_tokenizer
 from moelm.training.checkpoint_io import has_file, load_checkpoint_config, verify_checkpoint, weight_files
 from moelm.training.weight_files import TensorFiles
 
-SHOWN = 20  # of the reasons
 PROBES = ("", "a", "def f(x):\n    return 1", " Zwei  Wörter, 日本\n")
 
 
 def verify_import(source: Import, checkpoint: Path) -> int:
     """How many tensors were compared. Raises UserError with all that is wrong."""
     verify_checkpoint(checkpoint)
-    if load_checkpoint_config(checkpoint).model != source.folder.config:
-        raise HubError(f"{checkpoint / 'config.yaml'}: the model is not that of {source.folder.path}", [])
+    said, wanted = (to_dict(model) for model in (load_checkpoint_config(checkpoint).model, source.folder.config))
+    if wrong := differences(said, wanted):
+        reasons = [f"model.{key} is {show(here)}, its source has {show(there)}" for key, (here, there) in wrong.items()]
+        raise HubError(f"{checkpoint / 'config.yaml'} is not that of the model", reasons)
     written = TensorFiles(weight_files(checkpoint))
     reasons = compare_shapes({name: tuple(tensor.shape) for name, tensor in source.empty.items()}, written.shapes)
     n_compared = 0
@@ -47,8 +50,9 @@ def verify_import(source: Import, checkpoint: Path) -> int:
 def verify_export(source: Export, model: Path) -> int:
     """The same for a folder of transformers, with what its tokenizer makes of some prompts."""
     folder = ModelFolder(model)
-    reasons = compare_shapes(shapes_in_transformers(model), folder.tensors.shapes)
-    n_compared, untouched = 0, {name for name in source.tensors if not is_left_out(name)}
+    reasons = differences_in_effect(folder.config, source.architecture.read_config(source.hf), "the checkpoint")
+    reasons += compare_shapes(shapes_in_transformers(model), folder.tensors.shapes)
+    n_compared, untouched = 0, {name for name in source.tensors if name not in source.left_out}
     for weight in by_layer([] if reasons else folder.weights(), "verifying"):
         for name, tensor in weight.to_ours(folder.tensors).items():
             if name not in untouched:
@@ -67,8 +71,7 @@ def verify_export(source: Export, model: Path) -> int:
 
 def _raise(folder: Path, reasons: list[str]) -> None:
     if reasons:
-        more = [f"and {len(reasons) - SHOWN} more"] if len(reasons) > SHOWN else []
-        raise HubError(f"{folder} does not hold the model that it was made from", [*reasons[:SHOWN], *more])
+        raise HubError(f"{folder} does not hold the model that it was made from", reasons)
 
 
 def compare_shapes(expected: Mapping[str, tuple[int, ...]], found: Mapping[str, tuple[int, ...]]) -> list[str]:
