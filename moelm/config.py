@@ -12,6 +12,7 @@ from __future__ import annotations
 import dataclasses
 import difflib
 import io
+import itertools
 import math
 import operator
 import re
@@ -141,6 +142,9 @@ def build(kind: str, config: NamedConfig, *args: Any, **kwargs: Any) -> Any:
 # --------------------------------------------------------------------------------------------- sections
 
 
+REQUIRED = dataclasses.MISSING  # as the default of a setting: the file must give it
+
+
 def setting(default: Any, **limits: Any) -> Any:
     """A field with limits: `allowed=(...)`, `is_a=(regex, its meaning)`, `ge`, `gt`, `le`, `lt`."""
     if isinstance(default, list):
@@ -228,6 +232,14 @@ class InitConfig:
 
 
 @dataclass
+class MultiTokenPredictionConfig:
+    """DeepSeek-V3's modules that predict tokens further ahead (docs/maths.md); they train, and write no text."""
+
+    n_modules: int = setting(1, ge=1)  # module k predicts the token k + 1 places ahead
+    coef: float = setting(0.3, ge=0)  # multiplies the mean of the modules' cross-entropies (lambda)
+
+
+@dataclass
 class ModelConfig:
     n_layers: int = setting(4, ge=1)
     d_model: int = setting(256, ge=1)
@@ -240,6 +252,7 @@ class ModelConfig:
     tied_embeddings: bool = True
     dropout: float = setting(0.0, ge=0, lt=1)  # on the embedding and on what attention and FFN add
     init: InitConfig = field(default_factory=InitConfig)
+    multi_token_prediction: MultiTokenPredictionConfig | None = None  # null: only the next token
 
     @property
     def attentions(self) -> list[NamedConfig]:
@@ -259,7 +272,28 @@ class ModelConfig:
 
     @property
     def moe_layers(self) -> list[int]:
+        """Of the main model."""
         return [layer for layer in range(self.n_layers) if self.is_moe_layer(layer)]
+
+    @property
+    def n_prediction_modules(self) -> int:
+        return 0 if self.multi_token_prediction is None else self.multi_token_prediction.n_modules
+
+    @property
+    def prediction_layer(self) -> int:
+        """The layer whose block the modules of multi-token prediction repeat: the last one with experts, if any."""
+        return (self.moe_layers or [self.n_layers - 1])[-1]
+
+    @property
+    def routed_layers(self) -> list[int]:
+        """Numbers of what stands on the M axis of all statistics: the MoE layers, then the modules of multi-token
+        prediction, which count on from n_layers, as in the released weights of DeepSeek-V3."""
+        modules = range(self.n_layers, self.n_layers + self.n_prediction_modules) if self.moe_layers else ()
+        return [*self.moe_layers, *modules]
+
+    def layer_name(self, layer: int) -> str:
+        """`3`, or for a module of multi-token prediction `61 (MTP 1)`, in what people read."""
+        return str(layer) if layer < self.n_layers else f"{layer} (MTP {layer - self.n_layers + 1})"
 
 
 @dataclass
@@ -298,22 +332,33 @@ class DataConfig:
 
 
 @dataclass
+class PhaseConfig:
+    """One piece of the schedule `phases`, from where the one before ended."""
+
+    until: float = setting(REQUIRED, gt=0, le=1)  # the fraction of max_steps at which it ends
+    shape: str = setting(REQUIRED, allowed=("constant", "linear", "cosine"))
+    to: float = setting(REQUIRED, ge=0, le=1)  # the factor at its end; constant: all the way
+
+
+@dataclass
 class ScheduleConfig:
     """Factor on `optim.lr`, by optimizer step; see docs/maths.md for the formulas."""
 
-    name: str = setting("cosine", allowed=("constant", "linear", "cosine", "wsd", "step"))
+    name: str = setting("cosine", allowed=("constant", "linear", "cosine", "wsd", "step", "phases"))
     warmup_steps: int = setting(0, ge=0)
     min_lr_ratio: float = setting(0.1, ge=0, le=1)  # where linear, cosine and wsd end
     decay_steps: int | None = setting(None, ge=1)  # wsd: length of the final decay; null: max_steps / 10
     milestones: list[float] = setting([0.8, 0.9])  # step: fractions of max_steps
     factor: float = setting(0.316, gt=0, lt=1)  # step: lr is multiplied by it at each milestone
+    phases: list[PhaseConfig] = field(default_factory=list)  # phases: any number of pieces, the last until 1.0
 
 
 @dataclass
 class OptimConfig:
-    optimizer: str = setting("adamw", allowed=("adamw",))
+    optimizer: str = setting("adamw", allowed=("adamw", "muon"))  # muon: matrices by Muon, the rest by AdamW
     lr: float = setting(1e-3, gt=0)
-    betas: list[float] = setting([0.9, 0.95])
+    betas: list[float] = setting([0.9, 0.95])  # of AdamW
+    momentum: float = setting(0.95, ge=0, lt=1)  # of Muon
     eps: float = setting(1e-8, gt=0)
     weight_decay: float = setting(0.1, ge=0)
     no_decay: list[str] = setting(["norm", "bias", "embedding"], allowed=("norm", "bias", "embedding"))
@@ -541,6 +586,9 @@ def from_dict(cls: type[C], raw: Any, key: str = "") -> C:
         if name not in known:
             remedy = f"{_did_you_mean(name, known)}allowed: {listed}"
             raise ConfigError(_join(key, name), "unknown key", remedy)
+    for name, f in known.items():
+        if name not in raw and f.default is f.default_factory is REQUIRED:
+            raise ConfigError(_join(key, name), "is missing", f"give all of: {listed}")
     hints = typing.get_type_hints(cls)
     values = {name: _from_value(hints[name], known[name], value, _join(key, name)) for name, value in raw.items()}
     return typing.cast(C, cls(**values))
@@ -558,10 +606,16 @@ def _from_value(hint: Any, f: dataclasses.Field[Any], value: Any, key: str) -> A
         return [_from_named(kind, element, f"{key}.{i}") for i, element in enumerate(value)]
     options = typing.get_args(hint) if typing.get_origin(hint) in (UnionType, typing.Union) else (hint,)
     section = next((option for option in options if is_dataclass(option)), None)
+    element = next((each for option in options for each in typing.get_args(option) if is_dataclass(each)), None)
+    if (section or element) is not None and value is None and NoneType in options:
+        return None
+    if element is not None and isinstance(value, list):
+        return [from_dict(typing.cast(type[Any], element), each, f"{key}.{i}") for i, each in enumerate(value)]
     if section is not None:
-        if value is None and NoneType in options:
-            return None
         return from_dict(typing.cast(type[Any], section), value, key)
+    if element is not None:
+        listed = ", ".join(f"{each.name}: ..." for each in fields(element))
+        raise ConfigError(key, f"{_show(value)} is not a list", f"list them: [{{{listed}}}]")
     if not isinstance(value, str):  # "2" is an int before it is text, but 1.0 a float before it is an int
         options = tuple(sorted(options, key=lambda option: type(value) is not option))
     for option in options:
@@ -712,6 +766,10 @@ def check(config: Config) -> None:
     if moe is not None and moe.router.routing == "expert_choice" and seq_len * moe.top_k < moe.n_experts:
         problem = f"{seq_len} tokens x top_k = {moe.top_k} leave less than one for each of {moe.n_experts} experts"
         raise ConfigError("data.seq_len", problem, "raise it, or model.moe.top_k")
+    n_modules = config.model.n_prediction_modules
+    if n_modules >= seq_len:
+        problem = f"{n_modules} modules look further ahead than data.seq_len = {seq_len} tokens"
+        raise ConfigError("model.multi_token_prediction.n_modules", problem, f"at most {seq_len - 1}")
     tokenizer = config.data.corpus.tokenizer
     if tokenizer.file is None and tokenizer.vocab_size > config.model.vocab_size:
         problem = f"{config.model.vocab_size} is less than the tokenizer's {tokenizer.vocab_size}"
@@ -778,7 +836,13 @@ def check_corpus(corpus: CorpusConfig, key: str) -> None:
         source.check(_join(_join(key, "sources"), i), corpus)
 
 
-_ONLY_WITH = {"decay_steps": "wsd", "milestones": "step", "factor": "step"}  # key -> schedule
+_ONLY_WITH = {  # key of optim.schedule -> the schedules that read it
+    "min_lr_ratio": ("linear", "cosine", "wsd"),
+    "decay_steps": ("wsd",),
+    "milestones": ("step",),
+    "factor": ("step",),
+    "phases": ("phases",),
+}
 
 
 def _check_optim(config: Config) -> None:
@@ -789,10 +853,13 @@ def _check_optim(config: Config) -> None:
     if optim.batch_tokens % micro:
         problem = f"{optim.batch_tokens} is not a multiple of micro_batch_size x seq_len = {micro} tokens"
         raise ConfigError("optim.batch_tokens", problem, f"try {max(1, round(optim.batch_tokens / micro)) * micro}")
-    for key, name in _ONLY_WITH.items():
-        if schedule.name != name and getattr(schedule, key) != getattr(ScheduleConfig(), key):
-            problem = f"{getattr(schedule, key)} has no effect with the schedule {schedule.name}"
-            raise ConfigError(f"optim.schedule.{key}", problem, f"remove it, or set name: {name}")
+    if optim.optimizer != "muon" and optim.momentum != OptimConfig().momentum:
+        problem = f"{optim.momentum} has no effect with the optimizer {optim.optimizer}"
+        raise ConfigError("optim.momentum", problem, "remove it, or set optimizer: muon")
+    for key, names in _ONLY_WITH.items():
+        if schedule.name not in names and getattr(schedule, key) != getattr(ScheduleConfig(), key):
+            problem = f"{_show(to_dict(schedule)[key])} has no effect with the schedule {schedule.name}"
+            raise ConfigError(f"optim.schedule.{key}", problem, f"remove it, or set name: {' or '.join(names)}")
     if schedule.warmup_steps >= steps and schedule.name != "constant":
         problem = f"{schedule.warmup_steps} leaves nothing of trainer.max_steps = {steps}"
         raise ConfigError("optim.schedule.warmup_steps", problem, "lower it")
@@ -804,6 +871,24 @@ def _check_optim(config: Config) -> None:
     if not rising or not all(0 < milestone < 1 for milestone in schedule.milestones):
         problem = f"{schedule.milestones} is not rising fractions of max_steps in (0, 1)"
         raise ConfigError("optim.schedule.milestones", problem, "try [0.8, 0.9]")
+    if schedule.name == "phases":
+        _check_phases(schedule, steps)
+
+
+def _check_phases(schedule: ScheduleConfig, max_steps: int) -> None:
+    key, ends = "optim.schedule.phases", [phase.until for phase in schedule.phases]
+    if not ends:
+        raise ConfigError(key, "is empty", "list them: [{until: 1.0, shape: cosine, to: 0.1}]")
+    for i, (before, end) in enumerate(itertools.pairwise(ends), 1):
+        if end <= before:
+            raise ConfigError(f"{key}.{i}.until", f"{end} does not follow {before}", "phases go by rising `until`")
+    if ends[-1] != 1:
+        problem = f"{ends[-1]} leaves the rest of the run without a phase"
+        raise ConfigError(f"{key}.{len(ends) - 1}.until", problem, "the last phase goes until 1.0")
+    first = round(ends[0] * max_steps)
+    if schedule.warmup_steps and schedule.warmup_steps >= first:
+        problem = f"{schedule.warmup_steps} leaves nothing of the first phase, which ends at step {first}"
+        raise ConfigError("optim.schedule.warmup_steps", problem, f"lower it, or raise {key}.0.until")
 
 
 def _check_trainer(trainer: TrainerConfig) -> None:

@@ -11,7 +11,7 @@ import torch
 from tqdm import tqdm
 
 from moelm import command_line
-from moelm.config import load_corpus
+from moelm.config import ModelConfig, load_corpus
 from moelm.data.datamodule import validation_loader
 from moelm.data.prepare import prepare, prepare_for_tokenizer
 from moelm.data.token_shards import DataError, TokenShards, hash_file
@@ -37,11 +37,11 @@ def main(argv: list[str]) -> None:
     parser.add_argument("--data", metavar="F", help="a configs/data/*.yaml; default: the run's own data")
     parser.add_argument("--json", action="store_true", help="print JSON instead of tables")
     arguments = command_line.parse(parser, argv)
-    results = evaluate(arguments.checkpoint, arguments.data)
+    results, model = _evaluate(arguments.checkpoint, arguments.data)
     if arguments.json:
         print(json.dumps({domain: as_dict(result) for domain, result in results.items()}, indent=1))
     else:
-        print(as_table(results))
+        print(as_table(results, [model.layer_name(layer) for layer in model.routed_layers]))
 
 
 def evaluate(checkpoint: str | Path, data: str | Path | None = None) -> dict[str, Evaluation]:
@@ -49,6 +49,10 @@ def evaluate(checkpoint: str | Path, data: str | Path | None = None) -> dict[str
 
     Raises UserError: no valid checkpoint, or data that was tokenised with another tokenizer.
     """
+    return _evaluate(checkpoint, data)[0]
+
+
+def _evaluate(checkpoint: str | Path, data: str | Path | None) -> tuple[dict[str, Evaluation], ModelConfig]:
     folder = find_checkpoint(checkpoint)
     tokenizer = tokenizer_file(folder)
     if data is None and not has_file(folder, "training.pt"):
@@ -67,7 +71,7 @@ def evaluate(checkpoint: str | Path, data: str | Path | None = None) -> dict[str
         for batch in tqdm(loader, desc="evaluating", unit="batch", file=sys.stderr, leave=False, disable=None):
             on_device = {name: value.to(device) for name, value in batch.items()}
             sums.add(on_device, forward_batch(model, on_device, separator))
-    return sums.results()
+    return sums.results(), config.model
 
 
 def check_tokenizer(folder: Path, shards: TokenShards) -> None:
@@ -92,7 +96,8 @@ def as_dict(result: Evaluation) -> dict[str, Any]:
     }
 
 
-def as_table(results: dict[str, Evaluation]) -> str:
+def as_table(results: dict[str, Evaluation], layer_names: list[str]) -> str:
+    """`layer_names`: of the rows of `Evaluation.load`."""
     lines = [
         f"{'domain':<16}{'tokens':>12}{'ce (nats)':>12}{'perplexity':>12}{'bits/byte':>12}{'MaxVio':>9}{'dead':>6}"
     ]
@@ -105,11 +110,13 @@ def as_table(results: dict[str, Evaluation]) -> str:
         )
     if results["all"].load:
         lines += ["", "share of the routed tokens, in percent, by MoE layer and expert"]
+        width = max(map(len, layer_names))
         for domain, result in results.items():
             for i, load_E in enumerate(result.load):
                 total = max(1, sum(load_E))
                 shares = " ".join(f"{100 * n / total:5.1f}" for n in load_E[:16])
-                lines.append(f"{domain[:15] if i == 0 else '':<16}{i:>3}  {shares}{' ...' if len(load_E) > 16 else ''}")
+                row = f"{domain[:15] if i == 0 else '':<16}{layer_names[i]:>{width + 1}}  {shares}"
+                lines.append(row + " ..." * (len(load_E) > 16))
     return "\n".join(lines)
 
 

@@ -40,6 +40,7 @@ def info(config: Config) -> dict[str, Any]:
         "active_params": size.active,
         "active_params_no_input_embedding": size.active_no_input_embedding,
         "active_params_no_embeddings": size.active_no_embeddings,
+        "multi_token_prediction_params": size.multi_token_prediction,
         "flops_per_token": flops_per_token(model, config.data.seq_len),
         "memory_gib": memory.total / 2**30,
         "memory_parts_gib": {
@@ -61,6 +62,7 @@ def as_table(config: Config, facts: dict[str, Any]) -> str:
         ("active parameters", f"{facts['active_params']:,}"),
         ("  without the input embedding", f"{facts['active_params_no_input_embedding']:,}"),
         ("  without input embedding and head", f"{facts['active_params_no_embeddings']:,}"),
+        *_multi_token_prediction_row(config, facts),
         ("training FLOPs a token", f"{facts['flops_per_token']:,} (sequence length {config.data.seq_len})"),
         (
             "memory on one device",
@@ -79,6 +81,12 @@ def as_table(config: Config, facts: dict[str, Any]) -> str:
         ]
     width = max(len(name) for name, _ in rows)
     return "\n".join(f"{name:<{width}}  {value}" for name, value in rows)
+
+
+def _multi_token_prediction_row(config: Config, facts: dict[str, Any]) -> list[tuple[str, str]]:
+    count, n_modules = facts["multi_token_prediction_params"], config.model.n_prediction_modules
+    text = f"{count:,} in {n_modules} module{'s' if n_modules > 1 else ''}, not counted above"
+    return [("multi-token prediction", text)] if n_modules else []
 
 
 def _count(value: int) -> str:

@@ -20,7 +20,7 @@ class Balance(Observer):
     """aux/<balancer> is the weighted part of train/loss."""
 
     def __init__(self, config: BalanceConfig, run: Config) -> None:
-        self.config, self.layers = config, run.model.moe_layers
+        self.config, self.layers = config, run.model.routed_layers
 
     def observe(self, module: MoELightningModule) -> None:
         step = module.last_step

@@ -49,11 +49,11 @@ class CoActivation(Observer):
 
     def __init__(self, config: CoActivationConfig, run: Config) -> None:
         moe = run.model.moe
-        self.layers = run.model.moe_layers
+        self.layers = run.model.routed_layers
         self.n_experts, self.top_k = (moe.n_experts, moe.top_k) if moe is not None else (0, 0)
         token_choice = moe is not None and moe.router.routing == "token_choice"
         self.every = config.image_every_n_steps
-        wanted = spread(self.layers, 3) if config.layers is None else config.layers
+        wanted = spread(run.model.moe_layers, 3) if config.layers is None else config.layers
         self.shown = [self.layers.index(layer) for layer in wanted] if token_choice else []
         self.pairs: dict[str, Tensor] = {}
 
@@ -94,27 +94,28 @@ class CoActivation(Observer):
         if writer is None:
             return
         for i in self.shown:
-            layer = self.layers[i]
+            layer, name = self.layers[i], module.config.model.layer_name
+            here = name(layer)
             together, following = counts[f"together/{i}"], counts[f"next/{i}"]
             if self.top_k > 1 and together.any():
                 image = draw_heat_map(
                     lift_within(together),
                     low=0.0,
                     high=2.0,
-                    title=f"Experts of one token in layer {layer}, 1 = as often as by chance (step {module.step})",
+                    title=f"Experts of one token in layer {here}, 1 = as often as by chance (step {module.step})",
                     row_label="expert",
                     marks="never",
                     no_data="itself, or too few to say",
                 )
                 write_image(writer, f"moe/co_activation/layer_{layer:02d}", image, module.step)
             if following.any():
-                after = self.layers[i + 1]
+                after = name(self.layers[i + 1])
                 image = draw_heat_map(
                     lift_between(following),
                     low=0.0,
                     high=2.0,
-                    title=f"From layer {layer} to layer {after}, 1 = as often as by chance (step {module.step})",
-                    row_label=f"expert of layer {layer}",
+                    title=f"From layer {here} to layer {after}, 1 = as often as by chance (step {module.step})",
+                    row_label=f"expert of layer {here}",
                     column_label=f"expert of layer {after}",
                     marks="never",
                     no_data="too few to say",

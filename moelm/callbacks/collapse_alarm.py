@@ -54,7 +54,7 @@ class CollapseAlarm(Observer):
     `alarm/<kind>` and in `alarms.jsonl`."""
 
     def __init__(self, config: CollapseAlarmConfig, run: Config) -> None:
-        self.config, self.layers, self.file = config, run.model.moe_layers, run.run_folder / FILE
+        self.config, self.layers, self.file = config, run.model.routed_layers, run.run_folder / FILE
         self.warned: list[str] = []
         self.first_logit_rms: list[float] = []  # by layer, at the end of the grace
 
@@ -89,7 +89,7 @@ class CollapseAlarm(Observer):
         moe = module.config.model.moe
         balance = BALANCE_REMEDY if moe is not None and moe.router.learned else FIXED_REMEDY
         remedy = LOGIT_REMEDY if kind == "logits" else balance
-        message = f"layer {layer}: {what}"
+        message = f"layer {module.config.model.layer_name(layer)}: {what}"
         stopped = self.config.stop and not module.trainer.should_stop
         say(module, f"step {module.step}: collapse alarm, {message}\n  remedy: {remedy}")
         if stopped:

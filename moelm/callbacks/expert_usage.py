@@ -47,7 +47,7 @@ class ExpertUsage(Observer):
     def __init__(self, config: ExpertUsageConfig, run: Config) -> None:
         self.per_layer = config.per_layer
         self.every = config.image_every_n_steps
-        self.layers = run.model.moe_layers
+        self.layers = run.model.routed_layers
 
     def observe(self, module: MoELightningModule) -> None:
         if module.last_step is None or module.last_step.load_ME is None:
@@ -88,7 +88,7 @@ class ExpertUsage(Observer):
         assert last.load_ME is not None
         assert last.gate_ME is not None
         assert moe is not None
-        names, step = [str(layer) for layer in self.layers], module.step
+        names, step = [module.config.model.layer_name(layer) for layer in self.layers], module.step
         write_image(writer, "moe/load", load_map(_array(module.recent_load.total()), names, step), step)
         if moe.router.learned:
             write_image(writer, "moe/gate", gate_map(_array(last.gate_ME), _array(last.load_ME), names, step), step)

@@ -103,10 +103,9 @@ def check_layers(key: str, layers: Sequence[int] | None, run: Config) -> None:
     if layers is not None and (not layers or len(set(layers)) < len(layers)):
         raise ConfigError(f"{key}.layers", f"{list(layers)} is empty or repeats itself", "name each once, or null")
     for layer in layers or ():
-        if layer not in run.model.moe_layers:
-            raise ConfigError(
-                f"{key}.layers", f"layer {layer} has no experts", f"choose from {run.model.moe_layers}, or null"
-            )
+        if layer not in run.model.routed_layers:
+            remedy = f"choose from {run.model.routed_layers}, or null"
+            raise ConfigError(f"{key}.layers", f"layer {layer} has no experts", remedy)
 
 
 def spread(items: Sequence[T], n: int) -> list[T]:

@@ -115,13 +115,18 @@ def model_table(run: Config) -> str:
         ("name", short_name(size), ""),
         ("total parameters", f"{size.total:,}", ""),
         ("active parameters", f"{size.active:,}", ""),
+        *(
+            [("multi-token prediction", f"{size.multi_token_prediction:,}", "")]
+            if run.model.n_prediction_modules
+            else []
+        ),
         ("training FLOPs a token", f"{flops_per_token(run.model, run.data.seq_len):,}", ""),
     ]
     with torch.device("meta"):
         model = GPT(run.model)
     folded: dict[tuple[str, tuple[int, ...]], int] = {}
     for name, parameter in model.named_parameters():
-        key = (re.sub(r"blocks\.\d+", "blocks.*", name), tuple(parameter.shape))
+        key = (re.sub(r"^(blocks|multi_token_prediction)\.\d+", r"\1.*", name), tuple(parameter.shape))
         folded[key] = folded.get(key, 0) + 1
     rows += [(f"`{name}`", " x ".join(map(str, shape)), f"{n} x") for (name, shape), n in folded.items()]
     return "\n".join(

@@ -40,7 +40,7 @@ class Specialisation(Observer):
     domain's choices over its share of all choices. Domains weigh what they have in choices."""
 
     def __init__(self, config: SpecialisationConfig, run: Config) -> None:
-        self.layers = run.model.moe_layers
+        self.layers = run.model.routed_layers
         self.shown = spread(self.layers, 8) if config.layers is None else config.layers
         self.every = config.image_every_n_steps
         self.said = False
@@ -61,13 +61,14 @@ class Specialisation(Observer):
         chance_SDE = counts_SDE.sum(2, keepdims=True) * counts_SDE.sum(1, keepdims=True)
         chance_SDE = chance_SDE / np.maximum(counts_SDE.sum((1, 2), keepdims=True), 1)
         preference_SDE = ratio_to_chance(counts_SDE, chance_SDE)
+        name = module.config.model.layer_name
         image = draw_heat_map(
             preference_SDE.reshape(-1, counts_SDE.shape[2]),
             low=0.0,
             high=2.0,
             title=f"Load of an expert by domain, 1 = as over all domains (validation, step {module.step})",
             row_label="layer and domain",
-            row_names=[f"{layer} {domain}" for layer in self.shown for domain in domains],
+            row_names=[f"{name(layer)} {domain}" for layer in self.shown for domain in domains],
             marks="never",
             no_data="too few to say",
             group_rows=len(domains),

@@ -12,6 +12,7 @@ from torch.utils.checkpoint import checkpoint
 from moelm.config import ModelConfig
 from moelm.model.attention.base import Attention
 from moelm.model.block import Block
+from moelm.model.multi_token_prediction import PredictionModule, context_ahead
 from moelm.model.norm import make_norm
 from moelm.moe.types import RouteContext, RouterStats, stack_stats
 
@@ -23,9 +24,18 @@ class GPTOutput(NamedTuple):
     logits: Tensor | None  # [B, L, V], without targets
     loss: Tensor | None  # scalar, mean cross-entropy in nats a token; with gradient
     ce_BL: Tensor | None  # float32 cross-entropy of each token, detached; 0 where the target is ignored
-    extra_losses: dict[str, Tensor]  # named losses beside it: `routing`, of a router that needs one
-    stats: RouterStats | None  # stacked over MoE layers; None for a dense model
+    extra_losses: dict[str, Tensor]  # named, weighted losses beside it: `multi_token_prediction`, `routing`
+    stats: RouterStats | None  # stacked over MoE layers, with targets over prediction modules too; None if dense
     cache: list[Any] | None
+
+
+class Prediction(NamedTuple):
+    """One of what the model predicts at each position: the next token, or one further ahead."""
+
+    loss: Tensor  # scalar, mean cross-entropy; with gradient
+    ce_BL: Tensor  # float32 cross-entropy of each token, detached; 0 where nothing is predicted
+    predicted_BL: Tensor  # bool
+    stats: list[RouterStats]  # of the MoE layers that serve this prediction first
 
 
 class GPT(nn.Module):
@@ -40,6 +50,9 @@ class GPT(nn.Module):
         self.norm = make_norm(config)
         tied = config.tied_embeddings
         self.head = None if tied else nn.Linear(config.d_model, config.vocab_size, bias=False)
+        self.multi_token_prediction = nn.ModuleList(
+            PredictionModule(config) for _ in range(config.n_prediction_modules)
+        )
 
     @property
     def head_weight_VD(self) -> Tensor:
@@ -47,8 +60,14 @@ class GPT(nn.Module):
 
     @property
     def moe_layers(self) -> list[Any]:
-        """The MoELayer modules, in the order of the M axis of the statistics."""
-        return [block.moe for block in self.blocks if block.moe is not None]
+        """The MoELayer modules, in the order of the M axis of the statistics: `ModelConfig.routed_layers`."""
+        return [block.moe for block in self.all_blocks if block.moe is not None]
+
+    @property
+    def all_blocks(self) -> list[Block]:
+        """Those of the main model, then those of multi-token prediction."""
+        blocks = [*self.blocks, *(module.block for module in self.multi_token_prediction)]
+        return [block for block in blocks if isinstance(block, Block)]
 
     @property
     def attentions(self) -> list[Attention]:
@@ -73,36 +92,65 @@ class GPT(nn.Module):
 
         `targets_BL`: int64, IGNORE where nothing is predicted. `token_mask_BL`: bool, False = padding, neither
         routed nor counted. `document_ids_BL`: attention stays within equal ids. `cache`: from `init_cache`;
-        the tokens follow those it holds.
+        the tokens follow those it holds. Modules of multi-token prediction run only with targets.
         """
-        B, L = tokens_BL.shape
+        L = tokens_BL.shape[1]
         start = cache[0].length if cache is not None else 0
         positions_L = torch.arange(start, start + L, device=tokens_BL.device)
         n_sections = len(self.config.attentions)
         rotations = [attention.rotation(positions_L) for attention in self.attentions[:n_sections]]
         mask_BLL = attention_mask(positions_L, document_ids_BL, start)
         context = RouteContext(tokens_BL, token_mask_BL, self.training)
-        x_BLD = F.dropout(self.embedding(tokens_BL), self.config.dropout, self.training)
-        layer_stats = []
+        embedded_BLD = F.dropout(self.embedding(tokens_BL), self.config.dropout, self.training)
+        x_BLD, layer_stats = embedded_BLD, []
         for i, block in enumerate(self.blocks):
-            rotation, entry = rotations[i % n_sections], None if cache is None else cache[i]
-            if self.activation_checkpointing and cache is None and torch.is_grad_enabled():
-                x_BLD, stats = checkpoint(block, x_BLD, rotation, mask_BLL, context, use_reentrant=False)
-            else:
-                x_BLD, stats = block(x_BLD, rotation, mask_BLL, context, entry)
+            inputs = (x_BLD, rotations[i % n_sections], mask_BLL, context)
+            x_BLD, stats = self._run(block, *inputs) if cache is None else block(*inputs, cache[i])
             if stats is not None:
                 layer_stats.append(stats)
         x_BLD = self.norm(x_BLD)
-        all_stats = stack_stats(layer_stats) if layer_stats else None
         if targets_BL is None:
+            all_stats = stack_stats(layer_stats) if layer_stats else None
             return GPTOutput(F.linear(x_BLD, self.head_weight_VD), None, None, {}, all_stats, cache)
+        if cache is not None and self.multi_token_prediction:
+            raise ValueError("targets_BL with a cache: multi-token prediction needs the whole sequence")
+        predictions = [self._predict(x_BLD, targets_BL, layer_stats)]
+        rotation = rotations[self.config.prediction_layer % n_sections]
+        for k, module in enumerate(self.multi_token_prediction, 1):
+            ahead = context_ahead(context, document_ids_BL, k)
+            x_BLD, stats = self._run(module, x_BLD, embedded_BLD.roll(-k, 1), rotation, mask_BLL, ahead)
+            assert ahead.token_mask_BL is not None
+            targets_ahead_BL = torch.where(ahead.token_mask_BL, targets_BL.roll(-k, 1), IGNORE)
+            predictions.append(self._predict(x_BLD, targets_ahead_BL, [] if stats is None else [stats]))
+        all_stats = stack_stats([stats for each in predictions for stats in each.stats]) if layer_stats else None
+        return GPTOutput(None, predictions[0].loss, predictions[0].ce_BL, self._extra(predictions), all_stats, cache)
+
+    def _run(self, module: nn.Module, *inputs: Any) -> Any:
+        """module(*inputs), recomputed in backward if the model is set so."""
+        if self.activation_checkpointing and torch.is_grad_enabled():
+            return checkpoint(module, *inputs, use_reentrant=False)
+        return module(*inputs)
+
+    def _predict(self, x_BLD: Tensor, targets_BL: Tensor, stats: list[RouterStats]) -> Prediction:
         loss, ce_T = chunked_cross_entropy(x_BLD.flatten(0, 1), self.head_weight_VD, targets_BL.flatten())
-        ce_BL = ce_T.view(B, L)
-        extra_losses = {}
-        if all_stats is not None:
-            routing_loss = self.moe_layers[0].router.loss(all_stats, ce_BL, targets_BL != IGNORE)
-            extra_losses = {} if routing_loss is None else {"routing": routing_loss}
-        return GPTOutput(None, loss, ce_BL, extra_losses, all_stats, cache)
+        return Prediction(loss, ce_T.view_as(targets_BL), targets_BL != IGNORE, stats)
+
+    def _extra(self, predictions: list[Prediction]) -> dict[str, Tensor]:
+        """The named losses beside the main cross-entropy: DeepSeek-V3 (2412.19437) eq. 24-25 of the predictions
+        further ahead, and that of routers which need one, a mean over all MoE layers, in which each is rewarded by the
+        prediction that it serves first."""
+        extra = {}
+        section = self.config.multi_token_prediction
+        if section is not None:
+            extra["multi_token_prediction"] = section.coef * torch.stack([each.loss for each in predictions[1:]]).mean()
+        routed = [each for each in predictions if each.stats]
+        if routed:
+            router, n_layers = self.moe_layers[0].router, len(self.moe_layers)
+            losses = [router.loss(stack_stats(each.stats), each.ce_BL, each.predicted_BL) for each in routed]
+            if losses[0] is not None:
+                shares = [len(each.stats) / n_layers for each in routed]
+                extra["routing"] = sum(share * loss for share, loss in zip(shares, losses, strict=True))
+        return extra
 
 
 def attention_mask(positions_L: Tensor, document_ids_BL: Tensor | None, start: int) -> Tensor | None:

@@ -14,7 +14,8 @@ from moelm.model.gpt import GPT, MAX_LOGITS
 
 @dataclass(frozen=True)
 class ModelSize:
-    """Parameters. `active`: all but the routed experts that a token does not use. Buffers are not counted."""
+    """Parameters. `active`: all but the routed experts that a token does not use. Buffers are not counted, and modules
+    of multi-token prediction only in their own field, as in published figures."""
 
     total: int
     active: int  # routers, shared experts, norms, input embedding and head all counted
@@ -22,21 +23,21 @@ class ModelSize:
     active_no_embeddings: int  # without input embedding and head
     routed_expert: int  # one routed expert of one layer
     router: int  # of one layer
+    multi_token_prediction: int = 0  # all modules; the embedding and the head that they share are not counted again
 
 
 def model_size(config: ModelConfig) -> ModelSize:
     """Counted on the meta device, so any size takes a moment and no memory."""
     with torch.device("meta"):
         model = GPT(config)
-    total = sum(parameter.numel() for parameter in model.parameters())
+    modules = sum(parameter.numel() for parameter in model.multi_token_prediction.parameters())
+    total = sum(parameter.numel() for parameter in model.parameters()) - modules
     expert = router = 0
     if config.moe is not None and model.moe_layers:
         layer = model.moe_layers[0]
         expert = sum(parameter.numel() for parameter in layer.experts.parameters()) // config.moe.n_experts
         router = sum(parameter.numel() for parameter in layer.router.parameters())
-    moe = config.moe
-    idle = 0 if moe is None else max(0, moe.n_experts - moe.choices_per_token) * len(config.moe_layers)
-    active = total - idle * expert
+    active = total - _idle_experts(config) * expert * len(config.moe_layers)
     embedding = config.vocab_size * config.d_model
     return ModelSize(
         total=total,
@@ -45,7 +46,13 @@ def model_size(config: ModelConfig) -> ModelSize:
         active_no_embeddings=active - (1 if config.tied_embeddings else 2) * embedding,
         routed_expert=expert,
         router=router,
+        multi_token_prediction=modules,
     )
+
+
+def _idle_experts(config: ModelConfig) -> int:
+    """Routed experts of one MoE layer that a token does not use."""
+    return 0 if config.moe is None else max(0, config.moe.n_experts - config.moe.choices_per_token)
 
 
 def flops_per_token(config: ModelConfig, seq_len: int) -> int:
@@ -53,23 +60,33 @@ def flops_per_token(config: ModelConfig, seq_len: int) -> int:
 
     6 = 2 forward (a multiply-add) + 4 backward. The input embedding is a look-up; the head multiplies, tied or
     not. The biases of experts are added and do not count, nor does recomputation. Of attention only the scores that
-    its mask leaves count.
+    its mask leaves count. A module of multi-token prediction is a projection, a block and the head once more, for
+    every token.
     """
     size = model_size(config)
-    head = config.vocab_size * config.d_model
-    layers = range(config.n_layers)
+    n_modules, n_routed = config.n_prediction_modules, len(config.routed_layers)
+    head = (1 + n_modules) * config.vocab_size * config.d_model
+    layers = _layers_of_blocks(config)
     vectors = [_attention_vectors(section, config) for section in config.attentions]
-    norms = (2 * config.n_layers + 1) * config.d_model + sum(vectors[layer % len(vectors)] for layer in layers)
+    n_norms = 2 * len(layers) + 1 + 3 * n_modules  # a module has one for each of its inputs, and a final one
+    norms = n_norms * config.d_model + sum(vectors[layer % len(vectors)] for layer in layers)
+    idle = _idle_experts(config) * size.routed_expert * (n_routed - len(config.moe_layers))
+    active = size.active_no_embeddings + size.multi_token_prediction - idle
     attention = sum(attention_of(config, layer).flops_per_token(config.d_model, seq_len) for layer in layers)
     again = 0  # what chunks of one token use more than once
     biases = 0  # of the experts, which are added
     if config.moe is not None:
         if config.moe.experts.bias:
             width = 2 * config.moe.d_expert + config.d_model // config.moe.router.n_chunks
-            biases = config.moe.choices_per_token * width * len(config.moe_layers)
+            biases = config.moe.choices_per_token * width * n_routed
         experts = max(0, config.moe.choices_per_token - config.moe.n_experts) * size.routed_expert
-        again = (experts + (config.moe.router.n_chunks - 1) * size.router) * len(config.moe_layers)
-    return 6 * (size.active_no_embeddings + again + head - norms - biases) + 3 * attention
+        again = (experts + (config.moe.router.n_chunks - 1) * size.router) * n_routed
+    return 6 * (active + again + head - norms - biases) + 3 * attention
+
+
+def _layers_of_blocks(config: ModelConfig) -> list[int]:
+    """What layer each block is: those of the main model, then those of multi-token prediction."""
+    return [*range(config.n_layers), *[config.prediction_layer] * config.n_prediction_modules]
 
 
 def _attention_vectors(section: NamedConfig, config: ModelConfig) -> int:
@@ -109,7 +126,7 @@ class Memory:
 
     weights: int  # float32 master weights
     gradients: int  # float32
-    optimizer: int  # two float32 moments
+    optimizer: int  # float32: two moments; under Muon one, and two of the embeddings
     activations: int  # saved for backward, for one micro-batch
     working: int  # bf16 copies of the weights under bf16-mixed, and the logits of one chunk
 
@@ -119,7 +136,7 @@ class Memory:
 
 
 def training_memory(config: Config, n_shards: int = 1) -> Memory:
-    """An estimate for AdamW with float32 state; `n_shards` devices share weights, gradients and moments (1: DDP).
+    """An estimate with float32 optimizer state; `n_shards` devices share weights, gradients and moments (1: DDP).
 
     For a GPU, where blocks are compiled unless trainer.compile is false. Activations count what autograd keeps,
     tensor by tensor, from the shapes (see `_activation_bytes`); the allocator's fragmentation is not included.
@@ -127,22 +144,29 @@ def training_memory(config: Config, n_shards: int = 1) -> Memory:
     model, micro = config.model, config.optim.micro_batch_size * config.data.seq_len
     mixed = config.trainer.precision == "bf16-mixed"
     size = model_size(model)
-    state = 4 * size.total // n_shards
+    n_parameters = size.total + size.multi_token_prediction
+    state = 4 * n_parameters // n_shards
     compiled = config.trainer.compile is not False
-    per_block = [_activation_bytes(model, i, micro, mixed, compiled) for i in range(model.n_layers)]
+    per_block = [_activation_bytes(model, i, micro, mixed, compiled) for i in _layers_of_blocks(model)]
     residual = 4 * micro * model.d_model
+    head_bytes = 2 if mixed else 4
+    read_by_head = head_bytes * micro * model.d_model
+    for i in range(model.n_layers, len(per_block)):  # a prediction module: what projection and final norm read
+        per_block[i] += 2 * read_by_head + residual
     if config.trainer.activation_checkpointing == "full":
         activations = residual * model.n_layers + max(per_block)
     else:
         activations = sum(per_block)
-    head_bytes = 2 if mixed else 4
     logits = min(micro * model.vocab_size, MAX_LOGITS)
-    activations += 2 * residual + head_bytes * micro * model.d_model
+    activations += 2 * residual + read_by_head
+    # a prediction module: its embeddings, what the head reads, and that once more in float32 for its hidden state
+    activations += model.n_prediction_modules * (residual + read_by_head + (residual if mixed else 0))
     # logits in compute dtype, in float32, and their float32 gradient exist together in backward
     working = logits * (8 + head_bytes)
     if mixed:
-        working += 2 * size.total  # autocast and the experts keep bf16 copies for the backward pass
-    return Memory(state, state, 2 * state, activations, working)
+        working += 2 * n_parameters  # autocast and the experts keep bf16 copies for the backward pass
+    second = size.active - size.active_no_embeddings if config.optim.optimizer == "muon" else n_parameters
+    return Memory(state, state, state + 4 * second // n_shards, activations, working)
 
 
 def _activation_bytes(model: ModelConfig, layer: int, tokens: int, mixed: bool, compiled: bool) -> int:

@@ -75,7 +75,7 @@ class MoELightningModule(pl.LightningModule):
         model.activation_checkpointing = options.activation_checkpointing == "full"
         on_cuda = next(model.parameters()).is_cuda
         if options.compile is True or (options.compile == "auto" and on_cuda):
-            for block in model.blocks:
+            for block in model.all_blocks:
                 block.compile(dynamic=False)
         self.model = model
 

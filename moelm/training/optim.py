@@ -4,40 +4,67 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import nn
 from torch.optim import Optimizer
 
 from moelm.config import OptimConfig, ScheduleConfig
+from moelm.training.muon import MuonAdamW
+
+# Where two matrices are stored as one, and the axis along which they stand side by side: SwiGLU's gate and up
+GATE_UP = {"gate_up.weight": 0, "gate_up": -1}
 
 
 def build_optimizer(model: nn.Module, config: OptimConfig) -> Optimizer:
-    """AdamW (arXiv 1711.05101) with two groups: decayed, and the kinds that `no_decay` names."""
+    """AdamW (arXiv 1711.05101) for everything, or Muon (2502.16982) for the matrices and AdamW for the rest.
+
+    The kinds that `no_decay` names are not decayed. Muon takes what Moonlight gives it: every matrix but the embedding
+    and the head, so the router's too; stacked experts one by one, gate and up apart.
+    """
     decayed: list[nn.Parameter] = []
     free: list[nn.Parameter] = []
+    matrices: dict[int | None, list[nn.Parameter]] = {}
     for name, parameter in model.named_parameters():
-        (free if kind_of(name, parameter.ndim) in config.no_decay else decayed).append(parameter)
-    groups = [
-        {"params": decayed, "weight_decay": config.weight_decay},
-        {"params": free, "weight_decay": 0.0},
-    ]
+        kind = kind_of(name, parameter.ndim)
+        if config.optimizer == "muon" and kind == "matrix":
+            axis = next((axis for end, axis in GATE_UP.items() if name.endswith(f".{end}")), None)
+            matrices.setdefault(axis, []).append(parameter)
+        else:
+            (free if kind in config.no_decay else decayed).append(parameter)
+    groups: list[dict[str, Any]] = [{"params": decayed}, {"params": free, "weight_decay": 0.0}]
+    groups = [group for group in groups if group["params"]]
+    betas = (config.betas[0], config.betas[1])
+    if config.optimizer == "muon":
+        groups += [{"params": found, "rule": "muon", "halves": axis} for axis, found in matrices.items()]
+        return MuonAdamW(
+            groups,
+            lr=config.lr,
+            momentum=config.momentum,
+            betas=betas,
+            eps=config.eps,
+            weight_decay=config.weight_decay,
+        )
     return torch.optim.AdamW(
-        [group for group in groups if group["params"]],
+        groups,
         lr=config.lr,
-        betas=(config.betas[0], config.betas[1]),
+        betas=betas,
         eps=config.eps,
+        weight_decay=config.weight_decay,
         fused=True,  # one kernel; on the CPU too
     )
 
 
 def kind_of(parameter_name: str, n_dimensions: int) -> str:
-    """norm, bias, embedding or matrix. A tied head is the embedding; an untied one is a matrix. Other vectors and
-    scalars (a temperature) count as biases."""
+    """norm, bias, embedding, head or matrix. A tied head is the embedding. Other vectors and scalars (a temperature)
+    count as biases."""
     if parameter_name.endswith("norm.weight"):
         return "norm"
     if parameter_name.endswith("bias") or n_dimensions < 2:
         return "bias"
+    if parameter_name == "head.weight":
+        return "head"
     return "embedding" if parameter_name.endswith("embedding.weight") else "matrix"
 
 
@@ -47,13 +74,17 @@ def lr_factor(config: ScheduleConfig, max_steps: int) -> Callable[[int], float]:
     Warm-up is linear: (step + 1) / warmup_steps. Then, with p the share of the remaining steps that is done:
     linear 1 - (1 - m) p; cosine m + (1 - m) (1 + cos(pi p)) / 2; wsd 1, then linear to m over the last
     decay_steps; step factor^(number of milestones passed, as fractions of max_steps). m = min_lr_ratio.
+    phases: see `_phase_value`; there warm-up rises to the value with which the first phase begins.
     """
     warmup, low = config.warmup_steps, config.min_lr_ratio
     decay = config.decay_steps or max(1, max_steps // 10)
 
     def factor(step: int) -> float:
         if step < warmup:
-            return (step + 1) / warmup
+            first = _phase_value(config, max_steps, warmup) if config.name == "phases" else 1.0
+            return first * (step + 1) / warmup
+        if config.name == "phases":
+            return _phase_value(config, max_steps, step)
         done = min(1.0, (step - warmup) / max(1, max_steps - warmup))
         if config.name == "linear":
             return 1 - (1 - low) * done
@@ -67,3 +98,21 @@ def lr_factor(config: ScheduleConfig, max_steps: int) -> Callable[[int], float]:
         return 1.0
 
     return factor
+
+
+def _phase_value(config: ScheduleConfig, max_steps: int, step: int) -> float:
+    """constant: `to` from the phase's first step on; linear, cosine: from the value before (at first 1) to `to`.
+
+    A phase ends with step round(until * max_steps), where the next one begins; the first begins after warm-up.
+    """
+    begin, value = config.warmup_steps, 1.0
+    for phase in config.phases:
+        end = round(phase.until * max_steps)
+        if step < end:
+            break
+        begin, value = end, phase.to
+    if phase.shape == "constant":
+        return phase.to
+    done = min(1.0, (step - begin) / max(1, end - begin))
+    rise = done if phase.shape == "linear" else (1 - math.cos(math.pi * done)) / 2
+    return value + (phase.to - value) * rise

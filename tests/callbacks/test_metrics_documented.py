@@ -28,6 +28,7 @@ RUNS: list[dict[str, Any]] = [
         "model.moe.router": {"name": "top_k", "score": "sigmoid", "selection_bias": True},
         "model.moe.balancers": [{"name": "loss_free", "rate": 0.01}, {"name": "switch"}],
         "model.moe.dispatch": "capacity",
+        "model.multi_token_prediction": {"coef": 0.1},
     },
     {"model.moe.router": "expert_choice", "model.moe.balancers": []},
     {

@@ -5,9 +5,19 @@ import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
+from moelm.config import Config, from_dict, to_dict
 from moelm.model.gpt import GPT
 from moelm.model.init import initialize
-from moelm.model.size import ModelSize, _activation_bytes, expert_combinations, flops_per_token, model_size, short_name
+from moelm.model.size import (
+    ModelSize,
+    _activation_bytes,
+    expert_combinations,
+    flops_per_token,
+    model_size,
+    short_name,
+    training_memory,
+)
+from moelm.moe.types import RouteContext
 
 GQA = {"name": "gqa", "n_heads": 4, "n_kv_heads": 2}
 MLA = {
@@ -31,6 +41,12 @@ CASES = {
     "latent": {"attention": MLA},
     "latent_of_q": {"attention": MLA | {"q_latent_dim": 9}},
     "wide_heads": {"attention": {"name": "gqa", "n_heads": 4, "n_kv_heads": 1, "head_dim": 16}},
+    "prediction": {"multi_token_prediction": {}, "tied_embeddings": False, "moe": {"n_shared_experts": 1}},
+    "predictions": {
+        **{"multi_token_prediction": {"n_modules": 2}, "n_layers": 3, "attention": GQA | {"qk_norm": "head"}},
+        "moe": {"moe_every_n_layers": 2, "first_moe_layer": 1, "experts": {"bias": True}},
+    },
+    "prediction_dense": {"multi_token_prediction": {}, "moe": None},
 }
 
 
@@ -61,6 +77,21 @@ def count(config):
         total += 3 * d * (moe.d_shared or moe.n_shared_experts * moe.d_expert) + (d if moe.shared_gate else 0)
         idle += (moe.n_experts - moe.top_k) * expert
     return total, total - idle, embedding
+
+
+def count_prediction_modules(config):
+    """Parameters of all modules: projection, five norms of their own and of the block, attention, feed-forward."""
+    d, moe = config.d_model, config.moe
+    module = 2 * d * d + 5 * d + sum(count_attention(config))
+    if moe is None:
+        module += 3 * d * config.feed_forward.d_ff
+    else:
+        module += moe.n_experts * (d + expert_parameters(config)) + 3 * d * moe.n_shared_experts * moe.d_expert
+    return module * n_modules_of(config)
+
+
+def n_modules_of(config):
+    return 0 if config.multi_token_prediction is None else config.multi_token_prediction.n_modules
 
 
 def count_attention(config):
@@ -117,7 +148,9 @@ def test_parameters_equal_a_formula_of_the_config(config):
     assert size.active_no_input_embedding == active - (0 if config.tied_embeddings else embedding)
     assert size.active_no_embeddings == active - embedding * (1 if config.tied_embeddings else 2)
     assert size.routed_expert == (0 if config.moe is None else expert_parameters(config))
-    assert size.total == sum(parameter.numel() for parameter in GPT(config).parameters())
+    modules = count_prediction_modules(config) if n_modules_of(config) else 0
+    assert size.multi_token_prediction == modules
+    assert size.total + modules == sum(parameter.numel() for parameter in GPT(config).parameters())
 
 
 def test_idle_experts_are_all_that_separates_total_from_active(tiny_config):
@@ -132,7 +165,8 @@ def test_flops_are_those_that_pytorch_counts(tiny_config, case):
 
     In SDPA's plain implementation it sees the whole square of scores, of which causal attention needs half:
     two products of L Q multiply-adds a token and head are 4 L H Q forward and 12 L H Q in all, so
-    `flops_per_token` leaves out 6 L H Q a layer. It counts the router's trained bias as if it multiplied.
+    `flops_per_token` leaves out 6 L H Q a layer. It counts the router's trained bias as if it multiplied, and the
+    experts of prediction module k for all L tokens, where they see L - k.
     """
     changes = dict(CASES[case])
     if changes.get("moe", {}) is not None:
@@ -144,18 +178,22 @@ def test_flops_are_those_that_pytorch_counts(tiny_config, case):
     B, L = 2, 24
     tokens_BL = torch.randint(config.vocab_size, (B, L + 1), generator=torch.Generator().manual_seed(0))
     with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH):
-        model(tokens_BL[:, :-1], tokens_BL[:, 1:]).loss.backward()
+        output = model(tokens_BL[:, :-1], tokens_BL[:, 1:])
+        (output.loss + sum(output.extra_losses.values())).backward()
     attention = config.attention
     if attention.name == "mla":
         head_dim = (attention.nope_head_dim + attention.rope_head_dim + attention.v_head_dim) / 2  # of k and of v
     else:
         head_dim = attention.head_dim or config.d_model // attention.n_heads
-    unneeded_half = 6 * L * attention.n_heads * head_dim * config.n_layers
+    unneeded_half = 6 * L * attention.n_heads * head_dim * (config.n_layers + n_modules_of(config))
+    not_routed = 0
+    for k in range(1, n_modules_of(config) + 1) if config.moe is not None else ():
+        not_routed += 6 * 3 * config.d_model * config.moe.d_expert * config.moe.top_k * k / L
     counted = counter.get_total_flops() / (B * L)
-    wanted = flops_per_token(config, L) + unneeded_half
+    wanted = flops_per_token(config, L) + unneeded_half - not_routed
     assert counted == pytest.approx(wanted, rel=0.01)
     if case != "biases":
-        assert counted == wanted
+        assert counted == pytest.approx(wanted, rel=1e-12)
     # each part alone is more than the tolerance
     assert unneeded_half > 0.02 * wanted
 
@@ -215,3 +253,44 @@ def test_the_memory_of_eager_experts_is_what_autograd_keeps(tiny_config, experts
         kept.append(sum(t.untyped_storage().nbytes() for pointer, t in saved.items() if pointer not in weights))
         counted.append(_activation_bytes(config, 0, n_tokens, False, False))
     assert kept[1] - kept[0] == counted[1] - counted[0]
+
+
+def saved_bytes(run, model):
+    """What autograd keeps of `run()`, without parameters."""
+    weights = {parameter.untyped_storage().data_ptr() for parameter in model.parameters()}
+    saved = {}
+
+    def keep(tensor):
+        saved[tensor.untyped_storage().data_ptr()] = tensor
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        run()
+    return sum(t.untyped_storage().nbytes() for pointer, t in saved.items() if pointer not in weights)
+
+
+def test_the_memory_of_a_prediction_module_is_what_autograd_keeps_beside_its_block(tiny_config):
+    """LayerNorm, since RMSNorm in pieces, as on the CPU, keeps its normalised input as well."""
+    raw = to_dict(Config()) | {"model": to_dict(tiny_config(n_layers=1, moe=None, vocab_size=4096, norm="layernorm"))}
+    raw["data"]["seq_len"], raw["trainer"]["compile"] = 64, False
+    memories = []
+    for section in (None, {"n_modules": 1}):
+        raw["model"]["multi_token_prediction"] = section
+        config = from_dict(Config, raw)
+        memories.append(training_memory(config))
+    plain, predicting = memories
+    model, n_tokens = GPT(config.model), config.optim.micro_batch_size * 64
+    initialize(model, 0)
+    added = model_size(config.model).multi_token_prediction
+    assert predicting.weights - plain.weights == predicting.gradients - plain.gradients == 4 * added
+    assert predicting.optimizer - plain.optimizer == 8 * added
+
+    module, context = model.multi_token_prediction[0], RouteContext(torch.zeros(8, 64, dtype=torch.int64), None, True)
+    rotation = model.attentions[0].rotation(torch.arange(64))
+    x_BLD, hidden_BLD, embedded_BLD = (torch.randn(8, 64, 32, requires_grad=True) for _ in range(3))
+    with sdpa_kernel(SDPBackend.FLASH_ATTENTION):
+        block = saved_bytes(lambda: module.block(x_BLD, rotation, None, context), model)
+        whole = saved_bytes(lambda: module(hidden_BLD, embedded_BLD * 1, rotation, None, context), model)
+    assert n_tokens == 8 * 64
+    estimate = predicting.activations - plain.activations - _activation_bytes(config.model, 0, n_tokens, False, False)
+    assert whole - block == pytest.approx(estimate, rel=0.05)
