@@ -1,8 +1,9 @@
 """Peak memory and time of `moelm.convert` in both directions, on a random model of EuroMoE's shape (2.6 B parameters).
 
-The model is written to the disk file by file, converted to the format of transformers and back, each in a process of
-its own whose peak memory is measured together with that of the process that verifies for it. At the end the tensors
-that came back are compared with the first ones by their checksums.
+The model is written to the disk in one file, as training writes it (for that this process needs memory for all of it),
+converted to the format of transformers and back, each in a process of its own whose peak memory is measured together
+with that of the process that verifies for it. At the end the tensors that came back are compared with the first ones by
+their checksums.
 
     python benchmarks/convert_memory.py --folder /tmp --dtype bfloat16
 
@@ -49,7 +50,7 @@ def write_model(folder: Path, dtype: str) -> int:
     config = Config(model=from_dict(ModelConfig, EUROMOE, "model"))
     empty, state = empty_state(config.model)
     folder.mkdir()
-    shards = ShardWriter(folder)
+    shards = ShardWriter(folder, shard_bytes=2**60)
     for i, (name, tensor) in enumerate(empty.items()):
         values = torch.randn(tensor.shape, generator=torch.Generator().manual_seed(i))
         shards.add(name, cast(values, name, dtype, name in state))

@@ -23,9 +23,10 @@ from tokenizers import Tokenizer
 from tokenizers.processors import TemplateProcessing
 
 from moelm import command_line, convert
-from moelm.config import Config, UserError
+from moelm.config import Config, UserError, to_yaml
 from moelm.convert import main
 from moelm.data.tokenizer import encode_prompt
+from moelm.evaluate import evaluate
 from moelm.generate import main as generate_main
 from moelm.hub.exporting import Export
 from moelm.hub.importing import Import
@@ -56,6 +57,7 @@ DEEPSEEK_V3 = {
         },
         "balancers": [{"name": "loss_free", "rate": 0.01}],
     },
+    "model.multi_token_prediction": {"n_modules": 1, "coef": 0.3},
 }
 PROMPTS = ("def ", "class Reader:\n", "", "<|endoftext|>", "日本")
 
@@ -119,6 +121,10 @@ def test_a_trained_model_writes_the_same_text_in_transformers_and_comes_back_bit
     assert_same_weights(config.run_folder, back)
     assert load_checkpoint_config(back).run.name == "back"
     assert texts == [text_of_moelm(back, prompt, capsys) for prompt in PROMPTS]
+    data = tmp_path / "data.yaml"
+    data.write_text(to_yaml(config.data.corpus))
+    expected = evaluate(config.run_folder)["all"]
+    assert evaluate(back, data)["all"].ce == pytest.approx(expected.ce, abs=1e-6)
     with pytest.raises(UserError, match="holds weights only"):
         train(config, resume=str(back))
     left = [path.name for path in [*tmp_path.iterdir(), *exported.parent.iterdir()] if path.name.startswith(".")]
@@ -126,18 +132,24 @@ def test_a_trained_model_writes_the_same_text_in_transformers_and_comes_back_bit
 
 
 @pytest.mark.usefixtures("in_this_process")
-def test_a_selection_bias_is_float32_in_both_directions_whatever_the_rest_is(
+def test_a_selection_bias_stays_float32_in_both_directions_and_modules_of_multi_token_prediction_are_left_out(
     tiny: Callable[..., Config], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     config = trained(tiny, DEEPSEEK_V3)
     exported, rounded, imported = tmp_path / "exported", tmp_path / "rounded", tmp_path / "imported"
     main(["to-hf", "--checkpoint", str(config.run_folder), "--out", str(exported)])
+    assert "tensors that only training needs, such as multi_token_prediction.0." in capsys.readouterr().out
     for prompt in PROMPTS:
         assert text_of_moelm(config.run_folder, prompt, capsys) == text_of_transformers(exported, prompt)
+    source = Export(config.run_folder)
+    source.left_out = []
+    with pytest.raises(UserError, match=r"multi_token_prediction\S+ of \S+ is nowhere in the model"):
+        verify_export(source, exported)
     main(["to-hf", "--checkpoint", str(config.run_folder), "--out", str(rounded), "--dtype", "bfloat16"])
     main(["from-hf", "--model", str(exported), "--out", str(imported), "--dtype", "bfloat16"])
     before = load_weights(find_checkpoint(config.run_folder))
     after, theirs = load_weights(imported), load_file(rounded / "model.safetensors")
+    assert after.keys() == {name for name in before if not name.startswith("multi_token_prediction.")} != before.keys()
     for layer in (1, 2):
         ours = before[f"blocks.{layer}.moe.router.expert_bias"]
         assert ours.unique().numel() > 2
