@@ -302,6 +302,7 @@ class TokenizerConfig:
     vocab_size: int = setting(4096, ge=257)  # 256 bytes, the end-of-text token, and merges
     train_bytes: int = setting(20_000_000, ge=1)  # how much of the corpus the training of the tokenizer reads
     end_of_text: str = setting("<|endoftext|>", is_a=NOT_EMPTY)
+    start_of_text: str | None = setting(None, is_a=NOT_EMPTY)  # what generation begins with; null: end_of_text
 
 
 @dataclass

@@ -16,7 +16,7 @@ from moelm.data.datamodule import validation_loader
 from moelm.data.prepare import prepare, prepare_for_tokenizer
 from moelm.data.token_shards import DataError, TokenShards, hash_file
 from moelm.moe.load_metrics import dead_experts, max_violation
-from moelm.training.checkpoint_io import find_checkpoint
+from moelm.training.checkpoint_io import find_checkpoint, has_file, tokenizer_file
 from moelm.training.evaluation import Evaluation, EvaluationSums, forward_batch
 from moelm.training.loading import autocast, load_model
 
@@ -54,13 +54,16 @@ def evaluate(checkpoint: str | Path, data: str | Path | None = None) -> dict[str
 
 def _evaluate(checkpoint: str | Path, data: str | Path | None) -> tuple[dict[str, Evaluation], ModelConfig]:
     folder = find_checkpoint(checkpoint)
+    tokenizer = tokenizer_file(folder)
+    if data is None and not has_file(folder, "training.pt"):
+        raise DataError(f"{folder}: was converted, so it has no data of its own\n  remedy: name some with --data")
     model, config, device = load_model(folder)
     if data is None:
         shards = prepare(config.data.corpus)
         check_tokenizer(folder, shards)
     else:
         end_of_text = config.data.corpus.tokenizer.end_of_text
-        shards = prepare_for_tokenizer(load_corpus(data), folder / "tokenizer.json", end_of_text)
+        shards = prepare_for_tokenizer(load_corpus(data), tokenizer, end_of_text)
     loader = validation_loader(shards, config.data.seq_len, config.optim.micro_batch_size)
     sums = EvaluationSums(shards.domains)
     separator = shards.end_of_text_id if config.data.mask_documents else None

@@ -11,8 +11,9 @@ from torch import Tensor
 
 from moelm import command_line
 from moelm.config import ConfigError, ModelConfig
+from moelm.data.tokenizer import encode_prompt
 from moelm.model.gpt import GPT
-from moelm.training.checkpoint_io import find_checkpoint, load_checkpoint_config
+from moelm.training.checkpoint_io import find_checkpoint, load_checkpoint_config, tokenizer_file
 from moelm.training.loading import autocast, load_model
 
 EPILOG = """example:
@@ -42,11 +43,11 @@ def main(argv: list[str]) -> None:
             raise ConfigError(f"--{key.replace('_', '-')}", f"{getattr(arguments, key)}", f"it must be {allowed}")
     folder = find_checkpoint(arguments.checkpoint)
     refuse_without_generation(load_checkpoint_config(folder).model, str(folder))
+    tokenizer = Tokenizer.from_file(str(tokenizer_file(folder)))
+    section = load_checkpoint_config(folder).data.corpus.tokenizer
+    end = tokenizer.token_to_id(section.end_of_text)
+    prompt = encode_prompt(tokenizer, section, arguments.prompt)
     model, config, device = load_model(folder)
-    tokenizer = Tokenizer.from_file(str(folder / "tokenizer.json"))
-    tokenizer.encode_special_tokens = True  # a prompt that spells a special token is the text that it is
-    end = tokenizer.token_to_id(config.data.corpus.tokenizer.end_of_text)
-    prompt = [end, *tokenizer.encode(arguments.prompt, add_special_tokens=False).ids]
     if len(prompt) + arguments.max_new_tokens > config.data.seq_len:
         print(
             f"note: trained on sequences of {config.data.seq_len} tokens; later text is worse",

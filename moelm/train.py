@@ -25,6 +25,7 @@ from moelm.training.checkpoint_io import (
     newest_checkpoint,
     set_aside_later,
     step_of,
+    training_state,
 )
 from moelm.training.lightning_module import MoELightningModule
 from moelm.training.trainer import build_trainer, hardware
@@ -66,6 +67,7 @@ def train(config: Config, resume: str | None = None) -> dict[str, Any]:
     checkpoint = _checkpoint_to_resume(config, resume)
     step = None if checkpoint is None else step_of(checkpoint)
     if checkpoint is not None:
+        training_state(checkpoint)  # or there is nothing to continue
         check_same_run(config, checkpoint)
     trainer = build_trainer(config, step)  # refuses what this machine cannot do before the data is prepared
     shards = prepare(config.data.corpus)

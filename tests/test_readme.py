@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 
 from data_prep.prepare import main as prepare_main
+from moelm.convert import main as convert_main
 from moelm.evaluate import main as evaluate_main
 from moelm.generate import main as generate_main
 from moelm.info import main as info_main
@@ -21,6 +22,7 @@ MAINS = {
     "moelm.evaluate": evaluate_main,
     "moelm.generate": generate_main,
     "moelm.info": info_main,
+    "moelm.convert": convert_main,
     "data_prep.prepare": prepare_main,
 }
 NEEDS_NETWORK = "data_prep.corpora.packages"  # run by the slow test of tests/data/test_corpora.py
@@ -70,6 +72,7 @@ def test_the_commands_of_the_readme_run_in_their_order(
 ) -> None:
     shutil.copytree(ROOT / "configs", tmp_path / "configs")
     monkeypatch.chdir(tmp_path)
+    train_main(["--config", "configs/quickstart.yaml", *SMALL])  # what `make quickstart` trains
     ran = 0
     for words in commands():
         module = words[2] if words[:2] == ["python", "-m"] else ""

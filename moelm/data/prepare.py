@@ -310,7 +310,7 @@ def _is_prepared(folder: Path, corpus: CorpusConfig) -> bool:
         return False
     made_from = read_manifest(folder).get("corpus")
     wanted = json.loads(json.dumps(to_dict(corpus)))
-    differing = differences(made_from, wanted, ignore=("dir",))
+    differing = differences(made_from, wanted, ignore=("dir", "tokenizer.start_of_text"))
     if differing:
         listed = "\n".join(
             f"  {key}: {there!r} on disk, {here!r} in the config" for key, (there, here) in differing.items()

@@ -82,3 +82,17 @@ def load_tokenizer(config: TokenizerConfig, file: str) -> Tokenizer:
     tokenizer.no_truncation()
     tokenizer.no_padding()
     return tokenizer
+
+
+def encode_prompt(tokenizer: Tokenizer, config: TokenizerConfig, text: str) -> list[int]:
+    """What a model is given to continue: the start of a text, then the ids of `text`, in which a special token that is
+    spelled out is the text that it is. Raises UserError for a tokenizer without the start."""
+    start = tokenizer.token_to_id(config.start_of_text or config.end_of_text)
+    if start is None:
+        key = "start_of_text" if config.start_of_text else "end_of_text"
+        raise UserError(
+            f"the tokenizer has no token {config.start_of_text or config.end_of_text!r}\n"
+            f"  remedy: set data.corpus.tokenizer.{key} to one that it has"
+        )
+    tokenizer.encode_special_tokens = True
+    return [start, *tokenizer.encode(text, add_special_tokens=False).ids]

@@ -1,12 +1,13 @@
 """Checkpoints on disk: folders `step-XXXXXXXX/` that are either whole or not there.
 
-    model.pt        weights and expert biases      all that evaluation and generation need
-    training.pt     optimizer, schedule, RNG, position
-    config.yaml     the resolved config
-    tokenizer.json
-    manifest.json   size and sha256 of each file; written last
+    model.safetensors    weights and expert biases, under the names of GPT; a converted model has several, model-*
+    training.pt          optimizer, schedule, RNG, position; without it the checkpoint holds weights only, which can
+                         be evaluated, generate and be converted, but not continued
+    config.yaml          the resolved config
+    tokenizer.json       may be missing where there is no training.pt
+    manifest.json        size and sha256 of each file; written last
 
-Tensors load with `torch.load(weights_only=True)`; nothing else is pickled.
+`training.pt` loads with `torch.load(weights_only=True)`; nothing else is pickled.
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ import re
 import shutil
 import sys
 import time
+from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any
 
@@ -27,16 +29,15 @@ from lightning.fabric.plugins.io.checkpoint_io import CheckpointIO
 from lightning.pytorch.callbacks import Checkpoint
 
 import moelm
-from moelm.config import Config, UserError, from_dict, read_yaml, to_yaml
+from moelm.config import Config, from_dict, read_yaml, to_yaml
 from moelm.data.token_shards import hash_file
 from moelm.training.lightning_module import MoELightningModule
+from moelm.training.weight_files import CheckpointError, read_weights, write_weights
 
-FORMAT = 1
+FORMAT = 2
 STEP_FOLDER = re.compile(r"step-(\d{8})")
-
-
-class CheckpointError(UserError):
-    pass
+WEIGHT_FILES = "model*.safetensors"
+PREFIX = "model."  # of the GPT in the state dict of MoELightningModule
 
 
 def step_folder(run_folder: Path, step: int) -> Path:
@@ -52,8 +53,13 @@ def _read_manifest(folder: Path) -> dict[str, Any]:
     try:
         manifest: dict[str, Any] = json.loads((folder / "manifest.json").read_text(encoding="utf-8"))
         if manifest["format"] != FORMAT:
-            raise CheckpointError(f"{folder}: format {manifest['format']}, this moelm reads {FORMAT}")
-        _ = manifest["files"].keys(), int(manifest["step"])
+            older = "; an older moelm wrote it, which can still read it" if manifest["format"] == 1 else ""
+            raise CheckpointError(f"{folder}: format {manifest['format']}, this moelm reads {FORMAT}{older}")
+        _ = int(manifest["step"])
+        for name, facts in manifest["files"].items():
+            if Path(name).name != name:
+                raise CheckpointError(f"{folder}: manifest.json names {name!r}, which is no file of the folder")
+            _ = int(facts["bytes"]), str(facts["sha256"])
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise CheckpointError(f"{folder}: not a checkpoint (manifest.json: {error})") from None
     return manifest
@@ -72,7 +78,10 @@ class FolderCheckpointIO(CheckpointIO):
             shutil.rmtree(stage, ignore_errors=True)
             stage.mkdir(parents=True)
             rest = {key: value for key, value in checkpoint.items() if key != "state_dict"}
-            torch.save(checkpoint["state_dict"], stage / "model.pt")
+            write_weights(
+                {name.removeprefix(PREFIX): value for name, value in checkpoint["state_dict"].items()},
+                stage / "model.safetensors",
+            )
             torch.save(rest, stage / "training.pt")
             (stage / "config.yaml").write_text(to_yaml(self.config), encoding="utf-8")
             shutil.copyfile(self.config.data.corpus.path / "tokenizer.json", stage / "tokenizer.json")
@@ -80,7 +89,7 @@ class FolderCheckpointIO(CheckpointIO):
             if target.exists():
                 shutil.rmtree(target)
             os.replace(stage, target)
-            _sync(target.parent)
+            sync(target.parent)
         except (OSError, RuntimeError) as error:  # torch.save raises RuntimeError on a full disk
             shutil.rmtree(stage, ignore_errors=True)
             raise CheckpointError(f"{target}: the checkpoint could not be written: {error}") from error
@@ -88,8 +97,8 @@ class FolderCheckpointIO(CheckpointIO):
     def load_checkpoint(self, path: Any, map_location: Any = None, weights_only: bool | None = None) -> dict[str, Any]:
         folder = Path(path)
         verify_checkpoint(folder)
-        checkpoint: dict[str, Any] = load_tensors(folder / "training.pt")
-        checkpoint["state_dict"] = load_tensors(folder / "model.pt")
+        checkpoint = load_tensors(training_state(folder))
+        checkpoint["state_dict"] = {f"{PREFIX}{name}": value for name, value in load_weights(folder).items()}
         return checkpoint
 
     def remove_checkpoint(self, path: Any) -> None:
@@ -99,7 +108,7 @@ class FolderCheckpointIO(CheckpointIO):
 def write_manifest(folder: Path, step: int) -> None:
     files = {}
     for file in sorted(folder.iterdir()):
-        _sync(file)
+        sync(file)
         files[file.name] = {"bytes": file.stat().st_size, "sha256": hash_file(file)}
     manifest = {
         "format": FORMAT,
@@ -108,11 +117,12 @@ def write_manifest(folder: Path, step: int) -> None:
         "versions": {"moelm": moelm.__version__, "torch": torch.__version__, "lightning": lightning.__version__},
     }
     (folder / "manifest.json").write_text(json.dumps(manifest, indent=1), encoding="utf-8")
-    _sync(folder / "manifest.json")
-    _sync(folder)
+    sync(folder / "manifest.json")
+    sync(folder)
 
 
-def _sync(path: Path) -> None:
+def sync(path: Path) -> None:
+    """Until what a file or folder holds is on the disk."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
@@ -123,14 +133,47 @@ def _sync(path: Path) -> None:
 def verify_checkpoint(folder: Path) -> None:
     """Raises CheckpointError that names the first file which is not what the manifest says."""
     files = _read_manifest(folder)["files"]
-    for name in ("model.pt", "training.pt", "config.yaml", "tokenizer.json"):
-        file, expected = folder / name, files.get(name)
-        if expected is None or not file.is_file():
+    for needed in ("config.yaml", WEIGHT_FILES):
+        if not any(fnmatchcase(name, needed) for name in files):
+            raise CheckpointError(f"{folder / needed}: missing in manifest.json")
+    for name, expected in files.items():
+        file = folder / name
+        if not file.is_file():
             raise CheckpointError(f"{file}: missing")
         if file.stat().st_size != expected["bytes"]:
             raise CheckpointError(f"{file}: {file.stat().st_size} bytes, the manifest says {expected['bytes']}")
         if hash_file(file) != expected["sha256"]:
             raise CheckpointError(f"{file}: the content does not match its sha256 in the manifest")
+
+
+def weight_files(folder: Path) -> list[Path]:
+    """The files whose tensors together are the state dict of the GPT, by name."""
+    return [folder / name for name in sorted(_read_manifest(folder)["files"]) if fnmatchcase(name, WEIGHT_FILES)]
+
+
+def training_state(folder: Path) -> Path:
+    """What a run continues from. Raises CheckpointError for a checkpoint that holds weights only."""
+    if not has_file(folder, "training.pt"):
+        raise CheckpointError(
+            f"{folder}: holds weights only (no training.pt), so no run can continue from it\n"
+            "  remedy: evaluate it, generate with it or convert it; continue a checkpoint that training wrote"
+        )
+    return folder / "training.pt"
+
+
+def tokenizer_file(folder: Path) -> Path:
+    """Raises CheckpointError for a converted model that came without one."""
+    if not has_file(folder, "tokenizer.json"):
+        raise CheckpointError(
+            f"{folder}: has no tokenizer.json\n"
+            "  remedy: convert the model again from a folder that has one, as the `tokenizers` library writes it"
+        )
+    return folder / "tokenizer.json"
+
+
+def has_file(folder: Path, name: str) -> bool:
+    """Whether the manifest lists it: what lies in the folder besides is no part of the checkpoint."""
+    return name in _read_manifest(folder)["files"]
 
 
 def load_tensors(file: Path) -> dict[str, Any]:
@@ -144,8 +187,8 @@ def load_tensors(file: Path) -> dict[str, Any]:
 
 
 def load_weights(folder: Path) -> dict[str, torch.Tensor]:
-    """The GPT's state dict from a checkpoint."""
-    return {name.removeprefix("model."): value for name, value in load_tensors(folder / "model.pt").items()}
+    """The GPT's state dict from a checkpoint, on the CPU, mapped from its files where the platform can."""
+    return read_weights(weight_files(folder))
 
 
 def load_checkpoint_config(folder: Path) -> Config:

@@ -9,7 +9,8 @@ import torch
 
 from moelm.config import Config
 from moelm.model.gpt import GPT
-from moelm.training.checkpoint_io import CheckpointError, load_checkpoint_config, load_weights
+from moelm.training.checkpoint_io import load_checkpoint_config, load_weights
+from moelm.training.weight_files import CheckpointError
 
 
 def load_model(folder: Path) -> tuple[GPT, Config, torch.device]:

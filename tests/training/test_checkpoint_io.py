@@ -2,25 +2,34 @@
 
 from __future__ import annotations
 
+import io
 import json
 import pickle
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
+from safetensors import SafetensorError
 
-from moelm.config import Config
+from moelm.config import Config, UserError, to_yaml
+from moelm.evaluate import evaluate
+from moelm.generate import main as generate_main
 from moelm.train import train
+from moelm.training import weight_files
 from moelm.training.checkpoint_io import (
     CheckpointError,
     find_checkpoint,
     load_checkpoint_config,
+    load_weights,
     newest_checkpoint,
     step_folder,
     step_folders,
     write_manifest,
 )
+from moelm.training.loading import load_model
+from moelm.training.weight_files import write_weights
 
 
 @pytest.fixture
@@ -33,7 +42,7 @@ def run(tiny: Callable[..., Config]) -> Config:
 def test_the_newest_valid_checkpoint_is_found_by_content_and_a_torn_one_is_passed_over(run: Config) -> None:
     assert [folder.name for folder in step_folders(run.run_folder)] == [f"step-{n:08d}" for n in (2, 4, 6)]
     assert find_checkpoint(run.run_folder).name == "step-00000006"
-    with (step_folder(run.run_folder, 6) / "model.pt").open("r+b") as file:
+    with (step_folder(run.run_folder, 6) / "model.safetensors").open("r+b") as file:
         file.truncate(1000)
     assert find_checkpoint(run.run_folder).name == "step-00000004"
     (step_folder(run.run_folder, 4) / "manifest.json").unlink()
@@ -49,27 +58,176 @@ def test_the_newest_valid_checkpoint_is_found_by_content_and_a_torn_one_is_passe
         find_checkpoint(step_folder(run.run_folder, 2))
 
 
-def test_every_tensor_file_loads_with_weights_only(run: Config) -> None:
+def test_every_file_of_tensors_loads_without_running_anything(run: Config) -> None:
     files = list(run.run_folder.rglob("*.pt"))
-    assert len(files) == 6
+    assert {file.name for file in files} == {"training.pt"}
+    assert len(files) == 3
     for file in files:
         torch.load(file, weights_only=True)
     others = {file.suffix for file in run.run_folder.rglob("*") if file.is_file() and file.suffix != ".pt"}
-    assert {suffix for suffix in others if not suffix[1:].isdigit()} == {".yaml", ".json", ".jsonl"}
+    assert {suffix for suffix in others if not suffix[1:].isdigit()} == {".yaml", ".json", ".jsonl", ".safetensors"}
+
+
+class Bomb:
+    def __init__(self, file: Path) -> None:
+        self.file = file
+
+    def __reduce__(self) -> tuple[object, ...]:
+        return (Path.touch, (self.file,))
 
 
 def test_a_planted_pickle_is_refused_and_not_executed(run: Config, tmp_path: Path) -> None:
-    class Bomb:
-        def __reduce__(self) -> tuple[object, ...]:
-            return (Path.touch, (tmp_path / "executed",))
-
     folder = step_folder(run.run_folder, 6)
-    (folder / "training.pt").write_bytes(pickle.dumps({"moelm": Bomb()}))
-    (folder / "manifest.json").unlink()
-    write_manifest(folder, 6)  # as an attacker would
+    (folder / "training.pt").write_bytes(pickle.dumps({"moelm": Bomb(tmp_path / "executed")}))
+    rewrite_manifest(folder)
     with pytest.raises(CheckpointError, match=r"training\.pt: cannot be loaded"):
         train(run_longer(run), resume=str(folder))
     assert not (tmp_path / "executed").exists()
+
+
+def rewrite_manifest(folder: Path) -> None:
+    """As an attacker would: the checksums are right again."""
+    (folder / "manifest.json").unlink()
+    write_manifest(folder, 6)
+
+
+def flip(content: bytes, at: int) -> bytes:
+    return content[:at] + bytes([content[at] ^ 0x40]) + content[at + 1 :]
+
+
+DAMAGE: dict[str, Callable[[bytes, Path], bytes]] = {
+    "truncated": lambda content, _: content[:-100],
+    "empty": lambda content, _: b"",
+    "longer": lambda content, _: content + b"\0" * 8,
+    "a header that is no JSON": lambda content, _: flip(content, 8),
+    "a header of another length": lambda content, _: flip(content, 0),
+    "a header longer than the file": lambda content, _: flip(content, 5),
+    "a pickle": lambda content, tmp_path: pickle.dumps({"embedding.weight": Bomb(tmp_path / "executed")}),
+    "a pickle of torch": lambda content, tmp_path: torch_pickle(Bomb(tmp_path / "executed")),
+}
+
+
+def torch_pickle(value: object) -> bytes:
+    buffer = io.BytesIO()
+    torch.save({"embedding.weight": value}, buffer)
+    return buffer.getvalue()
+
+
+def test_damaged_weights_are_one_clear_error_and_nothing_is_executed(run: Config, tmp_path: Path) -> None:
+    folder = step_folder(run.run_folder, 6)
+    file = folder / "model.safetensors"
+    whole = file.read_bytes()
+    for kind, damage in DAMAGE.items():
+        file.write_bytes(damage(whole, tmp_path))
+        with pytest.raises(CheckpointError, match=r"model\.safetensors: "):
+            find_checkpoint(folder)  # by its checksum
+        rewrite_manifest(folder)
+        find_checkpoint(folder)
+        for load in (lambda: load_model(folder), lambda: train(run_longer(run), resume=str(folder))):
+            with pytest.raises(CheckpointError, match=r"model\.safetensors: not a whole safetensors file: ") as error:
+                load()
+            assert len(str(error.value).splitlines()) == 1, kind
+    assert not (tmp_path / "executed").exists()
+
+
+def test_weights_that_do_not_fit_the_config_are_named(run: Config) -> None:
+    folder = step_folder(run.run_folder, 6)
+    weights = load_weights(folder)
+    weights["another.weight"] = weights.pop("norm.weight")
+    write_weights(weights, folder / "model.safetensors")
+    rewrite_manifest(folder)
+    with pytest.raises(CheckpointError, match=r"do not fit its config(.|\n)*norm\.weight(.|\n)*another\.weight"):
+        load_model(folder)
+
+
+def split_weights(folder: Path) -> None:
+    """One file of weights becomes two, as a converted model has them."""
+    weights = {name: tensor.clone() for name, tensor in load_weights(folder).items()}
+    (folder / "model.safetensors").unlink()
+    names = sorted(weights)
+    for i, part in enumerate((names[::2], names[1::2])):
+        write_weights({name: weights[name] for name in part}, folder / f"model-{i:05d}.safetensors")
+    rewrite_manifest(folder)
+
+
+def test_weights_may_lie_in_several_files(run: Config) -> None:
+    folder = step_folder(run.run_folder, 6)
+    before = {name: tensor.clone() for name, tensor in load_weights(folder).items()}
+    split_weights(folder)
+    after = load_weights(folder)
+    assert before.keys() == after.keys()
+    assert all(torch.equal(before[name], after[name]) for name in before)
+    assert train(run_longer(run), resume=str(folder))["step"] == 8
+
+
+def test_a_tensor_in_two_files_is_refused(run: Config) -> None:
+    folder = step_folder(run.run_folder, 6)
+    write_weights({"norm.weight": load_weights(folder)["norm.weight"].clone()}, folder / "model-2.safetensors")
+    rewrite_manifest(folder)
+    with pytest.raises(CheckpointError, match=r"norm\.weight stands in another file"):
+        load_weights(folder)
+
+
+def test_a_file_that_the_manifest_does_not_list_is_no_part_of_the_checkpoint(run: Config) -> None:
+    folder = step_folder(run.run_folder, 6)
+    write_weights({"another.weight": torch.ones(1)}, folder / "model-2.safetensors")
+    assert "another.weight" not in load_weights(find_checkpoint(folder))
+
+
+def test_without_the_state_of_training_a_checkpoint_still_evaluates_and_generates_but_is_not_continued(
+    run: Config, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    arguments = ["--checkpoint", str(run.run_folder), "--prompt", "def", "--max-new-tokens", "8"]
+    generate_main(arguments)
+    text = capsys.readouterr().out
+    expected = evaluate(run.run_folder)["all"].ce
+    data = tmp_path / "same.yaml"
+    data.write_text(to_yaml(run.data.corpus))
+    folder = step_folder(run.run_folder, 6)
+    (folder / "training.pt").unlink()
+    rewrite_manifest(folder)
+    assert find_checkpoint(run.run_folder) == folder
+    generate_main(arguments)
+    assert capsys.readouterr().out == text
+    assert evaluate(folder, data)["all"].ce == expected
+    with pytest.raises(UserError, match=r"no data of its own(.|\n)*--data"):
+        evaluate(folder)
+    (folder / "training.pt").write_bytes(b"")  # not in the manifest, so it is not there
+    for resume in ("auto", str(folder)):
+        with pytest.raises(CheckpointError, match="holds weights only"):
+            train(run_longer(run), resume=resume)
+
+
+def test_without_a_tokenizer_evaluate_and_generate_say_so(run: Config) -> None:
+    folder = step_folder(run.run_folder, 6)
+    (folder / "tokenizer.json").unlink()
+    rewrite_manifest(folder)
+    for command in (lambda: generate_main(["--checkpoint", str(folder)]), lambda: evaluate(folder)):
+        with pytest.raises(CheckpointError, match=r"has no tokenizer\.json(.|\n)*remedy"):
+            command()
+
+
+MANIFESTS: list[tuple[Callable[[dict[str, Any]], Any], str]] = [
+    (lambda manifest: manifest.update(format=1), "format 1, this moelm reads 2; an older moelm wrote it"),
+    (lambda manifest: manifest.update(format=3), "format 3, this moelm reads 2$"),
+    (lambda manifest: manifest.pop("step"), "not a checkpoint"),
+    (lambda manifest: manifest["files"].pop("model.safetensors"), r"model\*\.safetensors: missing in manifest"),
+    (lambda manifest: manifest["files"].pop("config.yaml"), r"config\.yaml: missing in manifest"),
+    (lambda manifest: manifest["files"].update({"../x": {"bytes": 1, "sha256": ""}}), "no file of the folder"),
+    (lambda manifest: manifest["files"].update({"x": {"bytes": 1, "sha256": ""}}), "x: missing"),
+    (lambda manifest: manifest["files"].update({"x": {}}), "not a checkpoint"),
+]
+
+
+def test_a_manifest_that_is_not_right_is_refused(run: Config) -> None:
+    folder = step_folder(run.run_folder, 6)
+    text = (folder / "manifest.json").read_text()
+    for change, message in MANIFESTS:
+        manifest = json.loads(text)
+        change(manifest)
+        (folder / "manifest.json").write_text(json.dumps(manifest))
+        with pytest.raises(CheckpointError, match=message):
+            find_checkpoint(folder)
 
 
 def run_longer(run: Config) -> Config:
@@ -107,27 +265,34 @@ def test_checkpoints_fall_on_optimizer_steps_under_accumulation(tiny: Callable[.
     assert [folder.name for folder in step_folders(config.run_folder)] == ["step-00000003", "step-00000006"]
     manifest = json.loads((step_folder(config.run_folder, 3) / "manifest.json").read_text())
     assert manifest["step"] == 3
-    assert set(manifest["files"]) == {"config.yaml", "model.pt", "tokenizer.json", "training.pt"}
+    assert set(manifest["files"]) == {"config.yaml", "model.safetensors", "tokenizer.json", "training.pt"}
 
 
 def test_a_checkpoint_carries_its_config(run: Config) -> None:
     assert load_checkpoint_config(step_folder(run.run_folder, 6)) == run
 
 
+@pytest.mark.parametrize(
+    ("module", "saver", "error"),
+    [
+        (torch, "save", RuntimeError("[enforce fail at inline_container.cc] unexpected pos")),
+        (weight_files, "save_file", SafetensorError("I/O error: No space left on device (os error 28)")),
+    ],
+)
 def test_a_folder_that_cannot_be_written_is_named_and_the_last_checkpoint_stays(
-    tiny: Callable[..., Config], monkeypatch: pytest.MonkeyPatch
+    module: Any, saver: str, error: Exception, tiny: Callable[..., Config], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     config = tiny({"trainer.max_steps": 6, "checkpoint.every_n_steps": 2})
-    real_save, saves = torch.save, []
+    real_save, saves = getattr(module, saver), []
 
     def full_disk(*args: object, **kwargs: object) -> None:
         saves.append(1)
-        if len(saves) > 2:
+        if len(saves) > 1:
             Path(str(args[1])).write_bytes(b"the part that still fitted")
-            raise RuntimeError("[enforce fail at inline_container.cc] unexpected pos")  # what torch.save raises
-        real_save(*args, **kwargs)  # type: ignore[arg-type]
+            raise error  # what it makes of a full disk
+        real_save(*args, **kwargs)
 
-    monkeypatch.setattr(torch, "save", full_disk)
+    monkeypatch.setattr(module, saver, full_disk)
     with pytest.raises(CheckpointError, match=r"step-00000004(.|\n)*could not be written"):
         train(config)
     assert [folder.name for folder in step_folders(config.run_folder)] == ["step-00000002"]
