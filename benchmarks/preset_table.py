@@ -58,14 +58,19 @@ def main() -> None:
 
 
 def row(full: Path) -> list[str]:
-    name, source, published = header_of(full)
     mini = full.parent.parent / "mini" / full.name
     parity = measure_parity(load_config(mini).model)
     measured = ["none", "-", "-", "-"]
     if parity is not None:
         differences = parity.kl, parity.log_probability, parity.gradient
         measured = [parity.class_name, *(f"{difference:.0e}" for difference in differences)]
-    return [f"[{name}](configs/full/{full.name})", source, published, *sizes(full), *measured]
+    return [*described(full), *measured]
+
+
+def described(full: Path) -> list[str]:
+    """The cells that the file alone gives."""
+    name, source, published = header_of(full)
+    return [f"[{name}](configs/full/{full.name})", source, published, *sizes(full)]
 
 
 def header_of(full: Path) -> tuple[str, str, str]:
