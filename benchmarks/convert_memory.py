@@ -1,9 +1,9 @@
 """Peak memory and time of `moelm.convert` in both directions, on a random model of EuroMoE's shape (2.6 B parameters).
 
-The model is written to the disk in one file, as training writes it (for that this process needs memory for all of it),
-converted to the format of transformers and back, each in a process of its own whose peak memory is measured together
-with that of the process that verifies for it. At the end the tensors that came back are compared with the first ones by
-their checksums.
+The model is written to the disk in one file, as training writes it (which alone needs memory for all of it), converted
+to the format of transformers and back, each in a process of its own whose peak memory is measured together with that of
+the process that verifies for it. At the end the tensors that came back are compared with the first ones by their
+checksums.
 
     python benchmarks/convert_memory.py --folder /tmp --dtype bfloat16
 
@@ -20,6 +20,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -67,6 +68,18 @@ def checksums(checkpoint: Path) -> dict[str, str]:
     }
 
 
+def in_a_process_of_its_own(step: str, *arguments: str | Path) -> str:
+    """One of STEPS. A process that has ever been large would pass its peak on to those that it starts."""
+    command = [sys.executable, __file__, "--step", step, *map(str, arguments)]
+    return subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True).stdout
+
+
+STEPS: dict[str, Callable[..., object]] = {
+    "write": lambda folder, dtype: write_model(Path(folder), dtype),
+    "checksums": lambda folder: checksums(Path(folder)),
+}
+
+
 def measure(*arguments: str | Path) -> dict[str, float]:
     """Seconds, and the peak resident memory (which counts pages of mapped files) of the process or its child."""
     started = time.perf_counter()
@@ -82,18 +95,24 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--folder", type=Path, help="where there is room; default: the temporary folder of the system")
     parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="bfloat16")
+    parser.add_argument("--step", nargs="+", help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     import_builtins()
+    if arguments.step is not None:
+        step, *values = arguments.step
+        print(json.dumps(STEPS[step](*values)))
+        return
     with tempfile.TemporaryDirectory(dir=arguments.folder, prefix="convert-memory-") as name:
         first, exported, back = (Path(name) / part for part in ("first", "exported", "back"))
-        n_parameters = write_model(first, arguments.dtype)
+        n_parameters = int(in_a_process_of_its_own("write", first, arguments.dtype))
         results = {
             "parameters": n_parameters,
             "dtype": arguments.dtype,
             "gb": round(sum(file.stat().st_size for file in first.iterdir()) / 1e9, 2),
             "to-hf": measure("to-hf", "--checkpoint", first, "--out", exported),
             "from-hf": measure("from-hf", "--model", exported, "--out", back),
-            "came_back_bit_equal": checksums(first) == checksums(back),
+            "came_back_bit_equal": in_a_process_of_its_own("checksums", first)
+            == in_a_process_of_its_own("checksums", back),
         }
     print(json.dumps(results, indent=1))
 
