@@ -33,12 +33,11 @@ class Dbrx(base.Architecture):
             hf.get(key)  # copies of what the two sections below say
         attn, ffn = hf.section("attn_config"), hf.section("ffn_config")
         attn.only("attn_pdrop", 0.0, None)
-        ffn.only("moe_jitter_eps", 0.0, None, remedy="it scales what the experts see too, in training only")
         ffn.only("ffn_act_fn", {"name": "silu"})
         ffn.get("hidden_size")  # a copy of d_model
         if attn["clip_qkv"] is None:
             attn.refuse("clip_qkv", None, "a number", "transformers' code stops without one")
-        power = ffn["moe_normalize_expert_weights"]
+        power, jitter = ffn["moe_normalize_expert_weights"], ffn["moe_jitter_eps"] or 0.0  # jitter: in training only
         ffn.only("moe_normalize_expert_weights", *NORMALIZE)
         attention = {"n_heads": hf["n_heads"], "n_kv_heads": attn["kv_n_heads"], "clip_qkv": attn["clip_qkv"]}
         return {
@@ -54,7 +53,7 @@ class Dbrx(base.Architecture):
                 "n_experts": ffn["moe_num_experts"],
                 "top_k": ffn["moe_top_k"],
                 "d_expert": ffn["ffn_hidden_size"],
-                "router": {"name": "top_k", "normalize_gates": NORMALIZE.get(power, "none")},
+                "router": {"name": "top_k", "normalize_gates": NORMALIZE.get(power, "none"), "jitter": jitter},
                 "balancers": base.read_switch(ffn, "moe_loss_weight"),
             },
         }
@@ -81,7 +80,7 @@ class Dbrx(base.Architecture):
                 "moe_top_k": moe.top_k,
                 "moe_normalize_expert_weights": powers.get(router.normalize_gates),
                 "moe_loss_weight": base.write_coef(moe, "switch", "global_batch"),
-                "moe_jitter_eps": None,
+                "moe_jitter_eps": router.jitter or None,
             },
             "tie_word_embeddings": False,
             **base.no_special_tokens(),

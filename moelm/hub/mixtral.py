@@ -16,7 +16,6 @@ class Mixtral(base.Architecture):
     class_name = "MixtralForCausalLM"
 
     def read(self, hf: Reading) -> dict[str, Any]:
-        hf.only("router_jitter_noise", 0.0, None, remedy="it scales what the experts see too, in training only")
         attention = {"name": "gqa", **base.read_heads(hf), **base.read_head_dim(hf), **read_rope(hf)}
         return base.read_sizes(hf) | {
             "attention": attention | {"sliding_window": hf["sliding_window"]},
@@ -24,7 +23,8 @@ class Mixtral(base.Architecture):
                 "n_experts": hf["num_local_experts"],
                 "top_k": hf["num_experts_per_tok"],
                 "d_expert": hf["intermediate_size"],
-                "router": {"name": "top_k", "normalize_gates": "after_top_k"},
+                # in training only; theirs scales what the experts see too, ours the router's copy
+                "router": {"name": "top_k", "normalize_gates": "after_top_k", "jitter": hf["router_jitter_noise"]},
                 "balancers": base.read_switch(hf),
             },
         }
@@ -39,6 +39,7 @@ class Mixtral(base.Architecture):
             "num_local_experts": moe.n_experts,
             "num_experts_per_tok": moe.top_k,
             "intermediate_size": moe.d_expert,
+            "router_jitter_noise": getattr(moe.router, "jitter", 0.0),
             "router_aux_loss_coef": base.write_coef(moe, "switch", "global_batch"),
         }
 

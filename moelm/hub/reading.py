@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 import importlib
 from typing import Any
 
@@ -107,9 +108,17 @@ class Reading:
 def make_config(config_class: Any, hf: dict[str, Any]) -> Any:
     """Raises HubError if transformers itself refuses the values."""
     try:
-        return config_class(**copy.deepcopy(hf))
+        return config_class(**_with_floats(config_class, copy.deepcopy(hf)))
     except Exception as error:  # its validators raise errors of many kinds, all about the values
         raise HubError(f"{config_class.__name__} refuses the config", [" ".join(str(error).split())]) from None
+
+
+def _with_floats(config_class: Any, hf: dict[str, Any]) -> dict[str, Any]:
+    """1 as 1.0 where the class insists on a float: JSON does not tell them apart, and published files have both."""
+    floats = {f.name for f in dataclasses.fields(config_class) if "float" in str(f.type) and "int" not in str(f.type)}
+    sections = {key: section for key, section in config_class.sub_configs.items() if isinstance(hf.get(key), dict)}
+    numbers = {key: float(value) for key, value in hf.items() if key in floats and type(value) is int}
+    return hf | numbers | {key: _with_floats(section, hf[key]) for key, section in sections.items()}
 
 
 def show(value: Any) -> str:

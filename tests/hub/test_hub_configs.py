@@ -313,9 +313,25 @@ def nested(hf: dict, key: str, value: Any) -> dict:
     return hf | ({section: hf.get(section, {}) | {name: value}} if section else {key: value})
 
 
+@pytest.mark.parametrize(
+    ("hf", "key"), [(MIXTRAL, "router_jitter_noise"), (DBRX, "ffn_config.moe_jitter_eps")], ids=["mixtral", "dbrx"]
+)
+def test_the_noise_of_training_is_kept_both_ways(hf: dict, key: str):
+    architecture = ARCHITECTURES[hf["model_type"]]
+    config = architecture.read_config(nested(hf, key, 0.01))
+    assert config.moe.router.jitter == 0.01
+    assert architecture.read_config(architecture.write_config(config)) == config
+
+
+def test_whole_numbers_stand_for_floats_where_transformers_insists_on_them():
+    ones = nested(nested(DBRX, "ffn_config.moe_normalize_expert_weights", 1), "initializer_range", 1)
+    config = ARCHITECTURES["dbrx"].read_config(ones)
+    assert (config.moe.router.normalize_gates, config.init.std) == ("after_top_k", 1.0)
+    assert ARCHITECTURES["mixtral"].read_config(MIXTRAL | {"router_aux_loss_coef": 0}).moe.balancers == []
+
+
 REFUSED: list[tuple[dict, str, Any, str]] = [
     (MIXTRAL, "attention_dropout", 0.1, "allowed: 0.0"),
-    (MIXTRAL, "router_jitter_noise", 0.01, "allowed: 0.0"),
     (
         MIXTRAL,
         "rope_scaling",
@@ -335,7 +351,6 @@ REFUSED: list[tuple[dict, str, Any, str]] = [
     (DBRX, "attn_config.attn_pdrop", 0.1, "allowed: 0.0"),
     (DBRX, "attn_config.clip_qkv", None, "null, allowed: a number"),
     (DBRX, "attn_config.window", 5, "not understood"),
-    (DBRX, "ffn_config.moe_jitter_eps", 0.01, "allowed: 0.0"),
     (DBRX, "ffn_config.moe_normalize_expert_weights", 2.0, "2.0, allowed: null or 1.0"),
     (DBRX, "ffn_config.activation", "relu", "not understood"),
     (DBRX, "rope_theta", 10000.0, "10000.0, allowed: 500000, as attn_config.rope_theta says"),
@@ -460,7 +475,7 @@ def test_an_architecture_lists_all_reasons(model_type: str):
 def test_equal_spellings_are_expressed_alike():
     first = ours(**TINY | {"moe": MOE})
     attention = {"name": "gqa", "n_heads": 4, "n_kv_heads": 4, "head_dim": 8}
-    router = MOE["router"] | {"n_groups": 2, "top_k_groups": 2, "jitter": 0.1}
+    router = MOE["router"] | {"n_groups": 2, "top_k_groups": 2}
     moe = MOE | {"router": router, "dispatch": {"name": "capacity", "eval_dispatch": "dropless"}, "balancers": []}
     second = ours(**TINY | {"moe": moe, "attention": [attention, attention], "dropout": 0.1})
     one, other = write_config(first)[1], write_config(second)[1]
