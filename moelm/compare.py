@@ -74,7 +74,7 @@ def read_run(folder: Path) -> dict[str, Any]:
             "dead_experts": dead,
             "dead_share": None
             if dead is None or moe is None
-            else dead / (moe.n_experts * len(config.model.moe_layers)),
+            else dead / (moe.n_experts * len(config.model.routed_layers)),
             "tokens_per_s": summary["tokens_per_s"],
             "alarms": len(summary["alarms"]),
         }

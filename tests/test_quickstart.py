@@ -9,6 +9,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from prepare_corpus import write_corpus
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 ROOT = Path(__file__).parent.parent
@@ -70,9 +71,6 @@ def test_reinforce_and_base_learn_more_in_200_steps_than_random_routing(tmp_path
 @pytest.mark.slow
 @pytest.mark.timeout(900)
 def test_a_corpus_of_200_mb_is_prepared_in_less_than_a_gibibyte(tmp_path: Path) -> None:
-    sys.path.insert(0, str(ROOT / "benchmarks"))
-    from prepare_corpus import write_corpus
-
     write_corpus(tmp_path, 200)
     (tmp_path / "corpus.yaml").write_text(
         f"dir: {tmp_path}/shards\nsources: [{{name: files, path: {tmp_path}/text}}]\n"

@@ -63,7 +63,10 @@ class Architecture:
             reading = Reading(make_config(config_class, hf), hf)
         except HubError as error:
             return None, error.reasons
-        raw = self.read(reading)
+        try:
+            raw = self.read(reading)
+        except (TypeError, ArithmeticError) as error:  # arithmetic with a null or a 0 that the class lets pass
+            return None, [*reading.reasons, f"its values do not make a model: {error}"]
         reasons, config = reading.finish(), None
         try:
             config = from_dict(ModelConfig, raw, "model")

@@ -1,7 +1,7 @@
 """The published numbers of the thirteen models, written out once more, apart from the presets and from moelm.
 
-`count` derives parameters from them by formulas of its own; `transformers_config` gives the config.json of the models
-that transformers has.
+`count` derives parameters from them by formulas of its own; CONFIG_JSON has what the published config.json of the
+models that transformers knows says of the architecture.
 """
 
 from __future__ import annotations
@@ -122,76 +122,104 @@ ARCHITECTURES = {
 }  # fmt: skip
 
 
-DEEPSEEK = {
-    "kv_lora_rank": 512, "qk_rope_head_dim": 64, "qk_nope_head_dim": 128, "v_head_dim": 128,
-    "tie_word_embeddings": False,
+YARN_V2 = {
+    "type": "yarn", "factor": 40, "original_max_position_embeddings": 4096, "beta_fast": 32, "beta_slow": 1,
+    "mscale": 0.707, "mscale_all_dim": 0.707,
 }  # fmt: skip
-V2 = {"model_type": "deepseek_v2", "vocab_size": 102400, **DEEPSEEK}
-V3 = {"model_type": "deepseek_v3", **DEEPSEEK}
-TRANSFORMERS: dict[str, dict[str, Any]] = {
+DEEPSEEK = {
+    "kv_lora_rank": 512, "qk_rope_head_dim": 64, "qk_nope_head_dim": 128, "v_head_dim": 128, "rms_norm_eps": 1e-6,
+    "rope_theta": 10000, "tie_word_embeddings": False,
+}  # fmt: skip
+V2 = {
+    "model_type": "deepseek_v2", "vocab_size": 102400, "norm_topk_prob": False, "rope_scaling": YARN_V2, **DEEPSEEK,
+}  # fmt: skip
+V3 = {"model_type": "deepseek_v3", "norm_topk_prob": True, **DEEPSEEK}
+CONFIG_JSON: dict[str, dict[str, Any]] = {
     "mixtral_8x7b": {
         "model_type": "mixtral", "hidden_size": 4096, "num_hidden_layers": 32, "num_attention_heads": 32,
-        "num_key_value_heads": 8, "intermediate_size": 14336, "num_local_experts": 8, "vocab_size": 32000,
+        "num_key_value_heads": 8, "intermediate_size": 14336, "num_local_experts": 8, "num_experts_per_tok": 2,
+        "vocab_size": 32000, "rms_norm_eps": 1e-5, "rope_theta": 1e6, "sliding_window": None,
         "tie_word_embeddings": False,
     },
     "dbrx": {
         "model_type": "dbrx", "d_model": 6144, "n_heads": 48, "n_layers": 40, "vocab_size": 100352,
         "attn_config": {"clip_qkv": 8, "kv_n_heads": 8, "rope_theta": 500000},
-        "ffn_config": {"ffn_hidden_size": 10752, "hidden_size": 6144, "moe_num_experts": 16, "moe_top_k": 4},
+        "ffn_config": {
+            "ffn_hidden_size": 10752, "hidden_size": 6144, "moe_num_experts": 16, "moe_top_k": 4,
+            "moe_normalize_expert_weights": 1.0, "moe_jitter_eps": 0, "moe_loss_weight": 0.05,
+        },
         "tie_word_embeddings": False,
     },
     "deepseek_v2": V2 | {
-        "hidden_size": 5120, "num_hidden_layers": 60, "num_attention_heads": 128, "q_lora_rank": 1536,
+        "hidden_size": 5120, "num_hidden_layers": 60, "num_attention_heads": 128,
+        "num_key_value_heads": 128, "q_lora_rank": 1536,
         "first_k_dense_replace": 1, "intermediate_size": 12288, "moe_intermediate_size": 1536,
         "n_routed_experts": 160, "n_shared_experts": 2, "num_experts_per_tok": 6, "n_group": 8, "topk_group": 3,
-        "topk_method": "group_limited_greedy",
+        "topk_method": "group_limited_greedy", "routed_scaling_factor": 16.0,
     },
     "deepseek_v2_lite": V2 | {
-        "hidden_size": 2048, "num_hidden_layers": 27, "num_attention_heads": 16, "q_lora_rank": None,
+        "hidden_size": 2048, "num_hidden_layers": 27, "num_attention_heads": 16,
+        "num_key_value_heads": 16, "q_lora_rank": None,
         "first_k_dense_replace": 1, "intermediate_size": 10944, "moe_intermediate_size": 1408,
-        "n_routed_experts": 64, "n_shared_experts": 2, "num_experts_per_tok": 6,
+        "n_routed_experts": 64, "n_shared_experts": 2, "num_experts_per_tok": 6, "n_group": 1, "topk_group": 1,
+        "topk_method": "greedy", "routed_scaling_factor": 1.0,
     },
     "deepseek_v3": V3 | {
         "vocab_size": 129280, "hidden_size": 7168, "num_hidden_layers": 61, "num_attention_heads": 128,
+        "num_key_value_heads": 128,
         "q_lora_rank": 1536, "first_k_dense_replace": 3, "intermediate_size": 18432, "moe_intermediate_size": 2048,
         "n_routed_experts": 256, "n_shared_experts": 1, "num_experts_per_tok": 8, "n_group": 8, "topk_group": 4,
+        "routed_scaling_factor": 2.5, "rope_scaling": YARN_V2 | {"mscale": 1.0, "mscale_all_dim": 1.0},
     },
     "moonlight_16b_a3b": V3 | {
         "vocab_size": 163840, "hidden_size": 2048, "num_hidden_layers": 27, "num_attention_heads": 16,
-        "q_lora_rank": None, "first_k_dense_replace": 1, "intermediate_size": 11264, "moe_intermediate_size": 1408,
+        "num_key_value_heads": 16, "q_lora_rank": None, "first_k_dense_replace": 1, "intermediate_size": 11264,
+        "moe_intermediate_size": 1408,
         "n_routed_experts": 64, "n_shared_experts": 2, "num_experts_per_tok": 6, "n_group": 1, "topk_group": 1,
-        "num_nextn_predict_layers": 0,
+        "routed_scaling_factor": 2.446, "rms_norm_eps": 1e-5, "rope_theta": 50000, "num_nextn_predict_layers": 0,
     },
     "qwen1_5_moe_a2_7b": {
         "model_type": "qwen2_moe", "hidden_size": 2048, "num_hidden_layers": 24, "num_attention_heads": 16,
         "num_key_value_heads": 16, "intermediate_size": 5632, "moe_intermediate_size": 1408,
         "shared_expert_intermediate_size": 5632, "num_experts": 60, "num_experts_per_tok": 4, "vocab_size": 151936,
+        "norm_topk_prob": False, "rms_norm_eps": 1e-6, "rope_theta": 1e6, "use_sliding_window": False,
         "tie_word_embeddings": False,
     },
     "qwen3_30b_a3b": {
         "model_type": "qwen3_moe", "hidden_size": 2048, "num_hidden_layers": 48, "num_attention_heads": 32,
         "num_key_value_heads": 4, "head_dim": 128, "intermediate_size": 6144, "moe_intermediate_size": 768,
         "num_experts": 128, "num_experts_per_tok": 8, "norm_topk_prob": True, "vocab_size": 151936,
-        "tie_word_embeddings": False,
+        "rms_norm_eps": 1e-6, "rope_theta": 1e6, "sliding_window": None, "tie_word_embeddings": False,
     },
     "olmoe_1b_7b": {
         "model_type": "olmoe", "hidden_size": 2048, "num_hidden_layers": 16, "num_attention_heads": 16,
         "num_key_value_heads": 16, "intermediate_size": 1024, "num_experts": 64, "num_experts_per_tok": 8,
-        "vocab_size": 50304, "tie_word_embeddings": False,
+        "norm_topk_prob": False, "clip_qkv": None, "rms_norm_eps": 1e-5, "rope_theta": 10000, "vocab_size": 50304,
+        "tie_word_embeddings": False,
     },
-    "euromoe_2_6b_a0_6b": {
+    "euromoe_2_6b_a0_6b": {  # not seen: what its parameter count and Mixtral's architecture imply
         "model_type": "mixtral", "hidden_size": 1024, "num_hidden_layers": 24, "num_attention_heads": 8,
         "num_key_value_heads": 2, "intermediate_size": 512, "num_local_experts": 64, "num_experts_per_tok": 8,
-        "vocab_size": 128000, "tie_word_embeddings": True,
+        "vocab_size": 128000, "rms_norm_eps": 1e-5, "rope_theta": 10000, "tie_word_embeddings": True,
     },
-    "llama_3_2_8x3b": {
+    "llama_3_2_8x3b": {  # not seen: that of Llama-3.2-3B in Mixtral's architecture
         "model_type": "mixtral", "hidden_size": 3072, "num_hidden_layers": 28, "num_attention_heads": 24,
-        "num_key_value_heads": 8, "intermediate_size": 8192, "num_local_experts": 8, "vocab_size": 128256,
-        "tie_word_embeddings": False,
+        "num_key_value_heads": 8, "intermediate_size": 8192, "num_local_experts": 8, "num_experts_per_tok": 2,
+        "vocab_size": 128256, "rms_norm_eps": 1e-5, "rope_theta": 500000, "tie_word_embeddings": False,
+        "rope_scaling": {
+            "rope_type": "llama3", "factor": 32.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
+            "original_max_position_embeddings": 8192,
+        },
     },
     "gpt_oss_20b": {
         "model_type": "gpt_oss", "hidden_size": 2880, "num_hidden_layers": 24, "num_attention_heads": 64,
         "num_key_value_heads": 8, "head_dim": 64, "intermediate_size": 2880, "num_local_experts": 32,
-        "num_experts_per_tok": 4, "vocab_size": 201088, "tie_word_embeddings": False,
+        "num_experts_per_tok": 4, "vocab_size": 201088, "sliding_window": 128, "swiglu_limit": 7.0,
+        "layer_types": ["sliding_attention", "full_attention"] * 12, "attention_bias": True, "rms_norm_eps": 1e-5,
+        "rope_theta": 150000, "tie_word_embeddings": False,
+        "rope_scaling": {
+            "rope_type": "yarn", "factor": 32.0, "beta_fast": 32.0, "beta_slow": 1.0, "truncate": False,
+            "original_max_position_embeddings": 4096,
+        },
     },
 }  # fmt: skip

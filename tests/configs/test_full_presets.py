@@ -12,11 +12,13 @@ from typing import Any
 import pytest
 import torch
 import yaml
-from published import ARCHITECTURES, TRANSFORMERS, count
+from published import ARCHITECTURES, CONFIG_JSON, count
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from moelm import train
 from moelm.config import load_config
+from moelm.hub import architecture_of
+from moelm.hub.comparison import differences_in_effect
 from moelm.model.size import model_size
 from moelm.training.optim import lr_factor
 
@@ -38,13 +40,21 @@ def test_parameters_equal_the_formula_of_the_published_numbers(name: str) -> Non
     assert size.active_no_embeddings == expected.active_no_embeddings
 
 
-@pytest.mark.parametrize("name", TRANSFORMERS)
+@pytest.mark.parametrize("name", CONFIG_JSON)
 def test_transformers_counts_the_same_parameters(name: str) -> None:
-    published = dict(TRANSFORMERS[name])
+    published = dict(CONFIG_JSON[name])
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(AutoConfig.for_model(published.pop("model_type"), **published))
     total = sum(parameter.numel() for parameter in model.parameters())
     assert total == model_size(load_config(PRESETS[name]).model).total
+
+
+@pytest.mark.parametrize("name", CONFIG_JSON)
+def test_the_published_config_json_reads_as_the_preset(name: str) -> None:
+    """In all that a trained model computes: attention, positions, norms, router, experts."""
+    published = dict(CONFIG_JSON[name])
+    theirs = architecture_of(published).read_config(published)
+    assert differences_in_effect(load_config(PRESETS[name]).model, theirs, "the published one") == []
 
 
 FIGURES = {  # in billions, as published, and which of our counts each is

@@ -8,8 +8,10 @@ from typing import Any
 import pytest
 import torch
 from lightning.pytorch.callbacks import Callback
+from published import CONFIG_JSON
 
 from moelm.config import Config, NamedConfig, check, differences, from_dict, load_config, read_yaml, register, to_dict
+from moelm.hub import write_config
 from moelm.model.size import model_size
 from moelm.train import train
 
@@ -89,6 +91,12 @@ def test_all_minis_are_trained_alike() -> None:
             assert differences(first[section], other[section]) == {}
         assert differences(first["model"]["init"], other["model"]["init"]) == {}
         assert other["model"]["vocab_size"] == first["model"]["vocab_size"]
+
+
+@pytest.mark.parametrize("name", CONFIG_JSON)
+def test_a_mini_exports_to_the_architecture_of_its_model(name: str) -> None:
+    architecture, hf = write_config(load_config(MINIS[name]).model)
+    assert architecture.model_type == hf["model_type"] == CONFIG_JSON[name]["model_type"]
 
 
 @register("callback", "gradients", NamedConfig)

@@ -11,11 +11,13 @@ import pytest
 import torch
 import torch.nn.functional as F
 from hub.hub_models import CASES, make, tokens
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from moelm.hub import ARCHITECTURES, Architecture, from_transformers, load_weights, to_transformers
+from moelm.config import ModelConfig, from_dict, to_dict
+from moelm.hub import ARCHITECTURES, Architecture, from_transformers, load_weights, to_transformers, write_config
 from moelm.model.gpt import GPT
+from moelm.model.init import initialize
 
 every_model = pytest.mark.parametrize("name", CASES)
 
@@ -173,6 +175,21 @@ def test_a_folder_that_transformers_wrote_is_read_to_the_last_bit(name: str, tmp
     assert_equal(load_weights(architecture(model), config, files), gpt.state_dict())
 
 
+@pytest.mark.parametrize("fused", [False, True], ids=["apart", "fused"])
+@every_model
+def test_a_folder_in_either_layout_is_read_by_transformers_to_the_last_bit(name: str, fused: bool, tmp_path):
+    model, config, gpt = pair(name)
+    found, hf = write_config(config)
+    theirs: dict[str, Tensor] = {}
+    for weight in found.weights(config, fused):
+        theirs |= weight.to_theirs(gpt.state_dict())
+    save_file(theirs, tmp_path / "model.safetensors", metadata={"format": "pt"})
+    (tmp_path / "config.json").write_text(json.dumps(hf))
+    loaded, report = type(model).from_pretrained(tmp_path, output_loading_info=True)
+    assert not any(report.values()), report
+    assert_equal(loaded.state_dict(), model.state_dict())
+
+
 def assert_equal(result: dict[str, Tensor], wanted: dict[str, Tensor]) -> None:
     assert result.keys() == wanted.keys()
     for name, tensor in wanted.items():
@@ -185,8 +202,17 @@ def test_what_is_exported_computes_the_same_in_their_code():
     exported = to_transformers(gpt, config)
     exported.set_attn_implementation("eager")
     assert torch.equal(exported(tokens(model)).logits, model(tokens(model)).logits)
-    exported.model.embed_tokens.weight.data.zero_()
-    assert gpt.embedding.weight.abs().sum() > 0  # a copy
+
+
+@pytest.mark.parametrize("name", ["mixtral odd", "mixtral sliding and tied"])
+def test_weights_are_copied_and_tied_where_they_were(name: str):
+    model, config, gpt = pair(name)
+    exported = to_transformers(gpt, config)
+    for one, other in ((model, gpt), (gpt, exported)):
+        pointers = [{tensor.data_ptr() for tensor in each.state_dict().values()} for each in (one, other)]
+        assert not pointers[0] & pointers[1]
+    same = exported.get_output_embeddings().weight is exported.get_input_embeddings().weight
+    assert same == config.tied_embeddings
 
 
 def test_the_selection_bias_stays_float32_in_a_bf16_model():
@@ -200,6 +226,28 @@ def test_the_selection_bias_stays_float32_in_a_bf16_model():
     assert exported.weight.dtype == torch.bfloat16
     assert exported.e_score_correction_bias.dtype == torch.float32
     assert torch.equal(exported.e_score_correction_bias, gate.e_score_correction_bias)
+
+
+def test_a_selection_bias_that_a_file_holds_in_bf16_is_read_as_float32():
+    model, config, _ = pair("deepseek_v3 like Moonlight")
+    tensors = {name: tensor.bfloat16() for name, tensor in model.state_dict().items()}
+    state = load_weights(architecture(model), config, tensors)
+    biases = [name for name, tensor in state.items() if tensor.dtype == torch.float32]
+    assert biases == [f"blocks.{layer}.moe.router.expert_bias" for layer in (1, 2)]
+
+
+def test_modules_of_multi_token_prediction_are_left_out_of_the_export():
+    config = pair("deepseek_v3 like Moonlight")[1]
+    raw = to_dict(config) | {"multi_token_prediction": {"n_modules": 1}}
+    predicting = from_dict(ModelConfig, raw, "model")
+    gpt = GPT(predicting)
+    initialize(gpt, 0)
+    assert any(name.startswith("multi_token_prediction.") for name in gpt.state_dict())
+    exported = to_transformers(gpt, predicting)
+    again, gpt_again = from_transformers(exported)
+    assert again == config
+    ours = {name: tensor for name, tensor in gpt.state_dict().items() if name in gpt_again.state_dict()}
+    assert_equal(gpt_again.state_dict(), ours)
 
 
 def test_training_mode_follows_the_model():

@@ -6,7 +6,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from moelm.config import Config, ConfigError, from_dict
+from moelm.config import Config, ConfigError, from_dict, registered
 from moelm.config import check as check_config
 from moelm.model.gpt import GPT, IGNORE
 from moelm.model.init import initialize
@@ -286,6 +286,27 @@ def test_the_compiled_block_equals_the_eager_one(tiny_config):
 
 
 # --------------------------------------------------------------------------------- routers and optimizer
+
+
+@pytest.mark.parametrize(
+    ("router", "dispatch"),
+    [(name, "dropless") for name in registered("router")]
+    + [(name, "capacity") for name, config in registered("router").items() if config.routing == "token_choice"],
+)
+def test_every_router_serves_the_modules_and_leaves_their_last_positions_out(tiny_config, router, dispatch):
+    top_k = 1 if router == "switch" else 2
+    moe = {"router": router, "balancers": [], "top_k": top_k, "dispatch": dispatch}
+    model, tokens_BL = make_model(with_modules(tiny_config, 2, moe=moe)), make_tokens(L=33)
+    output = model(tokens_BL[:, :-1], tokens_BL[:, 1:])
+    n_chunks = model.config.moe.router.n_chunks
+    assert output.stats.n_tokens_B.tolist() == [[n * n_chunks] * 2 for n in (32, 32, 31, 30)]
+    if router != "expert_choice":  # whose experts take a share of the static length
+        assert (output.stats.load_BE.sum(-1) <= output.stats.n_tokens_B * top_k).all()
+    gradients = gradients_of(model, total_loss(output) + output.stats.prob_BE.square().sum())
+    assert all(gradient.isfinite().all() for gradient in gradients.values() if gradient is not None)
+    for name, gradient in gradients.items():
+        if name.startswith("multi_token_prediction.") and "experts" in name:
+            assert gradient.abs().sum() > 0, name
 
 
 def test_reinforce_rewards_each_layer_by_the_prediction_it_serves(tiny_config):
