@@ -49,7 +49,9 @@ class Import:
         notes = [] if has_tokenizer else ["no tokenizer.json: the checkpoint cannot generate or be evaluated"]
         end = self.tokenizer.end_of_text
         if has_tokenizer and read_tokenizer(out / "tokenizer.json").token_to_id(end) is None:
-            notes.append(f"no end of a text is named, and the tokenizer has no {end!r}: generation does not stop by itself")
+            notes.append(
+                f"no end of a text is named, and the tokenizer has no {end!r}: generation does not stop by itself"
+            )
         if ignored := self.folder.ignored:
             notes.append(f"left out: {len(ignored)} tensors that are none of the model, such as {ignored[0]}")
         return Written(self.folder.architecture.model_type, shards.n_elements, shards.n_bytes, dtypes, notes)
