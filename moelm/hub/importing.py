@@ -10,7 +10,7 @@ from moelm.config import Config, DataConfig, OptimConfig, RunConfig, to_yaml
 from moelm.hub.folder import ModelFolder
 from moelm.hub.reading import HubError, make_config
 from moelm.hub.streaming import ShardWriter, Written, by_layer, cast, empty_state
-from moelm.hub.tokenizer_files import read_special_tokens
+from moelm.hub.tokenizer_files import read_special_tokens, read_tokenizer
 from moelm.training.checkpoint_io import write_manifest
 
 MAX_SEQ_LEN = 4096  # what the model is evaluated with, unless the config is changed
@@ -47,6 +47,11 @@ class Import:
         write_manifest(out, step=0)
         dtypes = sorted(str(dtype).removeprefix("torch.") for dtype in shards.dtypes)
         notes = [] if has_tokenizer else ["no tokenizer.json: the checkpoint cannot generate or be evaluated"]
+        end = self.tokenizer.end_of_text
+        if has_tokenizer and read_tokenizer(out / "tokenizer.json").token_to_id(end) is None:
+            notes.append(
+                f"no end of a text is named, and the tokenizer has no {end!r}: generation does not stop by itself"
+            )
         if ignored := self.folder.ignored:
             notes.append(f"left out: {len(ignored)} tensors that are none of the model, such as {ignored[0]}")
         return Written(self.folder.architecture.model_type, shards.n_elements, shards.n_bytes, dtypes, notes)

@@ -586,6 +586,21 @@ def test_the_end_of_text_is_what_the_tokenizers_own_config_says(
         assert section.end_of_text == "<|endoftext|>"
 
 
+@pytest.mark.usefixtures("in_this_process")
+def test_an_import_without_an_end_of_text_says_so(
+    with_tokenizer: Callable[..., Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = with_tokenizer("<s>")
+    change_json(folder / "config.json", eos_token_id="removed")
+    arguments = ["from-hf", "--model", str(folder), "--out"]
+    main([*arguments, str(tmp_path / "known")])
+    assert "no end of a text" not in capsys.readouterr().out
+    tokenizer = (folder / "tokenizer.json").read_text()
+    (folder / "tokenizer.json").write_text(tokenizer.replace("<|endoftext|>", "<|other|>"))
+    main([*arguments, str(tmp_path / "unknown")])
+    assert "no end of a text is named, and the tokenizer has no '<|endoftext|>'" in capsys.readouterr().out
+
+
 def test_verification_finds_a_tokenizer_that_feeds_other_ids(
     with_tokenizer: Callable[..., Path], tmp_path: Path
 ) -> None:
