@@ -121,12 +121,16 @@ class Architecture:
 
         return n_missing(True) < n_missing(False)
 
-    def ignored(self, name: str, config: ModelConfig) -> bool:
-        """Whether one of their tensors is none of the model: a layer past the last one (multi-token prediction), a
-        second copy of a tied table, the frequencies of RoPE that old files hold."""
+    def n_prediction_layers(self, hf: dict[str, Any]) -> int:
+        """How many layers of multi-token prediction their files have after the last one of the model."""
+        return 0
+
+    def ignored(self, name: str, config: ModelConfig, n_prediction_layers: int = 0) -> bool:
+        """Whether one of their tensors is none of the model: a layer of multi-token prediction, a second copy of a tied
+        table, the frequencies of RoPE that old files hold."""
         layer = re.match(rf"{re.escape(self.layer_prefix)}(\d+)\.", name)
-        past_the_last = layer is not None and int(layer[1]) >= config.n_layers
-        return past_the_last or name.endswith(".inv_freq") or (config.tied_embeddings and name == self.head)
+        predicts = layer is not None and 0 <= int(layer[1]) - config.n_layers < n_prediction_layers
+        return predicts or name.endswith(".inv_freq") or (config.tied_embeddings and name == self.head)
 
     def left_out(self, name: str) -> bool:
         """Whether one of our tensors serves training alone and has no place in their model."""

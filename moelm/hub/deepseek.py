@@ -8,7 +8,7 @@ from typing import Any
 
 from moelm.config import ModelConfig, MoEConfig
 from moelm.hub import base
-from moelm.hub.reading import Reading, read_rope, write_rope
+from moelm.hub.reading import Reading, make_config, read_rope, write_rope
 from moelm.hub.weights import Weight, same, same_in_float32
 
 LATENT_NORM_EPS = 1e-6  # transformers' modules and DeepSeek's own have this default and are given no other
@@ -126,11 +126,16 @@ class DeepSeekV3(DeepSeek):
     class_name = "DeepseekV3ForCausalLM"
 
     def read(self, hf: Reading) -> dict[str, Any]:
-        hf.get("num_nextn_predict_layers")  # their tensors are ignored
+        n_predictions = hf["num_nextn_predict_layers"]  # see n_prediction_layers
+        if not isinstance(n_predictions, int):
+            hf.refuse("num_nextn_predict_layers", n_predictions, "a whole number")
         raw = super().read(hf)
         raw["attention"]["rope_interleaved"] = hf["rope_interleave"]
         raw["moe"]["balancers"].insert(0, {"name": "loss_free"})
         return raw
+
+    def n_prediction_layers(self, hf: dict[str, Any]) -> int:
+        return int(make_config(self.config_class, hf).num_nextn_predict_layers)
 
     def read_router(self, hf: Reading) -> dict[str, Any]:
         hf.only("scoring_func", "sigmoid")

@@ -8,7 +8,7 @@ from typing import Any
 
 from moelm.config import ModelConfig
 from moelm.hub.base import Architecture
-from moelm.hub.models import architecture_of
+from moelm.hub.models import architecture_of, find_weights
 from moelm.hub.reading import HubError
 from moelm.hub.weights import Weight
 from moelm.training.weight_files import TensorFiles
@@ -28,6 +28,7 @@ class ModelFolder:
         self.hf = read_json(path / "config.json")
         self.architecture: Architecture = architecture_of(self.hf)
         self.config: ModelConfig = self.architecture.read_config(self.hf)
+        self.n_prediction_layers = self.architecture.n_prediction_layers(self.hf)
         self.tensors = TensorFiles(self._weight_files())
         self._check_index()
 
@@ -62,18 +63,12 @@ class ModelFolder:
     @property
     def ignored(self) -> list[str]:
         """Tensors that are none of the model: see `Architecture.ignored`."""
-        return sorted(name for name in self.tensors if self.architecture.ignored(name, self.config))
+        n = self.n_prediction_layers
+        return sorted(name for name in self.tensors if self.architecture.ignored(name, self.config, n))
 
     def weights(self) -> list[Weight]:
-        """The map for the layout that the files have. Raises HubError that lists what is missing or unexpected."""
-        names = set(self.tensors) - set(self.ignored)
-        weights = list(self.architecture.weights(self.config, self.architecture.is_fused(names, self.config)))
-        wanted = {name for weight in weights for name in weight.theirs}
-        reasons = [f"{name} is missing" for name in sorted(wanted - names)]
-        reasons += [f"{name} is not expected" for name in sorted(names - wanted)]
-        if reasons:
-            raise HubError(f"{self.path}: not the tensors of a {self.architecture.model_type} of this config", reasons)
-        return weights
+        """See `find_weights`."""
+        return find_weights(self.architecture, self.config, self.tensors, self.n_prediction_layers)
 
 
 def read_json(file: Path) -> dict[str, Any]:

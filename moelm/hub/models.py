@@ -17,6 +17,7 @@ from moelm.hub.mixtral import Mixtral
 from moelm.hub.olmoe import Olmoe
 from moelm.hub.qwen_moe import Qwen2MoE, Qwen3MoE
 from moelm.hub.reading import HubError, transformers
+from moelm.hub.weights import Weight
 from moelm.model.gpt import GPT
 
 # In the order in which `write_config` tries them.
@@ -39,6 +40,7 @@ def write_config(config: ModelConfig) -> tuple[Architecture, dict[str, Any]]:
 
     Raises HubError with the reasons of those that come closest.
     """
+    transformers()  # or each architecture would fail for the want of it
     failures: dict[str, list[str]] = {}
     for name, architecture in ARCHITECTURES.items():
         try:
@@ -56,23 +58,42 @@ def from_transformers(model: Any) -> tuple[ModelConfig, GPT]:
     hf = model.config.to_dict()
     architecture = architecture_of(hf)
     config = architecture.read_config(hf)
-    state = load_weights(architecture, config, model.state_dict())
+    state = load_weights(architecture, config, model.state_dict(), architecture.n_prediction_layers(hf))
     with torch.device("meta"):
         gpt = GPT(config)
     gpt.load_state_dict({name: tensor.clone() for name, tensor in state.items()}, assign=True)
     return config, gpt.train(model.training)
 
 
-def load_weights(architecture: Architecture, config: ModelConfig, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Our state dict from all tensors of theirs, in either layout.
+def load_weights(
+    architecture: Architecture, config: ModelConfig, tensors: Mapping[str, Tensor], n_prediction_layers: int = 0
+) -> dict[str, Tensor]:
+    """Our state dict from all tensors of theirs, in either layout. Raises HubError as `find_weights` does."""
+    weights = find_weights(architecture, config, tensors, n_prediction_layers)
+    return {name: tensor for weight in weights for name, tensor in weight.to_ours(tensors).items()}
 
-    Raises HubError that lists the tensors that are missing or belong nowhere.
+
+def find_weights(
+    architecture: Architecture, config: ModelConfig, tensors: Mapping[str, Tensor], n_prediction_layers: int
+) -> list[Weight]:
+    """The map for the layout that all tensors of theirs have. Of their values it looks at the two copies of a tied
+    table alone.
+
+    Raises HubError that lists the tensors that are missing or belong nowhere, or for two copies that differ.
     """
-    names = {name for name in tensors if not architecture.ignored(name, config)}
+    names = {name for name in tensors if not architecture.ignored(name, config, n_prediction_layers)}
     weights = list(architecture.weights(config, architecture.is_fused(names, config)))
     wanted = {name for weight in weights for name in weight.theirs}
     _check_names(wanted, names, f"these are not the tensors of a {architecture.model_type} of this config")
-    return {name: tensor for weight in weights for name, tensor in weight.to_ours(tensors).items()}
+    head, embedding = architecture.head, architecture.embedding
+    if config.tied_embeddings and head in tensors and not _same_bits(tensors[head], tensors[embedding]):
+        remedy = f"transformers computes with {head} then: set tie_word_embeddings to false in config.json"
+        raise HubError(f"tie_word_embeddings is true, but {head} is not {embedding}", [remedy])
+    return weights
+
+
+def _same_bits(a: Tensor, b: Tensor) -> bool:
+    return a.dtype == b.dtype and a.shape == b.shape and torch.equal(*(each.flatten().view(torch.uint8) for each in (a, b)))
 
 
 def _check_names(wanted: set[str], given: set[str], problem: str) -> None:

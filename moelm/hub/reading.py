@@ -146,7 +146,7 @@ def read_rope(hf: Reading) -> dict[str, Any]:
     for key, value in rope.items():
         if key in names:
             scaling |= {} if value is None else {names[key]: value}
-        elif value is not None and kind != "default":
+        elif value is not None:
             hf.reasons.append(f"rope_parameters.{key} is a key that is not understood")
     return {"rope_theta": theta, "rope_scaling": scaling}
 

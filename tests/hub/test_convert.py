@@ -219,6 +219,23 @@ def test_both_layouts_and_any_number_of_files_make_the_same_checkpoint(
         assert_same_weights(tmp_path / "from-apart", tmp_path / f"from-{layout}")
 
 
+@pytest.mark.usefixtures("in_this_process")
+def test_an_output_table_beside_a_tied_one_is_dropped_only_if_it_is_the_same(
+    model_folder: Callable[[str], Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder, head, embedding = tmp_path / "model", "lm_head.weight", "model.embed_tokens.weight"
+    shutil.copytree(model_folder("mixtral sliding and tied"), folder)
+    change_state(folder, lambda state: state.update({head: state[embedding]}))
+    main(["from-hf", "--model", str(folder), "--out", str(tmp_path / "same")])
+    assert "left out: 1 tensors that are none of the model, such as lm_head.weight" in capsys.readouterr().out
+    change_state(folder, lambda state: state.update({head: state[head] + 1e-3}))
+    with pytest.raises(UserError, match="set tie_word_embeddings to false"):
+        main(["from-hf", "--model", str(folder), "--out", str(tmp_path / "other")])
+    change_json(folder / "config.json", tie_word_embeddings=False)
+    main(["from-hf", "--model", str(folder), "--out", str(tmp_path / "other")])
+    assert torch.equal(load_weights(tmp_path / "other")["head.weight"], load_file(folder / "model.safetensors")[head])
+
+
 def test_weights_are_written_in_files_of_limited_size(
     model_folder: Callable[[str], Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -403,6 +420,10 @@ BAD_MODELS: dict[str, tuple[Callable[[Path], Any], str]] = {
     "a value that cannot be": (lambda f: change_json(f / "config.json", num_local_experts="many"), "num_local_experts"),
     "missing tensor": (lambda f: change_state(f, lambda state: state.pop(NORM)), f"{NORM} is missing"),
     "unexpected tensor": (lambda f: change_state(f, lambda s: s.update(x=s[NORM])), "x is not expected"),
+    "a layer past the last": (
+        lambda f: change_state(f, lambda s: s.update({"model.layers.3.input_layernorm.weight": s[NORM]})),
+        "model.layers.3.input_layernorm.weight is not expected",
+    ),
     "another shape": (
         lambda f: change_state(f, lambda s: s.update({NORM: s[NORM][:4]})),
         f"{NORM} makes norm.weight (4,)",

@@ -367,6 +367,8 @@ REFUSED: list[tuple[dict, str, Any, str]] = [
     (DEEPSEEK_V2, "rope_scaling.mscale", None, "mscale"),
     (MOONLIGHT, "scoring_func", "softmax", "allowed: 'sigmoid'"),
     (MOONLIGHT, "topk_method", "greedy", "allowed: 'noaux_tc'"),
+    (MOONLIGHT, "num_nextn_predict_layers", "one", "'one', allowed: a whole number"),
+    (MOONLIGHT, "num_nextn_predict_layers", None, "null, allowed: a whole number"),
     (MOONLIGHT, "topk_group", 2, "2 is more than n_groups = 1"),
     (MOONLIGHT, "n_group", None, "its values do not make a model"),
     (QWEN3, "decoder_sparse_step", 0, "its values do not make a model"),
@@ -395,12 +397,14 @@ def test_a_model_type_that_is_not_known_is_refused():
             architecture_of(hf)
 
 
-def test_without_transformers_the_error_says_what_to_install(monkeypatch: pytest.MonkeyPatch):
+@pytest.mark.parametrize("call", [lambda: read(MIXTRAL), lambda: write_config(ours(**TINY | {"moe": MOE}))])
+def test_without_transformers_the_error_says_what_to_install(call: Any, monkeypatch: pytest.MonkeyPatch):
     for name in [name for name in sys.modules if name.split(".")[0] == "transformers"]:
         monkeypatch.delitem(sys.modules, name)
     monkeypatch.setitem(sys.modules, "transformers", None)
-    with pytest.raises(HubError, match=r"pip install moelm\[hub\]"):
-        read(MIXTRAL)
+    with pytest.raises(HubError) as caught:
+        call()
+    assert str(caught.value) == "transformers is not installed\n  - pip install moelm[hub]"
 
 
 # ------------------------------------------------------------------------------------------------ what is written
@@ -562,25 +566,53 @@ def test_every_setting_is_either_written_or_refused(hf: dict, wanted: dict):
 def test_tensors_beside_the_model_are_ignored():
     v3, mixtral = ARCHITECTURES["deepseek_v3"], ARCHITECTURES["mixtral"]
     moonlight = read(MOONLIGHT)
-    assert v3.ignored("model.layers.27.mlp.gate.weight", moonlight)
-    assert not v3.ignored("model.layers.26.mlp.gate.weight", moonlight)
-    assert not v3.ignored("lm_head.weight", moonlight)
+    for n in (0, 1, 2):
+        names = [f"model.layers.{layer}.mlp.gate.weight" for layer in (26, 27, 28, 29)]
+        assert [v3.ignored(name, moonlight, n) for name in names] == [False, n > 0, n > 1, False]
+    assert not v3.ignored("lm_head.weight", moonlight, 1)
     assert mixtral.ignored("lm_head.weight", read(MIXTRAL | {"tie_word_embeddings": True}))
     assert mixtral.ignored("model.layers.3.self_attn.rotary_emb.inv_freq", read(MIXTRAL))
     assert not mixtral.ignored("model.layers.3.self_attn.q_proj.weight", read(MIXTRAL))
+
+
+def test_only_deepseek_v3_has_layers_of_prediction_and_as_many_as_its_config_says():
+    for hf, _ in PUBLISHED:
+        for key in ("num_nextn_predict_layers", "num_mtp_layers"):
+            n = architecture_of(hf).n_prediction_layers({**without_predictions(hf), key: 2})
+            assert n == (2 if hf["model_type"] == "deepseek_v3" else 0)
+    assert ARCHITECTURES["deepseek_v3"].n_prediction_layers(MOONLIGHT) == 0
+
+
+def without_predictions(hf: dict[str, Any]) -> dict[str, Any]:
+    return {key: value for key, value in hf.items() if key != "num_nextn_predict_layers"}
 
 
 def test_missing_and_unexpected_tensors_are_named():
     model = make("deepseek_v3 like Moonlight")
     config, gpt = from_transformers(model)
     tensors = model.state_dict() | {"model.layers.3.mtp": torch.zeros(1)}
-    state = load_weights(ARCHITECTURES["deepseek_v3"], config, tensors)
+    state = load_weights(ARCHITECTURES["deepseek_v3"], config, tensors, n_prediction_layers=1)
     assert state.keys() == gpt.state_dict().keys()
-    tensors["model.layers.2.mtp"] = torch.zeros(1)
+    tensors |= {"model.layers.2.mtp": torch.zeros(1), "model.layers.4.mtp": torch.zeros(1)}
     del tensors["model.norm.weight"]
     with pytest.raises(HubError) as caught:
+        load_weights(ARCHITECTURES["deepseek_v3"], config, tensors, n_prediction_layers=1)
+    unexpected = [f"model.layers.{layer}.mtp is not expected" for layer in (2, 4)]
+    assert caught.value.reasons == ["model.norm.weight is missing", *unexpected]
+    with pytest.raises(HubError, match=r"model\.layers\.3\.mtp is not expected"):
         load_weights(ARCHITECTURES["deepseek_v3"], config, tensors)
-    assert caught.value.reasons == ["model.norm.weight is missing", "model.layers.2.mtp is not expected"]
+
+
+def test_a_second_copy_of_a_tied_table_must_be_a_copy():
+    model = make("mixtral sliding and tied")
+    config, gpt = from_transformers(model)
+    tensors = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    assert load_weights(ARCHITECTURES["mixtral"], config, tensors).keys() == gpt.state_dict().keys()
+    tensors["lm_head.weight"][3, 5].neg_()
+    with pytest.raises(HubError, match=r"lm_head\.weight is not model\.embed_tokens\.weight\n.*tie_word_embeddings"):
+        load_weights(ARCHITECTURES["mixtral"], config, tensors)
+    del tensors["lm_head.weight"]
+    assert load_weights(ARCHITECTURES["mixtral"], config, tensors).keys() == gpt.state_dict().keys()
 
 
 def test_a_model_that_is_not_of_the_config_is_not_exported():
