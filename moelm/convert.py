@@ -88,7 +88,9 @@ def verify_in_a_fresh_process(arguments: argparse.Namespace, folder: Path) -> in
     command = [sys.executable, "-m", "moelm.convert", *map(str, options)]
     result = subprocess.run(command, capture_output=True, text=True)
     if result.returncode != 0:
-        raise UserError(f"what was written is not right, so it was removed:\n{result.stderr.strip()}")
+        wrong = "what was written is not right, so it was removed"
+        failed = f"the verification itself failed (exit {result.returncode}), so what was written was removed"
+        raise UserError(f"{wrong if result.returncode == 2 else failed}:\n{result.stderr.strip()}")
     return int(json.loads(result.stdout)["tensors"])
 
 

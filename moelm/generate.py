@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 import torch
 from tokenizers import Tokenizer
@@ -64,7 +64,7 @@ def main(argv: list[str]) -> None:
             seed=arguments.seed,
             end_of_text=end,
         )
-        for text in stream_text(tokenizer, ids):
+        for text in stream_text(tokenizer, ids, prompt):
             print(text, end="", flush=True)
     print()
 
@@ -126,11 +126,12 @@ def choose_token(logits_V: Tensor, temperature: float, top_p: float, generator: 
     return order[torch.multinomial(kept, 1, generator=generator)[0]]
 
 
-def stream_text(tokenizer: Tokenizer, ids: Iterator[int]) -> Iterator[str]:
-    """Decode as ids arrive; a character whose bytes are still incomplete waits for the next id. The whole text is
-    decoded each time, since what an id stands for can depend on those before it."""
-    seen: list[int] = []
-    shown = text = ""
+def stream_text(tokenizer: Tokenizer, ids: Iterator[int], prompt: Sequence[int] = ()) -> Iterator[str]:
+    """Decode what follows `prompt` as ids arrive; a character whose bytes are still incomplete waits for the next id.
+    The whole text is decoded each time, since what an id stands for can depend on those before it: the first of a
+    SentencePiece text has no space before it."""
+    seen = list(prompt)
+    shown = text = tokenizer.decode(seen)
     for token in ids:
         seen.append(token)
         text = tokenizer.decode(seen)

@@ -79,9 +79,14 @@ def load_tokenizer(config: TokenizerConfig, file: str) -> Tokenizer:
             "  remedy: set data.corpus.tokenizer.end_of_text to the one that it has"
         )
     tokenizer.add_special_tokens([AddedToken(config.end_of_text, special=True)])  # if it was an ordinary one
+    leave_length(tokenizer)
+    return tokenizer
+
+
+def leave_length(tokenizer: Tokenizer) -> None:
+    """A file may say that what is encoded is cut or padded to a length."""
     tokenizer.no_truncation()
     tokenizer.no_padding()
-    return tokenizer
 
 
 def encode_prompt(tokenizer: Tokenizer, config: TokenizerConfig, text: str) -> list[int]:
@@ -94,5 +99,6 @@ def encode_prompt(tokenizer: Tokenizer, config: TokenizerConfig, text: str) -> l
             f"the tokenizer has no token {config.start_of_text or config.end_of_text!r}\n"
             f"  remedy: set data.corpus.tokenizer.{key} to one that it has"
         )
+    leave_length(tokenizer)
     tokenizer.encode_special_tokens = True
     return [start, *tokenizer.encode(text, add_special_tokens=False).ids]

@@ -46,6 +46,17 @@ class Architecture:
     def config_class(self) -> Any:
         return transformers("models.auto.configuration_auto").CONFIG_MAPPING[self.model_type]
 
+    @property
+    def length_key(self) -> str:
+        """What a config.json calls the number of tokens of the longest text."""
+        name = "max_position_embeddings"
+        return str(self.config_class.attribute_map.get(name, name))
+
+    def longest_text(self, hf: dict[str, Any]) -> int | None:
+        """What a config.json, or the default of its class, says it is."""
+        length: int | None = getattr(make_config(self.config_class, hf), self.length_key)
+        return length
+
     def read_config(self, hf: dict[str, Any]) -> ModelConfig:
         """The config.json -> ours; keys that it lacks have the default of transformers' class.
 
@@ -64,6 +75,8 @@ class Architecture:
         except HubError as error:
             return None, error.reasons
         try:
+            if reading["num_hidden_layers"] < 1:
+                return None, [f"num_hidden_layers is {reading['num_hidden_layers']}, allowed: at least 1"]
             raw = self.read(reading)
         except (TypeError, ArithmeticError) as error:  # arithmetic with a null or a 0 that the class lets pass
             return None, [*reading.reasons, f"its values do not make a model: {error}"]
@@ -83,6 +96,9 @@ class Architecture:
         closest = self._closest(config)
         assert closest.moe is not None
         hf = {"model_type": self.model_type, "architectures": [self.class_name], **self.write(closest, closest.moe)}
+        rope = hf["rope_parameters"]
+        if "factor" in rope:  # without the length that it stretches to, transformers warns of the class's default
+            hf[self.length_key] = int(rope["original_max_position_embeddings"] * rope["factor"])
         back, reasons = self._read(hf)
         reasons = [*differences_in_effect(config, back or closest, self.model_type), *reasons]
         if reasons:

@@ -6,11 +6,11 @@ import json
 from pathlib import Path
 from typing import Any
 
-from moelm.hub.folder import INDEX
-from moelm.hub.models import write_config
-from moelm.hub.reading import make_config, transformers
+from moelm.hub.folder import INDEX, SOURCE_CONFIG, read_json
+from moelm.hub.models import architecture_of, write_config
+from moelm.hub.reading import transformers
 from moelm.hub.streaming import ShardWriter, Written, by_layer, cast, empty_state
-from moelm.hub.tokenizer_files import write_tokenizer
+from moelm.hub.tokenizer_files import special_ids, write_tokenizer
 from moelm.training.checkpoint_io import (
     find_checkpoint,
     has_file,
@@ -33,6 +33,9 @@ class Export:
         self.empty, self.state = empty_state(self.config.model)
         if self.tensors.shapes != {name: tuple(tensor.shape) for name, tensor in self.empty.items()}:
             raise CheckpointError(f"{self.step}: the weights do not fit its config.yaml")
+        self.ids: dict[str, int] | None = None
+        if has_file(self.step, "tokenizer.json"):
+            self.ids = special_ids(tokenizer_file(self.step), self.config.data.corpus.tokenizer)
         self.left_out = sorted(name for name in self.tensors if self.architecture.left_out(name))
 
     def write(self, out: Path, name: str) -> Written:
@@ -44,15 +47,14 @@ class Export:
                 shards.add(their_name, cast(tensor, weight.ours[0], self.dtype, is_state))
         shards.flush()
         _name_files(out, shards)
-        notes = []
-        hf = self.longest_text() | self.hf
-        if has_file(self.step, "tokenizer.json"):
-            tokenizer = self.config.data.corpus.tokenizer
-            ids = write_tokenizer(tokenizer_file(self.step), out, tokenizer, self.config.data.seq_len)
-            hf |= ids
-            _write_json(out / "generation_config.json", {"do_sample": False, **ids, **_version()})
-        else:
+        notes, longest = [], self.longest_text()
+        hf = self.hf | {self.architecture.length_key: longest}
+        if self.ids is None:
             notes.append("no tokenizer.json in the checkpoint: none is written")
+        else:
+            write_tokenizer(tokenizer_file(self.step), out, self.config.data.corpus.tokenizer, longest)
+            hf |= self.ids
+            _write_json(out / "generation_config.json", {"do_sample": False, **self.ids, **_version()})
         dtypes = sorted(str(dtype).removeprefix("torch.") for dtype in shards.dtypes)
         hf["dtype"] = "bfloat16" if "bfloat16" in dtypes else "float32"
         _write_json(out / "config.json", hf | _version())
@@ -60,13 +62,15 @@ class Export:
             notes.append(f"left out: {len(self.left_out)} tensors that only training needs, such as {self.left_out[0]}")
         return Written(self.architecture.model_type, shards.n_elements, shards.n_bytes, dtypes, notes)
 
-    def longest_text(self) -> dict[str, int]:
-        """What the model was trained on, or what its RoPE was stretched to, under the key of the architecture."""
-        rope = self.hf.get("rope_parameters") or {}
-        stretched = int(rope.get("original_max_position_embeddings", 0) * rope.get("factor", 1))
-        theirs = make_config(self.architecture.config_class, self.hf)
-        key = "max_position_embeddings" if hasattr(theirs, "max_position_embeddings") else "max_seq_len"
-        return {key: max(self.config.data.seq_len, stretched)}
+    def longest_text(self) -> int:
+        """What the config.json of an imported model said; else what the model was trained on, or what its RoPE was
+        stretched to."""
+        if has_file(self.step, SOURCE_CONFIG):
+            source = read_json(self.step / SOURCE_CONFIG)
+            if length := architecture_of(source).longest_text(source):
+                return length
+        stretched: int = self.hf.get(self.architecture.length_key, 0)
+        return max(self.config.data.seq_len, stretched)
 
 
 def _name_files(out: Path, shards: ShardWriter) -> None:

@@ -14,6 +14,7 @@ from moelm.hub.weights import Weight
 from moelm.training.weight_files import TensorFiles
 
 INDEX = "model.safetensors.index.json"
+SOURCE_CONFIG = "source_config.json"  # in an imported checkpoint: the config.json that it was made from
 PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt")
 
 

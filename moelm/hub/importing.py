@@ -7,24 +7,25 @@ import shutil
 from pathlib import Path
 
 from moelm.config import Config, DataConfig, OptimConfig, RunConfig, to_yaml
-from moelm.hub.folder import ModelFolder
-from moelm.hub.reading import HubError, make_config
+from moelm.hub.folder import SOURCE_CONFIG, ModelFolder
+from moelm.hub.reading import HubError
 from moelm.hub.streaming import ShardWriter, Written, by_layer, cast, empty_state
-from moelm.hub.tokenizer_files import read_special_tokens, read_tokenizer
+from moelm.hub.tokenizer_files import read_special_tokens
 from moelm.training.checkpoint_io import write_manifest
 
 MAX_SEQ_LEN = 4096  # what the model is evaluated with, unless the config is changed
 
 
 class Import:
-    """The constructor finds out whether it can be done, without reading a tensor. Raises UserError."""
+    """The constructor finds out whether it can be done, without reading a tensor (but for the two copies of a tied
+    table). Raises UserError."""
 
     def __init__(self, model: Path, dtype: str = "auto") -> None:
         self.folder = ModelFolder(model)
         self.dtype = dtype
         self.weights = self.folder.weights()
         self.empty, self.state = empty_state(self.folder.config)
-        self.tokenizer = read_special_tokens(model, self.folder.hf)
+        self.tokenizer = read_special_tokens(model, self.folder.hf, self.folder.config.vocab_size)
 
     def write(self, out: Path, name: str) -> Written:
         """Fill the empty folder `out`; `name` becomes run.name. Raises UserError."""
@@ -32,7 +33,7 @@ class Import:
         for weight in by_layer(self.weights, "converting"):
             try:
                 ours = weight.to_ours(self.folder.tensors)
-            except (RuntimeError, ValueError) as error:  # torch's, of shapes that do not go together
+            except (RuntimeError, ValueError, IndexError) as error:  # torch's, of shapes that do not go together
                 raise HubError(f"{self.folder.path}: {weight.theirs[0]} has no right shape", [str(error)]) from None
             for ours_name, tensor in ours.items():
                 if tensor.shape != self.empty[ours_name].shape:
@@ -41,25 +42,20 @@ class Import:
                 shards.add(ours_name, cast(tensor, weight.theirs[0], self.dtype, ours_name in self.state))
         shards.flush()
         (out / "config.yaml").write_text(to_yaml(self.config(name)), encoding="utf-8")
+        shutil.copyfile(self.folder.path / "config.json", out / SOURCE_CONFIG)
         has_tokenizer = (self.folder.path / "tokenizer.json").is_file()
         if has_tokenizer:
             shutil.copyfile(self.folder.path / "tokenizer.json", out / "tokenizer.json")
         write_manifest(out, step=0)
         dtypes = sorted(str(dtype).removeprefix("torch.") for dtype in shards.dtypes)
         notes = [] if has_tokenizer else ["no tokenizer.json: the checkpoint cannot generate or be evaluated"]
-        end = self.tokenizer.end_of_text
-        if has_tokenizer and read_tokenizer(out / "tokenizer.json").token_to_id(end) is None:
-            notes.append(
-                f"no end of a text is named, and the tokenizer has no {end!r}: generation does not stop by itself"
-            )
         if ignored := self.folder.ignored:
             notes.append(f"left out: {len(ignored)} tensors that are none of the model, such as {ignored[0]}")
         return Written(self.folder.architecture.model_type, shards.n_elements, shards.n_bytes, dtypes, notes)
 
     def config(self, name: str) -> Config:
         """A whole config whose model is the imported one. Data and optimizer are no more than a beginning."""
-        theirs = make_config(self.folder.architecture.config_class, self.folder.hf)
-        longest = getattr(theirs, "max_position_embeddings", None) or getattr(theirs, "max_seq_len", None)
+        longest = self.folder.architecture.longest_text(self.folder.hf)
         seq_len = min(longest or MAX_SEQ_LEN, MAX_SEQ_LEN)
         config = Config(
             run=RunConfig(name=re.sub(r"^[^\w]+|[^\w.+-]", "-", name).lstrip("-")[:80] or None),

@@ -93,7 +93,11 @@ def find_weights(
 
 
 def _same_bits(a: Tensor, b: Tensor) -> bool:
-    return a.dtype == b.dtype and a.shape == b.shape and torch.equal(*(each.flatten().view(torch.uint8) for each in (a, b)))
+    return (
+        a.dtype == b.dtype
+        and a.shape == b.shape
+        and torch.equal(*(each.flatten().view(torch.uint8) for each in (a, b)))
+    )
 
 
 def _check_names(wanted: set[str], given: set[str], problem: str) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import glob
 import itertools
 import os
 import re
@@ -52,9 +53,15 @@ def cast(tensor: Tensor, name: str, dtype: str, is_state: bool) -> Tensor:
 
 
 def empty_state(config: ModelConfig) -> tuple[dict[str, Tensor], set[str]]:
-    """The state dict of the model on the meta device, and the names in it that are state, not parameters."""
-    with torch.device("meta"):
-        model = GPT(config)
+    """The state dict of the model on the meta device, and the names in it that are state, not parameters.
+
+    Raises HubError for sizes beyond what any tensor can have.
+    """
+    try:
+        with torch.device("meta"):
+            model = GPT(config)
+    except RuntimeError as error:  # torch's, of products beyond 64 bits
+        raise HubError("the sizes in the config do not make a model", [str(error).splitlines()[0]]) from None
     tensors = dict(model.state_dict())
     return tensors, tensors.keys() - {name for name, _ in model.named_parameters()}
 
@@ -102,6 +109,24 @@ class ShardWriter:
         self._waiting, self._waiting_bytes = {}, 0
 
 
+def remove_abandoned_stages(target: Path) -> None:
+    """What a conversion to `target` left behind that was killed."""
+    for stage in target.parent.glob(f".{glob.escape(target.name)}.tmp-*"):
+        process = stage.name.rpartition("-")[2]
+        if process.isdecimal() and (int(process) == os.getpid() or not _runs(int(process))):
+            shutil.rmtree(stage, ignore_errors=True)
+
+
+def _runs(process: int) -> bool:
+    try:
+        os.kill(process, 0)
+    except (ProcessLookupError, OverflowError):
+        return False
+    except PermissionError:  # it is another user's
+        return True
+    return True
+
+
 @contextlib.contextmanager
 def staged(target: Path) -> Iterator[Path]:
     """A new folder beside `target` that becomes `target` when the block ends. If it raises, nothing is left.
@@ -111,6 +136,7 @@ def staged(target: Path) -> Iterator[Path]:
     if target.exists() or target.is_symlink():
         raise UserError(f"--out: {target} exists\n  remedy: name a folder that does not, or delete it")
     missing = [folder for folder in target.parents if not folder.exists()]
+    remove_abandoned_stages(target)
     stage = target.with_name(f".{target.name}.tmp-{os.getpid()}")
     try:
         stage.mkdir(parents=True)

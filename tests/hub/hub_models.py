@@ -181,10 +181,10 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
 }
 
 
-def make(name: str) -> Any:
+def make(name: str, **changes: Any) -> Any:
     """The model, in evaluation mode, with weights so large that everything in it matters."""
     kind, values = CASES[name]
-    config = getattr(transformers, f"{kind}Config")(**values)
+    config = getattr(transformers, f"{kind}Config")(**values | changes)
     model = transformers.AutoModelForCausalLM.from_config(
         config, attn_implementation="eager", experts_implementation="eager"
     )

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import json
+import os
 import pickle
 import shutil
+import subprocess
 import sys
 from argparse import Namespace
 from collections.abc import Callable, Mapping
@@ -19,18 +21,21 @@ pytest.importorskip("transformers", reason="the models are read by transformers:
 import hub_models
 import transformers
 from safetensors.torch import load_file, save_file
-from tokenizers import Tokenizer
+from tokenizers import Tokenizer, decoders, pre_tokenizers
+from tokenizers.models import WordLevel
 from tokenizers.processors import TemplateProcessing
 
 from moelm import command_line, convert
-from moelm.config import Config, UserError, to_yaml
+from moelm.config import Config, TokenizerConfig, UserError, to_yaml
 from moelm.convert import main
 from moelm.data.tokenizer import encode_prompt
 from moelm.evaluate import evaluate
 from moelm.generate import main as generate_main
+from moelm.hub import exporting
 from moelm.hub.exporting import Export
 from moelm.hub.importing import Import
-from moelm.hub.streaming import ShardWriter
+from moelm.hub.streaming import ShardWriter, staged
+from moelm.hub.tokenizer_files import read_special_tokens, read_tokenizer
 from moelm.hub.verification import verify_export, verify_import
 from moelm.train import train
 from moelm.training.checkpoint_io import (
@@ -220,6 +225,21 @@ def test_both_layouts_and_any_number_of_files_make_the_same_checkpoint(
 
 
 @pytest.mark.usefixtures("in_this_process")
+def test_layers_of_multi_token_prediction_are_left_out_if_the_config_counts_them(
+    model_folder: Callable[[str], Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = tmp_path / "model"
+    shutil.copytree(model_folder(KINDS["DeepseekV3"]), folder)
+    change_state(folder, lambda state: state.update({"model.layers.3.eh_proj.weight": state[NORM]}))
+    change_json(folder / "config.json", num_nextn_predict_layers=0)
+    with pytest.raises(UserError, match=r"model\.layers\.3\.eh_proj\.weight is not expected"):
+        Import(folder)
+    change_json(folder / "config.json", num_nextn_predict_layers=1)
+    main(["from-hf", "--model", str(folder), "--out", str(tmp_path / "checkpoint")])
+    assert "left out: 1 tensors that are none of the model, such as model.layers.3.eh" in capsys.readouterr().out
+
+
+@pytest.mark.usefixtures("in_this_process")
 def test_an_output_table_beside_a_tied_one_is_dropped_only_if_it_is_the_same(
     model_folder: Callable[[str], Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -404,12 +424,20 @@ def only_a_pickle(folder: Path) -> None:
         pickle.dump({"model.norm.weight": Bomb(folder.parent / "executed")}, file)
 
 
+def become(folder: Path, name: str) -> None:
+    """Another model in the place of this one."""
+    shutil.rmtree(folder)
+    hub_models.make(name).save_pretrained(folder)
+
+
 def index(folder: Path, **files: str) -> None:
     names = dict.fromkeys(load_file(folder / "model.safetensors"), "model.safetensors")
     (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": names | files}))
 
 
 NORM = "model.norm.weight"
+NO_LAYERS: dict[str, Any] = {"num_hidden_layers": 0, "layer_types": []}
+GATE_UP = "model.layers.1.mlp.experts.gate_up_proj"
 BAD_MODELS: dict[str, tuple[Callable[[Path], Any], str]] = {
     "truncated": (lambda f: change_bytes(f, lambda b: b[:-9]), "model.safetensors: not a whole safetensors file"),
     "corrupted": (lambda f: change_bytes(f, lambda b: b[:9] + b"}" + b[10:]), "model.safetensors: not a whole"),
@@ -452,6 +480,34 @@ BAD_MODELS: dict[str, tuple[Callable[[Path], Any], str]] = {
     "config is a list": (lambda f: (f / "config.json").write_text("[]"), "config.json: not a mapping"),
     "tokenizer is no JSON": (lambda f: (f / "tokenizer.json").write_text("{"), "tokenizer.json: not a tokenizer"),
     "no folder": (shutil.rmtree, "no such folder"),
+    "no layers": (lambda f: change_json(f / "config.json", num_hidden_layers=0), "num_hidden_layers is 0"),
+    "no layers of which each has a type": (
+        lambda f: (become(f, "qwen2_moe windows, steps"), change_json(f / "config.json", **NO_LAYERS)),
+        "num_hidden_layers is 0",
+    ),
+    "no layers of which some are dense": (
+        lambda f: (become(f, "qwen3_moe sparse steps"), change_json(f / "config.json", **NO_LAYERS)),
+        "num_hidden_layers is 0",
+    ),
+    "sizes beyond 64 bits": (
+        lambda f: change_json(f / "config.json", hidden_size=10**12, vocab_size=10**18),
+        "the sizes in the config do not make a model",
+    ),
+    "a number in place of a matrix": (
+        lambda f: (become(f, "gpt_oss"), change_state(f, lambda s: s.update({GATE_UP: torch.tensor(1.0)}))),
+        f"{GATE_UP} has no right shape",
+    ),
+    "an id of the end that cannot be": (
+        lambda f: (
+            change_json(f / "config.json", eos_token_id=10**12),
+            Tokenizer(WordLevel({"a": 0}, "a")).save(str(f / "tokenizer.json")),
+        ),
+        "eos_token_id 0 of config.json: 1000000000000",
+    ),
+    "a tokenizer of another model": (
+        lambda f: Tokenizer(WordLevel({"a": 0, "b": 61}, "a")).save(str(f / "tokenizer.json")),
+        "has the id 61 ('b'), but the vocab_size is 61",
+    ),
 }
 W1 = "model.layers.0.block_sparse_moe.experts.0.w1.weight"
 
@@ -485,6 +541,45 @@ def test_a_bad_model_is_one_message_and_nothing_is_executed_or_written(
     assert said.count("error: ") == 1
     assert message in said
     assert {path.name for path in tmp_path.iterdir()} <= {"model"}
+
+
+def test_only_what_a_killed_conversion_left_is_removed(model_folder: Callable[[str], Path], tmp_path: Path) -> None:
+    killed = subprocess.Popen(["true"])
+    killed.wait()
+    runs, dead = (f".out.tmp-{number}" for number in (os.getppid(), killed.pid))
+    for name in (runs, dead, f".out.tmp-{os.getpid()}", f".out.tmp-{10**30}", ".out.tmp-x", f".other.tmp-{killed.pid}"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "model.safetensors").touch()
+    with staged(tmp_path / "out") as stage:
+        assert list(stage.iterdir()) == []
+    assert {path.name for path in tmp_path.iterdir()} == {"out", runs, ".out.tmp-x", f".other.tmp-{killed.pid}"}
+
+
+@pytest.mark.parametrize(
+    ("exit_code", "message"),
+    [
+        ("kill -9 $$", "the verification itself failed (exit -9), so what was written was removed"),
+        (
+            "echo no memory >&2; exit 1",
+            "the verification itself failed (exit 1), so what was written was removed:\nno m",
+        ),
+        ("echo y is wrong >&2; exit 2", "what was written is not right, so it was removed:\ny is wrong"),
+    ],
+)
+def test_a_verification_that_fails_itself_is_told_from_one_that_finds_something(
+    exit_code: str,
+    message: str,
+    model_folder: Callable[[str], Path],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    (tmp_path / "python").write_text(f"#!/bin/sh\n{exit_code}\n")
+    (tmp_path / "python").chmod(0o755)
+    monkeypatch.setattr(sys, "executable", str(tmp_path / "python"))
+    with pytest.raises(UserError) as caught:
+        main(["from-hf", "--model", str(model_folder(KINDS["Mixtral"])), "--out", str(tmp_path / "out")])
+    assert str(caught.value).startswith(message)
+    assert [path.name for path in tmp_path.iterdir()] == ["python"]
 
 
 def test_a_folder_that_exists_is_left_alone(
@@ -552,15 +647,13 @@ def test_help_has_an_example(capsys: pytest.CaptureFixture[str]) -> None:
 
 
 @pytest.fixture
-def with_tokenizer(
-    model_folder: Callable[[str], Path], tiny: Callable[..., Config], tmp_path: Path
-) -> Callable[..., Path]:
+def with_tokenizer(tiny: Callable[..., Config], tmp_path: Path) -> Callable[..., Path]:
     """A model folder beside whose weights lies a tokenizer, which puts `first` before a text, if that is given."""
     from moelm.data.prepare import prepare
 
     def make(first: str | None) -> Path:
         folder = tmp_path / "model"
-        shutil.copytree(model_folder("mixtral odd"), folder)
+        hub_models.make("mixtral odd", vocab_size=520).save_pretrained(folder)
         tokenizer = Tokenizer.from_file(str(prepare(tiny().data.corpus).tokenizer_file))
         tokenizer.add_special_tokens(["<s>", "</s>"])
         if first is not None:
@@ -607,19 +700,107 @@ def test_the_end_of_text_is_what_the_tokenizers_own_config_says(
         assert section.end_of_text == "<|endoftext|>"
 
 
-@pytest.mark.usefixtures("in_this_process")
-def test_an_import_without_an_end_of_text_says_so(
-    with_tokenizer: Callable[..., Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+def test_the_end_of_text_is_the_first_that_is_named_and_that_the_tokenizer_has(
+    with_tokenizer: Callable[..., Path],
 ) -> None:
     folder = with_tokenizer("<s>")
-    change_json(folder / "config.json", eos_token_id="removed")
-    arguments = ["from-hf", "--model", str(folder), "--out"]
-    main([*arguments, str(tmp_path / "known")])
-    assert "no end of a text" not in capsys.readouterr().out
+    ids = {"config.json": [4_000_000, 1.5, True, -1], "generation_config.json": 10**12}
+    for name, eos_token_id in ids.items():
+        change_json(folder / name, eos_token_id=eos_token_id)
+    hf = json.loads((folder / "config.json").read_text())
+
+    def end() -> str:
+        return read_special_tokens(folder, hf, 520).end_of_text
+
+    assert end() == "<|endoftext|>"  # the default, which it has too
     tokenizer = (folder / "tokenizer.json").read_text()
     (folder / "tokenizer.json").write_text(tokenizer.replace("<|endoftext|>", "<|other|>"))
-    main([*arguments, str(tmp_path / "unknown")])
-    assert "no end of a text is named, and the tokenizer has no '<|endoftext|>'" in capsys.readouterr().out
+    (folder / "tokenizer_config.json").write_text('{"eos_token": "<|im_end|>"}')
+    with pytest.raises(UserError) as caught:
+        end()
+    for words in ("tokenizer_config.json: '<|im_end|>'", "eos_token_id 0 of config.json: 4000000", "1000000000000"):
+        assert words in str(caught.value)
+    assert "name one as eos_token in" in str(caught.value)
+    assert "['<|other|>', '<s>', '</s>']" in str(caught.value)
+    (folder / "special_tokens_map.json").write_text('{"eos_token": {"content": "<s>"}}')
+    assert end() == "<s>"
+    change_json(folder / "generation_config.json", eos_token_id=[7_000_000, 513])
+    assert end() == "</s>"
+    change_json(folder / "tokenizer_config.json", eos_token="<|other|>")
+    assert end() == "<|other|>"
+
+
+def test_a_tokenizer_that_knows_more_tokens_than_the_model_is_refused(with_tokenizer: Callable[..., Path]) -> None:
+    folder = with_tokenizer("<s>")
+    assert read_special_tokens(folder, {}, 514).start_of_text == "<s>"
+    with pytest.raises(UserError, match=r"tokenizer\.json: has the id 513 \('</s>'\), but the vocab_size is 513"):
+        read_special_tokens(folder, {}, 513)
+
+
+@pytest.mark.usefixtures("in_this_process")
+@pytest.mark.parametrize("prompt", ["", "w1 w2"])
+def test_the_words_of_a_sentencepiece_tokenizer_are_streamed_with_their_spaces(
+    prompt: str, model_folder: Callable[[str], Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = tmp_path / "model"
+    shutil.copytree(model_folder("mixtral odd"), folder)
+    tokenizer = Tokenizer(WordLevel({f"▁w{i}": i for i in range(60)}, "▁w0"))
+    tokenizer.pre_tokenizer, tokenizer.decoder = pre_tokenizers.Metaspace(), decoders.Metaspace()
+    tokenizer.add_special_tokens(["<|endoftext|>"])
+    tokenizer.save(str(folder / "tokenizer.json"))
+    main(["from-hf", "--model", str(folder), "--out", str(tmp_path / "checkpoint")])
+    words = (prompt + text_of_moelm(tmp_path / "checkpoint", prompt, capsys, n=5)).split(" ")
+    assert len(words) == len(prompt.split()) + 5
+    assert all(f"▁{word}" in tokenizer.get_vocab() for word in words)
+
+
+def test_what_a_tokenizer_file_says_of_length_is_no_matter(with_tokenizer: Callable[..., Path]) -> None:
+    folder = with_tokenizer("<s>")
+    plain = Tokenizer.from_file(str(folder / "tokenizer.json"))
+    expected = encode_prompt(plain, TokenizerConfig(start_of_text="<s>"), "def f(x): return x")
+    for change in (lambda each: each.enable_truncation(2), lambda each: each.enable_padding(length=99)):
+        tokenizer = Tokenizer.from_file(str(folder / "tokenizer.json"))
+        change(tokenizer)
+        tokenizer.save(str(folder / "changed.json"))
+        changed = Tokenizer.from_file(str(folder / "changed.json"))
+        assert changed.encode("def f(x): return x").ids != plain.encode("def f(x): return x").ids
+        assert encode_prompt(changed, TokenizerConfig(start_of_text="<s>"), "def f(x): return x") == expected
+        assert read_tokenizer(folder / "changed.json").encode("def f(x): return x").ids == expected
+
+
+@pytest.mark.usefixtures("in_this_process")
+def test_a_tokenizer_that_cannot_be_written_or_lacks_its_tokens_leaves_nothing(
+    with_tokenizer: Callable[..., Path],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    checkpoint, out = tmp_path / "checkpoint", tmp_path / "out"
+    main(["from-hf", "--model", str(with_tokenizer(None)), "--out", str(checkpoint)])
+    capsys.readouterr()
+    with monkeypatch.context() as patch:
+        patch.setattr(exporting, "_name_files", lambda out, _: (out / "tokenizer.json").symlink_to("/dev/full"))
+        said = refusal(["to-hf", "--checkpoint", str(checkpoint), "--out", str(out)], patch, capsys)
+    assert "No space left on device" in said
+    config = (checkpoint / "config.yaml").read_text()
+    (checkpoint / "config.yaml").write_text(config.replace("start_of_text: null", "start_of_text: <bos>"))
+    (checkpoint / "manifest.json").unlink()
+    write_manifest(checkpoint, 0)
+    monkeypatch.setattr(ShardWriter, "add", None)  # found out before a tensor is written
+    said = refusal(["to-hf", "--checkpoint", str(checkpoint), "--out", str(out)], monkeypatch, capsys)
+    assert "lacks what data.corpus.tokenizer of the checkpoint names\n  - '<bos>', its bos_token_id" in said
+    assert not [path for path in tmp_path.iterdir() if "out" in path.name]
+
+
+@pytest.mark.usefixtures("in_this_process")
+def test_the_longest_text_of_an_imported_model_comes_back(with_tokenizer: Callable[..., Path], tmp_path: Path) -> None:
+    folder = with_tokenizer("<s>")
+    change_json(folder / "config.json", max_position_embeddings=163_840)
+    main(["from-hf", "--model", str(folder), "--out", str(tmp_path / "checkpoint")])
+    assert load_checkpoint_config(tmp_path / "checkpoint").data.seq_len == 4096
+    main(["to-hf", "--checkpoint", str(tmp_path / "checkpoint"), "--out", str(tmp_path / "back")])
+    assert json.loads((tmp_path / "back" / "config.json").read_text())["max_position_embeddings"] == 163_840
+    assert transformers.AutoTokenizer.from_pretrained(tmp_path / "back").model_max_length == 163_840
 
 
 def test_verification_finds_a_tokenizer_that_feeds_other_ids(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import importlib
 import sys
 from typing import Any
 
@@ -364,6 +365,8 @@ REFUSED: list[tuple[dict, str, Any, str]] = [
     (DEEPSEEK_V2, "n_shared_experts", 0, "0, allowed: at least 1"),
     (DEEPSEEK_V2, "kv_lora_rank", 511, "511, allowed: an even number"),
     (DEEPSEEK_V2, "rope_scaling.attention_factor", 1.3, "rope_parameters.attention_factor is a key that is not"),
+    (MIXTRAL, "rope_scaling", {"type": "default", "spice": 3}, "rope_parameters.spice is a key that is not understood"),
+    (MIXTRAL, "rope_scaling", {"factor": 8.0}, "rope_parameters.factor is a key that is not understood"),
     (DEEPSEEK_V2, "rope_scaling.mscale", None, "mscale"),
     (MOONLIGHT, "scoring_func", "softmax", "allowed: 'sigmoid'"),
     (MOONLIGHT, "topk_method", "greedy", "allowed: 'noaux_tc'"),
@@ -474,6 +477,20 @@ def test_an_architecture_lists_all_reasons(model_type: str):
     assert ("model.moe.shared_gate is true" in text) == (model_type != "qwen2_moe")
     assert ("model.norm_eps is 0.0003" in text) == (model_type == "dbrx")
     assert ("model.attention.name is 'gqa', deepseek" in text) == model_type.startswith("deepseek")
+
+
+@pytest.mark.parametrize(("kind", "more"), [("yarn", {}), ("llama3", {"high_frequency_factor": 4.0})])
+def test_transformers_finds_no_fault_with_the_rope_that_is_written(
+    kind: str, more: dict, monkeypatch: pytest.MonkeyPatch
+):
+    said: list[str] = []
+    logger = importlib.import_module("transformers.modeling_rope_utils").logger
+    for name in ("warning", "warning_once"):
+        monkeypatch.setattr(logger, name, said.append)
+    scaling = {"kind": kind, "factor": 2.5, "original_context": 262_144, **more}
+    attention = {"name": "gqa", "n_heads": 4, "rope_scaling": scaling}
+    assert write_config(ours(**TINY | {"moe": MOE, "attention": attention}))[1]["max_position_embeddings"] == 655_360
+    assert said == []
 
 
 def test_equal_spellings_are_expressed_alike():
