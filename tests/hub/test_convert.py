@@ -480,7 +480,6 @@ BAD_MODELS: dict[str, tuple[Callable[[Path], Any], str]] = {
     "config is a list": (lambda f: (f / "config.json").write_text("[]"), "config.json: not a mapping"),
     "tokenizer is no JSON": (lambda f: (f / "tokenizer.json").write_text("{"), "tokenizer.json: not a tokenizer"),
     "no folder": (shutil.rmtree, "no such folder"),
-    "no layers": (lambda f: change_json(f / "config.json", num_hidden_layers=0), "num_hidden_layers is 0"),
     "no layers of which each has a type": (
         lambda f: (become(f, "qwen2_moe windows, steps"), change_json(f / "config.json", **NO_LAYERS)),
         "num_hidden_layers is 0",
