@@ -11,6 +11,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 from moelm import command_line
 from moelm.config import Config, UserError, from_dict, read_yaml
+from moelm.model.size import model_size
 
 EPILOG = """example:
   python -m moelm.compare checkpoints
@@ -64,6 +65,7 @@ def read_run(folder: Path) -> dict[str, Any]:
             "run": summary["run"],
             "total_params": summary["total_params"],
             "active_params": summary["active_params"],
+            "active_params_no_embeddings": model_size(config.model).active_no_embeddings,
             "steps": summary["step"],
             "tokens": summary["tokens"],
             "first_val_step": validations[0][0] if validations else None,
@@ -97,6 +99,7 @@ def as_table(rows: list[dict[str, Any]], markdown: bool = False) -> str:
         ("run", "run", "s"),
         ("total", "total_params", ",d"),
         ("active", "active_params", ",d"),
+        ("no embeddings", "active_params_no_embeddings", ",d"),
         ("steps", "steps", ",d"),
         (first, "first_val_ce", ".4f"),
         ("CE", "val_ce", ".4f"),

@@ -236,7 +236,7 @@ class MultiTokenPredictionConfig:
     """DeepSeek-V3's modules that predict tokens further ahead (docs/maths.md); they train, and write no text."""
 
     n_modules: int = setting(1, ge=1)  # module k predicts the token k + 1 places ahead
-    coef: float = setting(0.3, ge=0)  # multiplies the mean of the modules' cross-entropies (lambda)
+    coef: float = setting(0.3, gt=0)  # multiplies the mean of the modules' cross-entropies (lambda)
 
 
 @dataclass
@@ -486,18 +486,25 @@ def load_corpus(file: str | Path, overrides: Iterable[str] = ()) -> CorpusConfig
     return corpus
 
 
-def read_yaml(
-    file: str | Path, named_by: str = "", seen: tuple[Path, ...] = (), under: dict[str, Any] | None = None
-) -> dict[str, Any]:
-    """One YAML with its parents (`extends`) and the corpus file it names, merged over `under`; still untyped.
+def read_yaml(file: str | Path, named_by: str = "", seen: tuple[Path, ...] = ()) -> dict[str, Any]:
+    """One YAML with its parents (`extends`) and the corpus file it names merged in; still untyped.
 
     `named_by` is the key that named the file, `seen` the files that led to it.
     """
+    return _read_over({}, [], file, named_by, seen)
+
+
+def _read_over(
+    under: dict[str, Any], applied: list[Path], file: str | Path, named_by: str, seen: tuple[Path, ...]
+) -> dict[str, Any]:
+    """The same over `under`. `applied` are the files in it: what two parents have in common comes once, first."""
     path = Path(file)
     where = f"{named_by}: {path}" if named_by else str(path)
     try:
         if path.resolve() in seen:
             raise ConfigError(where, "is part of itself", f"remove one `{named_by}`")
+        if path.resolve() in applied:
+            return under
         text = path.read_text(encoding="utf-8-sig")
         loaded = OmegaConf.to_container(OmegaConf.load(io.StringIO(text)), resolve=False)
     except OSError as error:  # also what OmegaConf raises for a lone number
@@ -510,12 +517,13 @@ def read_yaml(
         raise ConfigError(where, "is not a mapping of sections", "see configs/quickstart.yaml")
     raw = {str(key): value for key, value in loaded.items()}
     parents = raw.pop("extends", None) or []
-    seen, merged = (*seen, path.resolve()), under or {}
+    seen = (*seen, path.resolve())
     for parent in parents if isinstance(parents, list) else [parents]:
         if not isinstance(parent, str):
             raise ConfigError("extends", f"{_show(parent)} is not a path", "name a YAML file, or a list of them")
-        merged = read_yaml(path.parent / parent, "extends", seen, merged)
-    return _merge_file(merged, raw, path.parent, seen)
+        under = _read_over(under, applied, path.parent / parent, "extends", seen)
+    applied.append(path.resolve())
+    return _merge_file(under, raw, path.parent, seen)
 
 
 def _override(raw: dict[str, Any], overrides: Iterable[str]) -> dict[str, Any]:
@@ -553,6 +561,9 @@ def _merge(base: Any, change: Any, key: str = "") -> Any:
                 raise ConfigError(_join(key, index), f"the list has {len(merged)} elements", "count from 0")
             merged[int(index)] = _merge(merged[int(index)], value, _join(key, index))
         return merged
+    if isinstance(base, list) and isinstance(change, dict) and change and "name" not in change:
+        remedy = f"number them, {_join(key, '0.' + str(next(iter(change))))} for the first, or give a whole list"
+        raise ConfigError(key, f"is a list of {len(base)} here", remedy)
     is_a_name = key == "name" or key.endswith(".name")
     if isinstance(base, str) and not is_a_name and any(base in known for known in _registry.values()):
         base = {"name": base}  # `switch` is short for `{name: switch}`
@@ -885,9 +896,13 @@ def _check_phases(schedule: ScheduleConfig, max_steps: int) -> None:
     if ends[-1] != 1:
         problem = f"{ends[-1]} leaves the rest of the run without a phase"
         raise ConfigError(f"{key}.{len(ends) - 1}.until", problem, "the last phase goes until 1.0")
-    first = round(ends[0] * max_steps)
-    if schedule.warmup_steps and schedule.warmup_steps >= first:
-        problem = f"{schedule.warmup_steps} leaves nothing of the first phase, which ends at step {first}"
+    steps = [0, *(round(end * max_steps) for end in ends)]
+    for i, (begin, end) in enumerate(itertools.pairwise(steps)):
+        if begin == end:
+            problem = f"{ends[i]} leaves the phase no step of trainer.max_steps = {max_steps}"
+            raise ConfigError(f"{key}.{i}.until", problem, "raise trainer.max_steps, or give fewer phases")
+    if schedule.warmup_steps >= steps[1]:
+        problem = f"{schedule.warmup_steps} leaves nothing of the first phase, which ends at step {steps[1]}"
         raise ConfigError("optim.schedule.warmup_steps", problem, f"lower it, or raise {key}.0.until")
 
 

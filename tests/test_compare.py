@@ -37,6 +37,7 @@ def test_a_row_holds_the_numbers_of_the_summary_and_of_the_first_validation(runs
         assert row["total_params"] == summary["total_params"]
     dense, experts = rows
     assert (dense["dead_share"], dense["max_violation"]) == (None, None)
+    assert [row["active_params"] - row["active_params_no_embeddings"] for row in rows] == [512 * 32] * 2
     assert experts["dead_share"] == experts["dead_experts"] / (8 * 2)
 
 

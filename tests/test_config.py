@@ -398,8 +398,9 @@ OVERRIDES = [
     ("optim.lr=fast", "optim.lr: 'fast' is not a finite number"),
     ("optim.betas=[]", "optim.betas: [] is not two numbers"),
     ("model.moe.balancers.7.coef=1", "model.moe.balancers.7: the list has 1 elements"),
-    ("model.moe.balancers.²=1", "model.moe.balancers: {'²': 1} is not a list"),
-    ("model.moe.balancers.first.coef=1", "model.moe.balancers: {'first': {'coef': 1}} is not a list"),
+    ("model.moe.balancers.²=1", "model.moe.balancers: is a list of 1 here"),
+    ("model.moe.balancers.first.coef=1", "model.moe.balancers: is a list of 1 here"),
+    ("model.moe.balancers.coef=1", "model.moe.balancers: is a list of 1 here\n  remedy: number them, "),
     ("data.corpus=nowhere.yaml", "data.corpus: nowhere.yaml: no such file"),
 ]
 
@@ -519,6 +520,14 @@ def test_of_several_parents_the_later_one_wins(folder):
     assert (config.optim.lr, config.optim.eps, config.data.n_workers) == (0.25, 1e-6, 2)
     assert (config.model.d_model, config.model.n_layers) == (load_config("base.yaml").model.d_model, 3)
     assert config.data.corpus == CorpusConfig(name="texts", seed=3)  # a corpus file replaces those before it
+
+
+def test_what_two_parents_have_in_common_undoes_nothing():
+    write("extends: base.yaml\noptim: {weight_decay: 0.7, schedule: {warmup_steps: 1}}", "a.yaml")
+    write("extends: base.yaml\nmodel: {n_layers: 3}", "b.yaml")
+    write("extends: [a.yaml, b.yaml]\nrun: {seed: 1}", "c.yaml")
+    config = load_config("c.yaml")
+    assert (config.optim.weight_decay, config.optim.schedule.warmup_steps, config.model.n_layers) == (0.7, 1, 3)
 
 
 def test_a_section_that_names_another_thing_replaces_the_old_one_whole():

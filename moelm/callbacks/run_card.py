@@ -93,6 +93,7 @@ def hyper_parameters(run: Config) -> dict[str, str | float]:
         "balancers": " + ".join(_balancer(each) for each in moe.balancers) or "none" if moe else "none",
         "total_params": size.total,
         "active_params": size.active,
+        "optimizer": run.optim.optimizer,
         "lr": run.optim.lr,
         "schedule": run.optim.schedule.name,
         "batch_tokens": run.optim.batch_tokens,

@@ -21,9 +21,9 @@ class PredictionModule(nn.Module):
 
     The columns of M are in the order of the released weights (`eh_proj` reads embedding, then hidden); the paper
     writes the hidden state first, which is the same function with the columns exchanged. h^0 is the main model's
-    state *after* its final norm, and h^k after the module's own (`shared_head.norm` of the released weights): the head
-    of eq. 23 is linear, so what the paper calls the representation is normed, and the code that was released with the
-    weights hands that on. Those norms have weights, so a state from before them would be another function.
+    state *after* its final norm, as inference engines read the released weights. Those come with one module and without
+    its training code, so h^k for a second one is chosen here: after the module's own norm (their `shared_head.norm`),
+    as h^0 is. The norms have weights, so a state from before them would be another function.
     The block is that of `ModelConfig.prediction_layer`: an MoE block in a model that has any, with its attention.
     """
 

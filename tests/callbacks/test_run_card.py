@@ -76,6 +76,7 @@ def test_all_runs_have_the_same_columns(tiny: Callable[..., Config]) -> None:
     ]
     for row in rows:
         assert {name: type(value) for name, value in row.items()} == {n: type(v) for n, v in rows[0].items()}
+    assert {row["optimizer"] for row in rows} == {"adamw"}
     assert [row["balancers"] for row in rows] == ["switch 0.01", "none", "none", "switch 0.01"]
 
 

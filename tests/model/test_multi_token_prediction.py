@@ -366,6 +366,6 @@ def test_modules_that_look_past_the_sequence_or_are_none_are_refused():
         check_config(from_dict(Config, raw))
     raw["model"]["multi_token_prediction"]["n_modules"] = 15
     check_config(from_dict(Config, raw))
-    for wrong in ({"n_modules": 0}, {"coef": -0.1}, {"depth": 2}):
+    for wrong in ({"n_modules": 0}, {"coef": 0}, {"depth": 2}):
         with pytest.raises(ConfigError, match=f"multi_token_prediction.{next(iter(wrong))}"):
             from_dict(Config, {"model": {"multi_token_prediction": wrong}})

@@ -5,7 +5,7 @@ import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
-from moelm.config import Config, from_dict, to_dict
+from moelm.config import Config, build, from_dict, to_dict
 from moelm.model.gpt import GPT
 from moelm.model.init import initialize
 from moelm.model.size import (
@@ -267,6 +267,24 @@ def saved_bytes(run, model):
     with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
         run()
     return sum(t.untyped_storage().nbytes() for pointer, t in saved.items() if pointer not in weights)
+
+
+@pytest.mark.parametrize("options", [{"sliding_window": 100}, {"sinks": True}, {"sinks": True, "sliding_window": 100}])
+def test_a_mask_and_sinks_make_grouped_attention_keep_more(tiny_config, options):
+    """Compared is what they add: of plain attention the kernel on the CPU keeps a copy that is none on a GPU."""
+    n_tokens, kept, counted = 256, [], []
+    for more in ({}, options):
+        section = {"name": "gqa", "n_heads": 16, "n_kv_heads": 2, "head_dim": 64, **more}
+        config = tiny_config(n_layers=1, attention=section)
+        attention = build("attention", config.attention, config)
+        for parameter in attention.parameters():
+            torch.nn.init.normal_(parameter, std=0.1)
+        x_BLD = torch.randn(1, n_tokens, 32, requires_grad=True)
+        rotation = attention.rotation(torch.arange(n_tokens))
+        kept.append(saved_bytes(lambda run=attention, x=x_BLD, r=rotation: run(x, r), attention))
+        counted.append(4 * n_tokens * config.attention.saved_per_token(32))
+    mask = 4 * n_tokens**2  # what the kernel adds to the scores; not a matter of a token
+    assert kept[1] - kept[0] - mask == pytest.approx(counted[1] - counted[0], rel=0.01)
 
 
 def test_the_memory_of_a_prediction_module_is_what_autograd_keeps_beside_its_block(tiny_config):

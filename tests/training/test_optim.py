@@ -112,6 +112,8 @@ BAD = [  # changes, key, words
     (phases({"shape": "cosin"}, {}), "optim.schedule.phases.0.shape", "did you mean cosine"),
     (phases({"too": 1}, {}), "optim.schedule.phases.0.too", "unknown key"),
     (phases({}, {"until": None}), "optim.schedule.phases.1.until", "null is not a finite number"),
+    (phases({"until": 0.001}, {}), "optim.schedule.phases.0.until", "no step of trainer.max_steps = 60"),
+    (phases({"until": 0.999}, {}), "optim.schedule.phases.1.until", "fewer phases"),
     (phases(warmup_steps=30), "optim.schedule.warmup_steps", "ends at step 30"),
     (phases(warmup_steps=60), "optim.schedule.warmup_steps", "max_steps = 60"),
 ]

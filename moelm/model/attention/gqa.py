@@ -61,11 +61,15 @@ class GQAConfig(AttentionConfig):
         return 2 * self.n_heads * self.width(d_model) * (2 * seq_len * window - window**2) // seq_len
 
     def saved_per_token(self, d_model: int) -> int:
-        """q, k, v and the heads' output; q and k in float32 before a norm; q, k and v before they are cut."""
+        """q, k, v and the heads' output; q and k in float32 before a norm; q, k and v before they are cut. Under a mask
+        k and v are kept for each query head, and with sinks q, k and v are wider copies."""
         n_heads, width = self.n_heads + self.kv_heads, self.width(d_model)
         norm = 2 * n_heads if self.qk_norm != "none" else 0
         clip = n_heads + self.kv_heads if self.clip_qkv is not None else 0
-        return (2 * n_heads + norm + clip) * width
+        if self.sinks:
+            return (norm + clip) * width + 4 * self.n_heads * (width + 8 - width % 8)
+        attended = 4 * self.n_heads if self.sliding_window is not None else 2 * n_heads
+        return (attended + norm + clip) * width
 
 
 @register("attention", "gqa", GQAConfig)
