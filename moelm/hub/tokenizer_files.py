@@ -18,6 +18,7 @@ from moelm.hub.reading import HubError, show
 def read_tokenizer(file: Path) -> Tokenizer:
     try:
         tokenizer = Tokenizer.from_file(str(file))
+        tokenizer.encode("a")  # one without a token for what it does not know may fail at that
     except Exception as error:  # the library raises plain Exception
         raise HubError(f"{file}: not a tokenizer of the `tokenizers` library", [str(error)]) from None
     leave_length(tokenizer)

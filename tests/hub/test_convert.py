@@ -503,6 +503,10 @@ BAD_MODELS: dict[str, tuple[Callable[[Path], Any], str]] = {
         ),
         "eos_token_id 0 of config.json: 1000000000000",
     ),
+    "a tokenizer that cannot encode": (
+        lambda f: Tokenizer(WordLevel({"b": 0}, "?")).save(str(f / "tokenizer.json")),
+        "tokenizer.json: not a tokenizer",
+    ),
     "a tokenizer of another model": (
         lambda f: Tokenizer(WordLevel({"a": 0, "b": 61}, "a")).save(str(f / "tokenizer.json")),
         "has the id 61 ('b'), but the vocab_size is 61",
