@@ -541,7 +541,7 @@ def test_a_bad_model_is_one_message_and_nothing_is_executed_or_written(
     spoil(folder)
     capsys.readouterr()
     said = refusal(["from-hf", "--model", str(folder), "--out", str(out)], monkeypatch, capsys)
-    assert said.count("error: ") == 1
+    assert sum(line.startswith("error: ") for line in said.splitlines()) == 1
     assert message in said
     assert {path.name for path in tmp_path.iterdir()} <= {"model"}
 
