@@ -15,7 +15,7 @@ ROOT = Path(__file__).parent.parent
 RUN = {"training", "callbacks", "analysis", "hub"}
 PURE = {"model", "moe"}
 MAY_IMPORT = {
-    "config": set(),
+    "config": {"config"},
     "moe": {"moe", "config"},
     "model": PURE | {"config"},
     "data": {"data", "config"},
@@ -74,7 +74,7 @@ def why_not(root: Path, module: tuple[str, ...], target: str) -> str | None:
         return None
     command_line = imported[:2] == ("moelm", "command_line") and source == "data_prep"
     if destination not in MAY_IMPORT[source] and not command_line:
-        return f"{source} imports only {', '.join(sorted(MAY_IMPORT[source])) or 'nothing of moelm'}"
+        return f"{source} imports only {', '.join(sorted(MAY_IMPORT[source]))}"
     folders = {path[2] for path in (module, imported) if path[:2] == ("moelm", "moe") and len(path) > 2}
     if len(folders) == 2 and folders <= STRANGERS:
         return "routing, dispatch and balancing share moe/types.py only"
@@ -123,8 +123,8 @@ PLANTED = [
     ("training/optim.py", "from moelm.train import train", "training imports only"),
     ("training/optim.py", "from moelm import command_line", "training imports only"),
     ("callbacks/a.py", "import moelm.train", "callbacks imports only"),
-    ("config.py", "from moelm.moe.types import RouterStats", "nothing of moelm"),
-    ("config.py", "import torch", "before torch"),
+    ("config/checks.py", "from moelm.moe.types import RouterStats", "config imports only config"),
+    ("config/checks.py", "import torch", "before torch"),
     ("data/prepare.py", "import data_prep.prepare", "data imports only config, data"),
     ("train.py", "from data_prep import prepare", "command imports only"),
     ("../data_prep/prepare.py", "from moelm.train import train", "data_prep imports only"),

@@ -103,6 +103,6 @@ def test_the_pairs_of_a_run_agree_with_its_loads(tiny: Callable[..., Config], mo
 
 
 def _factories() -> dict[str, Any]:
-    from moelm import config
+    from moelm.config import registry
 
-    return config._registry["callback"]
+    return registry._registry["callback"]

@@ -9,8 +9,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from moelm import config as registry
-from moelm.config import MoEConfig, register, setting
+from moelm.config import MoEConfig, register, registry, setting
 from moelm.moe.balancing.base import Balancer, LossConfig
 from moelm.moe.balancing.switch import switch_aux_loss
 from moelm.moe.routing.top_k import TopKConfig, TopKRouter
