@@ -20,6 +20,7 @@ HARMLESS = {
 }
 
 
+OLDEST = (5, 23)  # the version of transformers that is tested
 SHOWN = 40  # reasons in a message: a folder with the wrong tensors has thousands
 
 
@@ -37,6 +38,8 @@ def transformers(module: str = "") -> Any:
     """The package, or a module of it, imported when it is needed. Raises HubError where it is not installed."""
     try:
         package = importlib.import_module("transformers")
+        if tuple(map(int, package.__version__.split(".")[:2])) < OLDEST:  # configs of before lack keys, or take others
+            raise HubError(f"transformers {package.__version__} is too old", ["pip install --upgrade moelm[hub]"])
         return importlib.import_module(f"transformers.{module}") if module else package
     except ModuleNotFoundError as error:
         if error.name != "transformers":

@@ -410,6 +410,16 @@ def test_without_transformers_the_error_says_what_to_install(call: Any, monkeypa
     assert str(caught.value) == "transformers is not installed\n  - pip install moelm[hub]"
 
 
+def test_a_transformers_older_than_the_tested_one_is_refused(monkeypatch: pytest.MonkeyPatch):
+    for version in ("5.17.0", "4.57.1"):
+        monkeypatch.setattr("transformers.__version__", version)
+        with pytest.raises(HubError, match=f"transformers {version} is too old"):
+            ARCHITECTURES["mixtral"].read_config(MIXTRAL)
+    for version in ("5.23.0", "5.100.0.dev0", "6.0"):
+        monkeypatch.setattr("transformers.__version__", version)
+        ARCHITECTURES["mixtral"].read_config(MIXTRAL)
+
+
 # ------------------------------------------------------------------------------------------------ what is written
 
 TINY = {
