@@ -42,9 +42,10 @@ def main(argv: list[str]) -> None:
         if not holds:
             raise ConfigError(f"--{key.replace('_', '-')}", f"{getattr(arguments, key)}", f"it must be {allowed}")
     folder = find_checkpoint(arguments.checkpoint)
-    refuse_without_generation(load_checkpoint_config(folder).model, str(folder))
+    saved = load_checkpoint_config(folder)
+    refuse_without_generation(saved.model, str(folder))
     tokenizer = Tokenizer.from_file(str(tokenizer_file(folder)))
-    section = load_checkpoint_config(folder).data.corpus.tokenizer
+    section = saved.data.corpus.tokenizer
     end = tokenizer.token_to_id(section.end_of_text)
     prompt = encode_prompt(tokenizer, section, arguments.prompt)
     model, config, device = load_model(folder)

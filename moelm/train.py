@@ -100,6 +100,9 @@ def train(config: Config, resume: str | None = None) -> dict[str, Any]:
 
 def _checkpoint_to_resume(config: Config, resume: str | None) -> Path | None:
     folder = config.run_folder
+    if (folder / "manifest.json").exists():  # an imported model, whose config.yaml a run would write over
+        problem = f"{folder} is itself a checkpoint, not the folder of a run"
+        raise ConfigError("run.name", problem, "choose another run.name or run.dir")
     if resume is None:
         rank = int(os.environ.get("RANK", os.environ.get("LOCAL_RANK", 0)))
         trained = [*folder.glob("step-*"), *folder.glob("events.*"), *folder.glob("summary.json")]

@@ -400,7 +400,10 @@ OVERRIDES = [
     ("model.moe.balancers.7.coef=1", "model.moe.balancers.7: the list has 1 elements"),
     ("model.moe.balancers.²=1", "model.moe.balancers: is a list of 1 here"),
     ("model.moe.balancers.first.coef=1", "model.moe.balancers: is a list of 1 here"),
-    ("model.moe.balancers.coef=1", "model.moe.balancers: is a list of 1 here\n  remedy: number them, "),
+    (
+        "model.moe.balancers.coef=1",
+        "model.moe.balancers: is a list of 1 here\n  remedy: number them, model.moe.balancers.0.coef for",
+    ),
     ("data.corpus=nowhere.yaml", "data.corpus: nowhere.yaml: no such file"),
 ]
 

@@ -120,7 +120,7 @@ def _merge(base: Any, change: Any, key: str = "") -> Any:
             merged[int(index)] = _merge(merged[int(index)], value, join(key, index))
         return merged
     if isinstance(base, list) and isinstance(change, dict) and change and "name" not in change:
-        remedy = f"number them, {join(key, '0.' + str(next(iter(change))))} for the first, or give a whole list"
+        remedy = f"number them, {join(f'{key}.0', next(iter(change)))} for the first, or give a whole list"
         raise ConfigError(key, f"is a list of {len(base)} here", remedy)
     is_a_name = key == "name" or key.endswith(".name")
     if isinstance(base, str) and not is_a_name and is_registered(base):

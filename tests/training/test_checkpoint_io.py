@@ -298,3 +298,15 @@ def test_a_folder_that_cannot_be_written_is_named_and_the_last_checkpoint_stays(
     assert [folder.name for folder in step_folders(config.run_folder)] == ["step-00000002"]
     assert find_checkpoint(config.run_folder).name == "step-00000002"
     assert not [path for path in config.run_folder.iterdir() if path.name.startswith(".")]
+
+
+@pytest.mark.parametrize("resume", [None, "auto"])
+def test_no_run_begins_in_a_folder_that_is_a_checkpoint(
+    run: Config, tiny: Callable[..., Config], resume: str | None
+) -> None:
+    step_folder(run.run_folder, 6).rename(run.run_folder.parent / "imported")
+    checkpoint = run.run_folder.parent / "imported"
+    before = {file.name: file.read_bytes() for file in checkpoint.iterdir()}
+    with pytest.raises(UserError, match=r"run\.name: .*imported is itself a checkpoint"):
+        train(tiny({"run.name": "imported"}), resume=resume)
+    assert {file.name: file.read_bytes() for file in checkpoint.iterdir()} == before
