@@ -103,6 +103,7 @@ def _silence_lightning() -> None:
     """Advice that does not hold here: the loader has no workers on purpose, the epoch is endless on purpose; and
     its announcements, which `moelm.train` makes in fewer lines."""
     logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)
+    logging.getLogger("torch._higher_order_ops.wrap").setLevel(logging.ERROR)  # of checkpointing and in-place ops
     for message in (
         ".*does not have many workers.*",
         ".*Checkpoint directory .* exists and is not empty.*",

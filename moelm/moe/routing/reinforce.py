@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from moelm.config import MoEConfig, register, setting
+from moelm.moe.choice import keep_choice
 from moelm.moe.routing.base import LearnedRouter, LearnedRouterConfig, token_choice_with_stats
 from moelm.moe.types import RouteContext, RouterStats, TokenChoice
 
@@ -46,7 +47,7 @@ class ReinforceRouter(LearnedRouter):
         choice_TE = logits_TE.detach()
         if context.training:
             choice_TE = choice_TE - torch.empty_like(choice_TE).exponential_().log()
-        expert_ids_TK = choice_TE.topk(self.top_k, dim=-1).indices
+        expert_ids_TK = keep_choice(choice_TE.topk(self.top_k, dim=-1).indices)
         log_prob_T = log_prob_of_draw(logits_TE, expert_ids_TK)
         baseline_T = F.linear(x_TD.detach(), self.baseline.weight.float(), self.baseline.bias.float()).squeeze(-1)
         if context.token_mask_BL is not None:
