@@ -60,6 +60,7 @@ def build_trainer(config: Config, resume_step: int | None = None) -> pl.Trainer:
     except (MisconfigurationException, ValueError, TypeError, RuntimeError) as error:
         raise ConfigError("trainer", f"Lightning refuses it: {' '.join(str(error).split())}") from error
     _set_intervals(trainer, config)
+    _ask_for_sigterm_at_log_steps(trainer, config.trainer.log_every_n_steps)
     return trainer
 
 
@@ -97,6 +98,19 @@ def _set_intervals(trainer: pl.Trainer, config: Config) -> None:
         )
     trainer.accumulate_grad_batches = config.optim.batch_tokens // micro_tokens
     trainer.val_check_interval = config.data.val_every_n_steps * trainer.accumulate_grad_batches
+
+
+def _ask_for_sigterm_at_log_steps(trainer: pl.Trainer, log_every_n_steps: int) -> None:
+    """Before every micro-batch Lightning asks the other ranks whether one was told to end, and the host waits for the
+    answer, so that the GPU runs dry. Here only where it waited just now; all ranks count the same steps."""
+    loop = trainer.fit_loop.epoch_loop
+    ask = loop._broadcast_sigterm_tensor
+
+    def ask_after_log_step() -> None:
+        if trainer.global_step % log_every_n_steps == 0:
+            ask()
+
+    loop._broadcast_sigterm_tensor = ask_after_log_step  # type: ignore[method-assign]
 
 
 def _silence_lightning() -> None:
