@@ -17,6 +17,7 @@ from lightning.pytorch.strategies import DDPStrategy, Strategy
 from lightning.pytorch.utilities import rank_zero_only
 from tensorboard.compat.proto.summary_pb2 import Summary  # type: ignore[import-untyped]
 
+from moelm.callbacks.profile import Profile
 from moelm.callbacks.progress_bar import StepProgressBar
 from moelm.config import OWN_TRAINER_KEYS, Config, ConfigError, build
 from moelm.training.checkpoint_io import FolderCheckpointIO, StepCheckpoint
@@ -34,7 +35,8 @@ def build_trainer(config: Config, resume_step: int | None = None) -> pl.Trainer:
         options["accelerator"] = "cuda" if torch.cuda.is_available() or options["accelerator"] != "auto" else "cpu"
     strategy = _strategy(config)
     options |= {"strategy": strategy} if strategy is not None else {}
-    callbacks: list[Callback] = [build("callback", callback, config) for callback in config.callbacks]
+    callbacks: list[Callback] = [Profile(config)] if config.trainer.profile else []
+    callbacks += [build("callback", callback, config) for callback in config.callbacks]
     if progress:
         callbacks.append(StepProgressBar(config))
     torch.set_float32_matmul_precision(config.trainer.float32_matmul_precision)
