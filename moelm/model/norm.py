@@ -1,4 +1,5 @@
-"""Normalisation: what `model.norm` chooses from. Both compute in float32 and return x's dtype."""
+"""Normalisation: what `model.norm` chooses from. Both compute in float32 and round once: to the autocast dtype where
+autocast is on, since a norm's output feeds products of matrices, else to x's own."""
 
 from __future__ import annotations
 
@@ -7,6 +8,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from moelm.config import ModelConfig
+from moelm.moe.experts import compute_dtype
 
 
 class RMSNorm(nn.Module):
@@ -18,7 +20,7 @@ class RMSNorm(nn.Module):
         self.eps = eps
 
     def forward(self, x: Tensor) -> Tensor:
-        return F.rms_norm(x.float(), self.weight.shape, self.weight.float(), self.eps).to(x.dtype)
+        return F.rms_norm(x.float(), self.weight.shape, self.weight.float(), self.eps).to(compute_dtype(x))
 
 
 class LayerNorm(nn.Module):
@@ -30,7 +32,7 @@ class LayerNorm(nn.Module):
         self.eps = eps
 
     def forward(self, x: Tensor) -> Tensor:
-        return F.layer_norm(x.float(), self.weight.shape, self.weight.float(), None, self.eps).to(x.dtype)
+        return F.layer_norm(x.float(), self.weight.shape, self.weight.float(), None, self.eps).to(compute_dtype(x))
 
 
 NORMS: dict[str, type[RMSNorm] | type[LayerNorm]] = {"rmsnorm": RMSNorm, "layernorm": LayerNorm}

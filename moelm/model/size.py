@@ -158,9 +158,8 @@ def training_memory(config: Config, n_shards: int = 1) -> Memory:
         activations = sum(kept) + max(whole - part for whole, part in zip(per_block, kept, strict=True))
     logits = min(micro * model.vocab_size, MAX_LOGITS)
     activations += 2 * residual + read_by_head
-    # a prediction module: its embeddings, what projection, final norm and head read, and what the head reads once more
-    # in float32 for the hidden state
-    activations += model.n_prediction_modules * (2 * residual + 3 * read_by_head + (residual if mixed else 0))
+    # a prediction module: its embeddings, and what projection, final norm and head read
+    activations += model.n_prediction_modules * (2 * residual + 3 * read_by_head)
     # logits in compute dtype, in float32, and their float32 gradient exist together in backward
     working = logits * (8 + head_bytes)
     if mixed:

@@ -48,13 +48,30 @@ def test_a_norm_is_its_formula_computed_in_float32(device, name, dtype, bound):
 
 
 @pytest.mark.parametrize("name", FORMULAS)
-def test_under_autocast_a_norm_still_computes_in_float32(name):
+def test_under_autocast_a_norm_still_computes_in_float32_and_rounds_once(name):
     norm, x = make_norm_and_input(name, torch.float32)
     outside = norm(x)
     with torch.autocast("cpu", torch.bfloat16):
         inside = norm(x)
-    assert inside.dtype == torch.float32
-    assert torch.equal(inside, outside)
+    assert outside.dtype == torch.float32
+    assert inside.dtype == torch.bfloat16
+    assert torch.equal(inside, outside.bfloat16())
+
+
+def test_under_autocast_what_routers_and_experts_read_is_bfloat16_and_the_residual_stream_float32(tiny_config):
+    model = GPT(tiny_config(multi_token_prediction={}))
+    initialize(model, 0)
+    seen = {}
+    for layer in model.moe_layers:
+        layer.router.register_forward_pre_hook(lambda module, inputs: seen.update({module: inputs[0].dtype}))
+    for block in model.all_blocks:
+        block.register_forward_hook(lambda module, inputs, outputs: seen.update({module: outputs[0].dtype}))
+    tokens_BL = torch.randint(64, (2, 9), generator=torch.Generator().manual_seed(0))
+    with torch.autocast("cpu", torch.bfloat16):
+        model(tokens_BL[:, :-1], tokens_BL[:, 1:]).loss.backward()
+    assert [seen[layer.router] for layer in model.moe_layers] == [torch.bfloat16] * 3
+    # of a prediction module the stream begins with a product
+    assert [seen[block] for block in model.all_blocks] == [torch.float32, torch.float32, torch.bfloat16]
 
 
 @pytest.mark.parametrize(("name", "kind"), [("rmsnorm", RMSNorm), ("layernorm", LayerNorm)])
