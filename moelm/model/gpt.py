@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any, NamedTuple
 
 import torch
+import torch._functorch.config
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
@@ -72,6 +73,13 @@ class GPT(nn.Module):
     @property
     def attentions(self) -> list[Attention]:
         return [block.attention for block in self.blocks if isinstance(block, Block)]
+
+    def compile_blocks(self, **options: Any) -> None:
+        """Each block in place; names and values stay. `options` are those of torch.compile."""
+        # else the backward pass is traced under the forward's autocast, and the router's float32 products become bf16
+        torch._functorch.config.backward_pass_autocast = "off"
+        for block in self.all_blocks:
+            block.compile(dynamic=False, **options)
 
     def init_cache(self, batch_size: int, max_len: int, dtype: torch.dtype | None = None) -> list[Any]:
         """An empty cache for generation: one entry a layer, opaque, filled in place by `forward`."""

@@ -75,8 +75,7 @@ class MoELightningModule(pl.LightningModule):
         model.activation_checkpointing = options.activation_checkpointing
         on_cuda = next(model.parameters()).is_cuda
         if options.compile is True or (options.compile == "auto" and on_cuda):
-            for block in model.all_blocks:
-                block.compile(dynamic=False)
+            model.compile_blocks()
         self.model = model
 
     def configure_optimizers(self) -> OptimizerLRScheduler:

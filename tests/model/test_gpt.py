@@ -346,3 +346,18 @@ def test_compiled_blocks_equal_eager_ones(tiny_config):
     for name, gradient in gradients.items():
         bound = 1e-5 * eager_gradients[name].abs().max()
         assert (gradient - eager_gradients[name]).abs().max() <= bound, name
+
+
+def test_compiled_under_autocast_the_gradients_of_the_router_are_float32_products_too(tiny_config):
+    model, tokens_BL = make_model(tiny_config(n_layers=1)), make_tokens(L=33)
+    gradients = []
+    for compiled in (False, True):
+        if compiled:
+            torch._dynamo.reset()
+            model.compile_blocks(backend="aot_eager", fullgraph=True)
+        model.zero_grad(set_to_none=True)
+        with torch.autocast("cpu", torch.bfloat16, cache_enabled=False):
+            output = model(tokens_BL[:, :-1], tokens_BL[:, 1:])
+        (output.loss + output.stats.prob_BE.square().sum()).backward()
+        gradients.append(model.moe_layers[0].router.weight.grad)
+    assert (gradients[1] - gradients[0]).norm() < 1e-5 * gradients[0].norm()
