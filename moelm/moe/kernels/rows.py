@@ -31,9 +31,8 @@ def spread(x_TD: Tensor, row_of_choice_TK: Tensor) -> Tensor:
 
 
 def spread_reference(x_TD: Tensor, row_of_choice_TK: Tensor) -> Tensor:
-    T, K = row_of_choice_TK.shape
-    choice_of_row_R = row_of_choice_TK.flatten().argsort()
-    return x_TD.index_select(0, choice_of_row_R // K)
+    token_of_row_R = row_of_choice_TK.flatten().argsort() // row_of_choice_TK.shape[1]
+    return x_TD.index_select(0, token_of_row_R)
 
 
 @triton.jit(do_not_specialize=["T"])
