@@ -184,9 +184,9 @@ def swiglu_backward(
 
     6 R F s bytes: a program owns whole rows, so no sum crosses programs.
     """
-    R, n_wide = gate_up_RF.shape[0], grad_h_RF.shape[1]
-    grad_gate_up_RF, gated_h_RF = torch.empty_like(gate_up_RF), torch.empty_like(grad_h_RF)
-    grad_gates_TK = torch.empty(gates_TK.shape, dtype=torch.float32, device=gates_TK.device)
+    R, n_wide = grad_h_RF.shape
+    grad_gate_up_RF, gated_h_RF = gate_up_RF.new_empty(R, 2 * n_wide), grad_h_RF.new_empty(R, n_wide)
+    grad_gates_TK = gates_TK.new_empty(gates_TK.shape, dtype=torch.float32)
     block_r, block_f = 4, 256
     _swiglu_backward[(triton.cdiv(R, block_r),)](
         grad_h_RF.contiguous(),

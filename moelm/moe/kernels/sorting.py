@@ -22,18 +22,18 @@ def sort_by_expert(expert_ids_TK: Tensor, n_experts: int) -> tuple[Tensor, Tenso
 
     24 R bytes (the ids are read twice), 12 bytes a block and expert; log^2(BLOCK) / 2 compare-and-swaps a choice.
     """
-    ids_R = expert_ids_TK.contiguous()
-    R, n_bins = ids_R.numel(), triton.next_power_of_2(n_experts + 1)
+    ids_TK = expert_ids_TK.contiguous()
+    R, n_bins = ids_TK.numel(), triton.next_power_of_2(n_experts + 1)
     n_blocks = max(1, triton.cdiv(R, BLOCK))  # one even without a choice: it writes the offsets
-    row_of_choice_TK = torch.empty_like(ids_R, dtype=torch.int32)
-    choice_of_row_R = ids_R.new_empty(R, dtype=torch.int32)
-    offsets_E = ids_R.new_empty(n_experts, dtype=torch.int32)
-    counts_bE, before_bE = ids_R.new_empty(2, n_blocks, n_bins, dtype=torch.int32)
-    total_E = ids_R.new_empty(n_bins, dtype=torch.int32)
-    _count[(n_blocks,)](ids_R, counts_bE, R, n_experts, n_bins, BLOCK)
+    row_of_choice_TK = torch.empty_like(ids_TK, dtype=torch.int32)
+    choice_of_row_R = ids_TK.new_empty(R, dtype=torch.int32)
+    offsets_E = ids_TK.new_empty(n_experts, dtype=torch.int32)
+    counts_bE, before_bE = ids_TK.new_empty(2, n_blocks, n_bins, dtype=torch.int32)
+    total_E = ids_TK.new_empty(n_bins, dtype=torch.int32)
+    _count[(n_blocks,)](ids_TK, counts_bE, R, n_experts, n_bins, BLOCK)
     _sum_blocks[(triton.cdiv(n_bins, 16),)](counts_bE, before_bE, total_E, n_blocks, n_bins, min(16, n_bins), 256)
     _place[(n_blocks,)](
-        ids_R, counts_bE, before_bE, total_E, row_of_choice_TK, choice_of_row_R, offsets_E, R, n_experts, n_bins, BLOCK
+        ids_TK, counts_bE, before_bE, total_E, row_of_choice_TK, choice_of_row_R, offsets_E, R, n_experts, n_bins, BLOCK
     )
     return row_of_choice_TK, choice_of_row_R, offsets_E
 
