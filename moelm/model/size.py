@@ -7,7 +7,7 @@ from math import comb
 
 import torch
 
-from moelm.config import Config, ModelConfig, NamedConfig, build
+from moelm.config import Config, ModelConfig, NamedConfig, build, why_not_fused
 from moelm.model.attention.base import AttentionConfig
 from moelm.model.gpt import GPT, MAX_LOGITS
 
@@ -164,7 +164,7 @@ def training_memory(config: Config, n_shards: int = 1) -> Memory:
     # logits in compute dtype, in float32, and their float32 gradient exist together in backward
     working = logits * (8 + head_bytes)
     if mixed:
-        working += 2 * n_parameters  # autocast and the experts keep bf16 copies for the backward pass
+        working += 2 * n_parameters  # autocast keeps bf16 copies for the backward pass, the experts for longer
     second = size.active - size.active_no_embeddings if config.optim.optimizer == "muon" else n_parameters
     return Memory(state, state, state + 4 * second // n_shards, activations, working)
 
@@ -183,8 +183,11 @@ def _activation_bytes(model: ModelConfig, layer: int, tokens: int, mixed: bool, 
     expert_hidden = hidden
     if moe.experts.activation == "clamped_swiglu" and not compiled:
         expert_hidden = 7  # gate and up; clamped gate, its sigmoid, their product, up + 1; and the product of all
-    # input and output rows, hidden
-    rows = moe.choices_per_token * c * (2 * d // n_chunks + expert_hidden * moe.d_expert)
+    if mixed and moe.experts.backend in ("auto", "fused") and not why_not_fused(moe, d // n_chunks):
+        row = 2 * 2 * moe.d_expert + 3 * 4  # gate and up in bf16; its gate and both ways of the permutation
+    else:
+        row = c * (2 * d // n_chunks + expert_hidden * moe.d_expert)  # input and output rows, hidden
+    rows = moe.choices_per_token * row
     router = 4 * 2 * moe.n_experts * n_chunks + (0 if compiled else 4 * d)
     if moe.router.mixes_chunks:
         router += c * 2 * d  # what split and merge read
