@@ -18,11 +18,13 @@ from torch.optim.optimizer import Optimizer, register_optimizer_step_post_hook
 def refreshed(weight: Any, copy: Tensor | None, dtype: torch.dtype) -> Tensor:
     """A copy of the parameter `weight` as it now is: `copy`, the one that was made last, or a new one if there is none
     or it does not fit."""
+    latest: Tensor | None = getattr(weight, "working_copy", None)
     if copy is None or (copy.shape, copy.dtype, copy.device) != (weight.shape, dtype, weight.device):
-        copy = _recast(weight, None, dtype)
-    elif getattr(weight, "working_copy", None) is not copy or weight.working_version != weight._version:
-        copy = _recast(weight, copy, dtype)
-    return copy
+        copy = None
+    elif copy is latest and weight.working_version == weight._version:
+        return copy
+    recast: Tensor = _recast(weight, copy, dtype)
+    return recast
 
 
 @torch.inference_mode(False)  # a tensor of inference mode would serve no training
