@@ -12,6 +12,7 @@ import triton.language as tl
 from torch import Tensor
 
 BLOCK = 1024  # choices a program
+SUMMED = 256  # blocks whose counts are summed at once
 
 
 def sort_by_expert(expert_ids_TK: Tensor, n_experts: int) -> tuple[Tensor, Tensor, Tensor]:
@@ -31,7 +32,8 @@ def sort_by_expert(expert_ids_TK: Tensor, n_experts: int) -> tuple[Tensor, Tenso
     counts_bE, before_bE = ids_TK.new_empty(2, n_blocks, n_bins, dtype=torch.int32)
     total_E = ids_TK.new_empty(n_bins, dtype=torch.int32)
     _count[(n_blocks,)](ids_TK, counts_bE, R, n_experts, n_bins, BLOCK)
-    _sum_blocks[(triton.cdiv(n_bins, 16),)](counts_bE, before_bE, total_E, n_blocks, n_bins, min(16, n_bins), 256)
+    block_e = min(16, n_bins)
+    _sum_blocks[(n_bins // block_e,)](counts_bE, before_bE, total_E, n_blocks, n_bins, block_e, SUMMED)
     _place[(n_blocks,)](
         ids_TK, counts_bE, before_bE, total_E, row_of_choice_TK, choice_of_row_R, offsets_E, R, n_experts, n_bins, BLOCK
     )
