@@ -1,4 +1,4 @@
-"""torch's AdamW with a kernel of its own for each large tensor, and the clipping of gradients that goes with it."""
+"""torch's AdamW with one pass over memory for each large tensor, and with bfloat16 moments."""
 
 from __future__ import annotations
 
@@ -7,45 +7,27 @@ from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
-from torch import Tensor, nn
-from torch.optim import Optimizer
+from torch import Tensor
 from torch.optim.adamw import adamw
-
-MIN_ELEMENTS = 2**20  # a smaller tensor takes less time than a launch: torch's kernel does them all at once
 
 HAS_TRITON = importlib.util.find_spec("triton") is not None
 if HAS_TRITON:
-    from moelm.training.adamw_kernel import adamw_update
+    from moelm.training.adamw_kernel import adamw_kernel
 
-
-def clip_gradients(optimizer: Optimizer, parameters: Iterable[nn.Parameter], limit: float | None) -> Tensor:
-    """The norm of all gradients together, float32 scalar; they count min(1, limit / (norm + 1e-6)) times in the step.
-
-    `AdamW` multiplies them as it reads them; for other optimizers they are scaled in place.
-    """
-    if not isinstance(optimizer, AdamW):
-        return nn.utils.clip_grad_norm_(parameters, float("inf") if limit is None else limit)
-    norm = gradient_norm([parameter.grad for parameter in parameters if parameter.grad is not None])
-    if limit is not None:
-        optimizer.gradient_scale = (limit / (norm + 1e-6)).clamp(max=1.0)
-    return norm
-
-
-def gradient_norm(gradients: list[Tensor]) -> Tensor:
-    """Euclidean norm of all together, summed in float32 whatever their dtypes."""
-    by_dtype: dict[torch.dtype, list[Tensor]] = {}
-    for gradient in gradients:
-        by_dtype.setdefault(gradient.dtype, []).append(gradient)
-    norms = [norm for group in by_dtype.values() for norm in torch._foreach_norm(group, 2, dtype=torch.float32)]
-    return torch.linalg.vector_norm(torch.stack(norms))
+LARGE = 2**20  # elements; a smaller tensor takes less time than a launch, and torch's kernel updates many in one
+LOW_32_BITS = 2**32 - 1
 
 
 class AdamW(torch.optim.AdamW):
     """`torch.optim.AdamW` (arXiv 1711.05101) with fused=True: the same formula, options and state.
 
-    What else touches a large tensor happens in the same pass. Its gradient may be bf16 and is multiplied by
-    `gradient_scale`, a float32 scalar on the device that holds for one step. Where the parameter has a `working_copy`
-    (bf16, the same shape) that becomes its new value, rounded, and `working_version` the version it is the copy of.
+    A large parameter is updated by itself in one pass, which also multiplies the gradient (float32 or bfloat16) by
+    `gradient_scale`, a float32 scalar on the device that holds for one step, and writes the new value, rounded, into
+    the parameter's `working_copy` (bfloat16, same shape; its `working_version` is the version this is a copy of).
+
+    `moments` is the dtype of exp_avg and exp_avg_sq of large parameters. In bfloat16 they are rounded up or down at
+    random, right in the mean: to the nearest, exp_avg_sq could not decay with beta2 > 0.998, where a step takes less
+    than half of its last digit. The random bits are a function of parameter, element and step, so a resume is exact.
     """
 
     def __init__(
@@ -56,39 +38,48 @@ class AdamW(torch.optim.AdamW):
         betas: tuple[float, float],
         eps: float,
         weight_decay: float,
+        moments: torch.dtype = torch.float32,
     ) -> None:
         super().__init__(params, lr=lr, betas=betas, eps=eps, weight_decay=weight_decay, fused=True)
+        self.moments = moments
         self.gradient_scale: Tensor | None = None
 
     @torch.no_grad()
-    def step(self, closure: Callable[[], Any] | None = None) -> Any:  # type: ignore[override]
+    def step(self, closure: Callable[[], Any] | None = None) -> Any:
         loss = None
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
         scale, self.gradient_scale = self.gradient_scale, None
+        n_before = 0  # parameters of the groups before
         for group in self.param_groups:
-            parameters = [parameter for parameter in group["params"] if parameter.grad is not None]
-            for parameter in parameters:
+            large: dict[int, Tensor] = {}
+            small: list[Tensor] = []
+            for index, parameter in enumerate(group["params"], start=n_before):
+                if parameter.grad is None:
+                    continue
                 if not self.state[parameter]:
-                    self.state[parameter] = _new_state(parameter)
+                    self.state[parameter] = self._new_state(parameter)
+                if is_large(parameter) or parameter.grad.dtype != parameter.dtype:  # torch's kernel wants one dtype
+                    large[index] = parameter
+                else:
+                    small.append(parameter)
+            n_before += len(group["params"])
             options = {key: group[key] for key in ("lr", "eps", "weight_decay")}
-            large = [parameter for parameter in parameters if _is_large(parameter)]
-            small = [parameter for parameter in parameters if not _is_large(parameter)]
             self._step_large(large, scale, betas=group["betas"], **options)
             self._step_small(small, scale, beta1=group["betas"][0], beta2=group["betas"][1], **options)
         return loss
 
-    def _step_large(self, parameters: list[Tensor], scale: Tensor | None, **options: Any) -> None:
-        if not parameters:
-            return
-        states = [self.state[parameter] for parameter in parameters]
-        torch._foreach_add_([state["step"] for state in states], 1)
-        for parameter, state in zip(parameters, states, strict=True):
+    def _step_large(self, parameters: dict[int, Tensor], scale: Tensor | None, **options: Any) -> None:
+        if parameters:
+            torch._foreach_add_([self.state[parameter]["step"] for parameter in parameters.values()], 1)
+        for index, parameter in parameters.items():
             assert parameter.grad is not None
-            copy = getattr(parameter, "working_copy", None)
+            state, copy = self.state[parameter], getattr(parameter, "working_copy", None)
             moments = state["exp_avg"], state["exp_avg_sq"]
-            adamw_update(parameter, parameter.grad.contiguous(), *moments, copy, state["step"], scale, **options)
+            update = adamw_kernel if HAS_TRITON and parameter.is_cuda else adamw_reference
+            gradient = parameter.grad.contiguous()
+            update(parameter, gradient, *moments, copy, state["step"], scale, index=index, **options)
             # autograd does not see what a kernel writes
             torch.autograd.graph.increment_version([parameter, *moments, *([] if copy is None else [copy])])
             if copy is not None:
@@ -106,19 +97,82 @@ class AdamW(torch.optim.AdamW):
             [],
             [state["step"] for state in states],
             fused=True,
-            grad_scale=None if scale is None else scale.reciprocal(),  # by which the gradients are divided
+            grad_scale=None if scale is None else scale.reciprocal(),  # by which it divides
             amsgrad=False,
             maximize=False,
             **options,
         )
 
+    def _new_state(self, parameter: Tensor) -> dict[str, Tensor]:
+        moments = {key: torch.zeros_like(parameter, dtype=self._dtype(parameter)) for key in ("exp_avg", "exp_avg_sq")}
+        return {"step": torch.zeros((), device=parameter.device), **moments}
 
-def _is_large(parameter: Tensor) -> bool:
-    """Does it get a kernel of its own? One with a bf16 gradient must, since torch's wants a single dtype."""
-    assert parameter.grad is not None
-    return parameter.is_contiguous() and (parameter.numel() >= MIN_ELEMENTS or parameter.grad.dtype != torch.float32)
+    def _dtype(self, parameter: Tensor) -> torch.dtype:
+        return self.moments if is_large(parameter) else parameter.dtype
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Moments of either dtype: they become what this optimizer keeps."""
+        super().load_state_dict(state_dict)  # makes all of them float32
+        for parameter, state in self.state.items():
+            for key in ("exp_avg", "exp_avg_sq"):
+                state[key] = state[key].to(self._dtype(parameter))
 
 
-def _new_state(parameter: Tensor) -> dict[str, Tensor]:
-    zeros = torch.zeros_like(parameter), torch.zeros_like(parameter)
-    return {"step": torch.zeros((), device=parameter.device), "exp_avg": zeros[0], "exp_avg_sq": zeros[1]}
+def is_large(parameter: Tensor) -> bool:
+    return parameter.numel() >= LARGE and parameter.is_contiguous()
+
+
+def adamw_reference(
+    parameter: Tensor,
+    gradient: Tensor,
+    exp_avg: Tensor,
+    exp_avg_sq: Tensor,
+    working_copy: Tensor | None,
+    step: Tensor,
+    gradient_scale: Tensor | None,
+    *,
+    index: int,
+    lr: float,
+    betas: tuple[float, float],
+    eps: float,
+    weight_decay: float,
+) -> None:
+    """One step for one parameter p of any shape, in place.
+
+        g = gradient_scale * gradient;  m <- m + (1 - beta1) (g - m);  v <- v + (1 - beta2) (g^2 - v)
+        p <- (1 - lr * weight_decay) p - lr * m / (1 - beta1^t) / (sqrt(v / (1 - beta2^t)) + eps)
+
+    p float32, gradient float32 or bfloat16, m and v both float32 or both bfloat16; all arithmetic is float32. `step` is
+    t, float32 scalar, 1 in the first step. `index` is the place of p in the optimizer.
+    """
+    beta1, beta2 = betas
+    g = gradient.float() if gradient_scale is None else gradient.float() * gradient_scale
+    m = exp_avg + (1 - beta1) * (g - exp_avg)
+    v = exp_avg_sq + (1 - beta2) * (g * g - exp_avg_sq)
+    correction1, correction2 = (1 - beta ** step.double() for beta in betas)
+    parameter.sub_(lr * weight_decay * parameter)
+    parameter.sub_((lr / correction1).float() * m / (v.sqrt() / correction2.sqrt().float() + eps))
+    if working_copy is not None:
+        working_copy.copy_(parameter)
+    if exp_avg.dtype == torch.bfloat16:
+        elements = torch.arange(parameter.numel(), device=parameter.device).view_as(parameter)
+        random = hash32(elements & LOW_32_BITS ^ hash32(hash32(step.long()) ^ index))
+        m, v = round_at_random(m, random & 0xFFFF), round_at_random(v, random >> 16)
+    exp_avg.copy_(m)
+    exp_avg_sq.copy_(v)
+
+
+def hash32(x: Tensor) -> Tensor:
+    """int64 in [0, 2^32), to the same: each bit depends on all (lowbias32 of C. Wellons' hash-prospector)."""
+    x = (x ^ (x >> 16)) * 0x7FEB352D & LOW_32_BITS
+    x = (x ^ (x >> 15)) * 0x846CA68B & LOW_32_BITS
+    return x ^ (x >> 16)
+
+
+def round_at_random(x: Tensor, random: Tensor) -> Tensor:
+    """float32 to bfloat16, away from zero in as many of the 2^16 values of `random` as x lies on the way there.
+
+    A NaN may become another number: in AdamW the parameter is a NaN then.
+    """
+    bits = (x.view(torch.int32).long() & LOW_32_BITS) + random & LOW_32_BITS
+    return (bits >> 16).to(torch.uint16).view(torch.bfloat16)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 
-import torch
 import triton
 import triton.language as tl
 from torch import Tensor
@@ -13,6 +12,20 @@ BLOCK, N_WARPS = 2048, 8
 
 
 @triton.jit
+def _hash(x):
+    """As `adamw.hash32`."""
+    x = (x ^ (x >> 16)) * 0x7FEB352D
+    x = (x ^ (x >> 15)) * 0x846CA68B
+    return x ^ (x >> 16)
+
+
+@triton.jit
+def _round(x, random):
+    """As `adamw.round_at_random`."""
+    return ((x.to(tl.uint32, bitcast=True) + random) >> 16).to(tl.uint16).to(tl.bfloat16, bitcast=True)
+
+
+@triton.jit(do_not_specialize=["index"])
 def _adamw(
     parameter,
     gradient,
@@ -21,6 +34,7 @@ def _adamw(
     working_copy,
     step,
     gradient_scale,
+    index,
     lr,
     one_minus_beta1,
     log_beta1,
@@ -36,11 +50,11 @@ def _adamw(
     mask = i < n - start
     p = tl.load(parameter + start + i, mask)
     g = tl.load(gradient + start + i, mask).to(tl.float32)
-    m = tl.load(exp_avg + start + i, mask)
-    v = tl.load(exp_avg_sq + start + i, mask)
-    t = tl.load(step).to(tl.float64)  # 1 - beta^t loses its digits in float32
-    correction1 = (1 - tl.exp(t * log_beta1)).to(tl.float32)
-    correction2 = (1 - tl.exp(t * log_beta2)).to(tl.float32)
+    m = tl.load(exp_avg + start + i, mask).to(tl.float32)
+    v = tl.load(exp_avg_sq + start + i, mask).to(tl.float32)
+    t = tl.load(step)
+    correction1 = (1 - tl.exp(t.to(tl.float64) * log_beta1)).to(tl.float32)  # float32 would lose its digits
+    correction2 = (1 - tl.exp(t.to(tl.float64) * log_beta2)).to(tl.float32)
     if gradient_scale is not None:
         g *= tl.load(gradient_scale)
     p -= decay * p
@@ -48,13 +62,18 @@ def _adamw(
     v += one_minus_beta2 * (g * g - v)
     p -= lr / correction1 * m / (tl.sqrt(v) / tl.sqrt(correction2) + eps)
     tl.store(parameter + start + i, p, mask)
-    tl.store(exp_avg + start + i, m, mask)
-    tl.store(exp_avg_sq + start + i, v, mask)
     if working_copy is not None:
         tl.store(working_copy + start + i, p.to(tl.bfloat16), mask)
+    if exp_avg.dtype.element_ty == tl.bfloat16:
+        random = _hash((start + i).to(tl.uint32) ^ _hash(_hash(t.to(tl.uint32)) ^ index.to(tl.uint32)))
+        tl.store(exp_avg + start + i, _round(m, random & 0xFFFF), mask)
+        tl.store(exp_avg_sq + start + i, _round(v, random >> 16), mask)
+    else:
+        tl.store(exp_avg + start + i, m, mask)
+        tl.store(exp_avg_sq + start + i, v, mask)
 
 
-def adamw_update(
+def adamw_kernel(
     parameter: Tensor,
     gradient: Tensor,
     exp_avg: Tensor,
@@ -63,15 +82,17 @@ def adamw_update(
     step: Tensor,
     gradient_scale: Tensor | None,
     *,
+    index: int,
     lr: float,
     betas: tuple[float, float],
     eps: float,
     weight_decay: float,
 ) -> None:
-    """`adamw_reference` by one kernel, in place; tensors contiguous.
+    """`adamw.adamw_reference` in one kernel; all tensors contiguous.
 
-    An element: 28 bytes (24 written and read again: parameter and moments; 4 or 2 read: the gradient), 2 more
-    written for a working copy; some 15 operations. So memory bounds it: 3 TB/s leave 320 operations in that time.
+    An element with float32 moments: 28 bytes (p, m and v read and written, g read), 20 with bfloat16 ones, 2 less for
+    a bfloat16 gradient, 2 more for a working copy; about 15 operations, 30 with bfloat16 moments. An H100 has time for
+    some 300 operations while it moves 28 bytes, so memory is the bound.
     """
     n = parameter.numel()
     _adamw[(triton.cdiv(n, BLOCK),)](
@@ -82,6 +103,7 @@ def adamw_update(
         working_copy,
         step,
         gradient_scale,
+        index,
         lr,
         1 - betas[0],
         _log(betas[0]),
