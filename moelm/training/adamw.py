@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd.graph import increment_version
 from torch.optim.adamw import adamw
 
 HAS_TRITON = importlib.util.find_spec("triton") is not None
@@ -21,9 +22,10 @@ LOW_32_BITS = 2**32 - 1
 class AdamW(torch.optim.AdamW):
     """`torch.optim.AdamW` (arXiv 1711.05101) with fused=True: the same formula, options and state.
 
-    A large parameter is updated by itself in one pass, which also multiplies the gradient (float32 or bfloat16) by
-    `gradient_scale`, a float32 scalar on the device that holds for one step, and writes the new value, rounded, into
-    the parameter's `working_copy` (bfloat16, same shape; its `working_version` is the version this is a copy of).
+    On a GPU a large parameter is updated by itself, in one pass that also multiplies the gradient (float32 or bfloat16)
+    by `gradient_scale` and writes the new value, rounded, into the parameter's `working_copy` where it has one
+    (bfloat16, same shape; its `working_version` is the version this is a copy of). `gradient_scale` is a float32 scalar
+    on the device that holds for one step. All others are updated together by torch, their gradients scaled in place.
 
     `moments` is the dtype of exp_avg and exp_avg_sq of large parameters. In bfloat16 they are rounded up or down at
     random, right in the mean: to the nearest, exp_avg_sq could not decay with beta2 > 0.998, where a step takes less
@@ -50,58 +52,76 @@ class AdamW(torch.optim.AdamW):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
-        scale, self.gradient_scale = self.gradient_scale, None
         n_before = 0  # parameters of the groups before
         for group in self.param_groups:
-            large: dict[int, Tensor] = {}
-            small: list[Tensor] = []
+            alone: dict[int, Tensor] = {}
+            together: list[Tensor] = []
             for index, parameter in enumerate(group["params"], start=n_before):
                 if parameter.grad is None:
                     continue
                 if not self.state[parameter]:
                     self.state[parameter] = self._new_state(parameter)
-                if is_large(parameter) or parameter.grad.dtype != parameter.dtype:  # torch's kernel wants one dtype
-                    large[index] = parameter
+                if self._is_alone(parameter):
+                    alone[index] = parameter
                 else:
-                    small.append(parameter)
+                    together.append(parameter)
             n_before += len(group["params"])
             options = {key: group[key] for key in ("lr", "eps", "weight_decay")}
-            self._step_large(large, scale, betas=group["betas"], **options)
-            self._step_small(small, scale, beta1=group["betas"][0], beta2=group["betas"][1], **options)
+            self._update_alone(alone, betas=group["betas"], **options)
+            self._update_together(together, beta1=group["betas"][0], beta2=group["betas"][1], **options)
+        self.gradient_scale = None
         return loss
 
-    def _step_large(self, parameters: dict[int, Tensor], scale: Tensor | None, **options: Any) -> None:
-        if parameters:
-            torch._foreach_add_([self.state[parameter]["step"] for parameter in parameters.values()], 1)
+    def _is_alone(self, parameter: Tensor) -> bool:
+        assert parameter.grad is not None
+        if parameter.grad.dtype != parameter.dtype:  # torch updates no such parameter
+            return True
+        return is_large(parameter) and (has_kernel(parameter) or self.moments != torch.float32)
+
+    def _update_alone(self, parameters: dict[int, Tensor], **options: Any) -> None:
+        if not parameters:
+            return
+        torch._foreach_add_([self.state[parameter]["step"] for parameter in parameters.values()], 1)
         for index, parameter in parameters.items():
             assert parameter.grad is not None
             state, copy = self.state[parameter], getattr(parameter, "working_copy", None)
-            moments = state["exp_avg"], state["exp_avg_sq"]
-            update = adamw_kernel if HAS_TRITON and parameter.is_cuda else adamw_reference
-            gradient = parameter.grad.contiguous()
-            update(parameter, gradient, *moments, copy, state["step"], scale, index=index, **options)
-            # autograd does not see what a kernel writes
-            torch.autograd.graph.increment_version([parameter, *moments, *([] if copy is None else [copy])])
+            update = adamw_kernel if has_kernel(parameter) else adamw_reference
+            update(
+                parameter,
+                parameter.grad.contiguous(),
+                state["exp_avg"],
+                state["exp_avg_sq"],
+                copy,
+                state["step"],
+                self.gradient_scale,
+                index=index,
+                **options,
+            )
+            # a kernel does not tell autograd what it wrote
+            increment_version(parameter if copy is None else (parameter, copy))
             if copy is not None:
                 parameter.working_version = parameter._version  # type: ignore[attr-defined]
 
-    def _step_small(self, parameters: list[Tensor], scale: Tensor | None, **options: Any) -> None:
+    def _update_together(self, parameters: list[Tensor], **options: Any) -> None:
         if not parameters:
             return
+        gradients = [parameter.grad for parameter in parameters if parameter.grad is not None]
         states = [self.state[parameter] for parameter in parameters]
+        if self.gradient_scale is not None:
+            torch._foreach_mul_(gradients, self.gradient_scale)
         adamw(
             parameters,
-            [parameter.grad for parameter in parameters if parameter.grad is not None],
+            gradients,
             [state["exp_avg"] for state in states],
             [state["exp_avg_sq"] for state in states],
             [],
             [state["step"] for state in states],
             fused=True,
-            grad_scale=None if scale is None else scale.reciprocal(),  # by which it divides
             amsgrad=False,
             maximize=False,
             **options,
         )
+        increment_version(parameters)  # nor does torch's kernel: without this a working copy would seem fresh
 
     def _new_state(self, parameter: Tensor) -> dict[str, Tensor]:
         moments = {key: torch.zeros_like(parameter, dtype=self._dtype(parameter)) for key in ("exp_avg", "exp_avg_sq")}
@@ -120,6 +140,10 @@ class AdamW(torch.optim.AdamW):
 
 def is_large(parameter: Tensor) -> bool:
     return parameter.numel() >= LARGE and parameter.is_contiguous()
+
+
+def has_kernel(parameter: Tensor) -> bool:
+    return HAS_TRITON and parameter.is_cuda
 
 
 def adamw_reference(

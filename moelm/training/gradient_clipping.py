@@ -14,7 +14,7 @@ from moelm.training.adamw import AdamW
 def clip_gradients(optimizer: Optimizer, parameters: Iterable[nn.Parameter], limit: float | None) -> Tensor:
     """The norm, float32 scalar on the device. In the next step gradients count min(1, limit / (norm + 1e-6)) times.
 
-    `AdamW` multiplies them while it reads them and leaves them as they are; for others they are scaled in place.
+    `AdamW` scales them itself, for other optimizers they are scaled here, in place.
     """
     if not isinstance(optimizer, AdamW):
         return nn.utils.clip_grad_norm_(parameters, float("inf") if limit is None else limit)

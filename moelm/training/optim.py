@@ -11,7 +11,7 @@ from torch import nn
 from torch.optim import Optimizer
 
 from moelm.config import OptimConfig, ScheduleConfig
-from moelm.training.adamw import HAS_TRITON, AdamW
+from moelm.training.adamw import AdamW
 from moelm.training.muon import MuonAdamW
 
 # Where two matrices are stored as one, and the axis along which they stand side by side: SwiGLU's gate and up
@@ -47,12 +47,14 @@ def build_optimizer(model: nn.Module, config: OptimConfig) -> Optimizer:
             eps=config.eps,
             weight_decay=config.weight_decay,
         )
-    options: dict[str, Any] = {"lr": config.lr, "betas": betas, "eps": config.eps, "weight_decay": config.weight_decay}
-    if config.moments == "bfloat16":
-        return AdamW(groups, **options, moments=torch.bfloat16)
-    if HAS_TRITON and next(model.parameters()).is_cuda:
-        return AdamW(groups, **options)
-    return torch.optim.AdamW(groups, **options, fused=True)  # one kernel; on the CPU too
+    return AdamW(
+        groups,
+        lr=config.lr,
+        betas=betas,
+        eps=config.eps,
+        weight_decay=config.weight_decay,
+        moments=torch.bfloat16 if config.moments == "bfloat16" else torch.float32,
+    )
 
 
 def kind_of(parameter_name: str, n_dimensions: int) -> str:
