@@ -226,7 +226,8 @@ def test_the_kernel_is_its_reference(
     kernel, reference = (step_arguments(device, moments, t, 2100) for _ in range(2))
     adamw_kernel.adamw_kernel(*kernel, **options)
     adamw_reference(*reference, **options)
-    assert_close(kernel[:1], reference[:1])
+    start = step_arguments(device, moments, t, 2100)[0]
+    assert ((kernel[0] - reference[0]).abs() <= 2e-6 * (start.abs() + reference[0].abs())).all()
     if moments == torch.float32:
         assert_close(kernel[2:4], reference[2:4])
     else:  # another last bit in float32 may tip a rounding
