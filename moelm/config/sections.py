@@ -228,6 +228,7 @@ class OptimConfig:
     optimizer: str = setting("adamw", allowed=("adamw", "muon"))  # muon: matrices by Muon, the rest by AdamW
     lr: float = setting(1e-3, gt=0)
     betas: list[float] = setting([0.9, 0.95])  # of AdamW
+    moments: str = setting("float32", allowed=("float32", "bfloat16"))  # of AdamW, for tensors of a million elements
     momentum: float = setting(0.95, ge=0, lt=1)  # of Muon
     eps: float = setting(1e-8, gt=0)
     weight_decay: float = setting(0.1, ge=0)

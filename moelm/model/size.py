@@ -126,7 +126,7 @@ class Memory:
 
     weights: int  # float32 master weights
     gradients: int  # float32
-    optimizer: int  # float32: two moments; under Muon one, and two of the embeddings
+    optimizer: int  # two moments, in optim.moments; under Muon one, and two of the embeddings
     activations: int  # saved for backward, for one micro-batch
     working: int  # bf16 copies of the weights under bf16-mixed, and the logits of one chunk
 
@@ -136,7 +136,7 @@ class Memory:
 
 
 def training_memory(config: Config, n_shards: int = 1) -> Memory:
-    """An estimate with float32 optimizer state; `n_shards` devices share weights, gradients and moments (1: DDP).
+    """An estimate; `n_shards` devices share weights, gradients and moments (1: DDP).
 
     For a GPU, where blocks are compiled unless trainer.compile is false. Activations count what autograd keeps,
     tensor by tensor, from the shapes (see `_activation_bytes`); the allocator's fragmentation is not included.
@@ -166,7 +166,9 @@ def training_memory(config: Config, n_shards: int = 1) -> Memory:
     if mixed:
         working += 2 * n_parameters  # autocast keeps bf16 copies for the backward pass, the experts for longer
     second = size.active - size.active_no_embeddings if config.optim.optimizer == "muon" else n_parameters
-    return Memory(state, state, state + 4 * second // n_shards, activations, working)
+    moments = n_parameters // n_shards + second // n_shards
+    width = 2 if config.optim.moments == "bfloat16" else 4  # the small ones, always float32, are not told apart
+    return Memory(state, state, width * moments, activations, working)
 
 
 def _activation_bytes(model: ModelConfig, layer: int, tokens: int, mixed: bool, compiled: bool) -> int:
