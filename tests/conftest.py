@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable
 from typing import Any
 
 import pytest
 import torch
+
+if not torch.cuda.is_available():
+    os.environ["TRITON_INTERPRET"] = "1"  # kernels run on the CPU; read when triton is first imported
+
 from tiny_runs import corpus, fresh_recorders, tiny  # noqa: F401  fixtures for whole runs
 
 from moelm.command_line import import_builtins
