@@ -48,14 +48,15 @@ class ReinforceRouter(LearnedRouter):
             choice_TE = choice_TE - torch.empty_like(choice_TE).exponential_().log()
         expert_ids_TK = choice_TE.topk(self.top_k, dim=-1).indices
         log_prob_T = log_prob_of_draw(logits_TE, expert_ids_TK)
-        baseline_T = F.linear(x_TD.detach(), self.baseline.weight.float(), self.baseline.bias.float()).squeeze(-1)
+        baseline_T1 = F.linear(x_TD.detach().float(), self.baseline.weight.float(), self.baseline.bias.float())
+        baseline_T = baseline_T1.squeeze(-1)
         if context.token_mask_BL is not None:
             mask_T = context.token_mask_BL.flatten()
             log_prob_T, baseline_T = torch.where(mask_T, log_prob_T, 0.0), torch.where(mask_T, baseline_T, 0.0)
         shape = context.token_ids_BL.shape
         return token_choice_with_stats(
             expert_ids_TK,
-            x_TD.new_full(expert_ids_TK.shape, self.route_scale / self.top_k),
+            logits_TE.new_full(expert_ids_TK.shape, self.route_scale / self.top_k),
             logits_TE.softmax(-1),
             context,
             logits_TE=logits_TE,
