@@ -1,8 +1,8 @@
 """The router's product, x W^T in float32 accuracy from bf16 tokens, at the speed of bf16 products.
 
-bf16 tokens are exact. Eight bits of a float32 at a time make three bf16 parts, w = high + middle + low without an error,
-so three bf16 products accumulated in float32 are the float32 product. Tensor cores cut off what does not fit, always
-towards zero, so each sum is short (`BLOCK_D` or `BLOCK_T` terms) and the sums are added by ordinary, rounding additions.
+bf16 tokens are exact. Eight bits at a time, a float32 is the sum of three bf16 parts without any error, so three bf16
+products accumulated in float32 are the float32 product. Tensor cores cut off what does not fit into float32, always
+towards zero, so their sums are kept short (`BLOCK_D` or `BLOCK_T` terms) and added by ordinary, rounding additions.
 """
 
 from __future__ import annotations
@@ -37,8 +37,10 @@ def router_logits(x_TD: Tensor, weight_ED: Tensor) -> Tensor:
     x_TD, parts_3ED, block_E = x_TD.contiguous(), _split_weight(x_TD, weight_ED), _block_of_experts(E)
     logits_TE = x_TD.new_empty(T, E, dtype=torch.float32)
     block_T = 128
-    grid = (parts_3ED.shape[1] // block_E, triton.cdiv(T, block_T))
-    _logits[grid](x_TD, parts_3ED, logits_TE, T, E, D, block_T, block_E, BLOCK_D, num_warps=8, num_stages=3)
+    n_blocks = parts_3ED.shape[1] // block_E
+    _logits[(n_blocks, triton.cdiv(T, block_T))](
+        x_TD, parts_3ED, logits_TE, T, E, D, block_T, block_E, BLOCK_D, num_warps=8, num_stages=3
+    )
     return logits_TE
 
 
@@ -59,14 +61,13 @@ def router_logits_backward(grad_TE: Tensor, x_TD: Tensor, weight_ED: Tensor) -> 
     E = weight_ED.shape[0]
     grad_TE, x_TD, parts_3ED = grad_TE.contiguous(), x_TD.contiguous(), _split_weight(x_TD, weight_ED)
     n_padded, block_E = parts_3ED.shape[1], _block_of_experts(E)
-    grad_x_TD = torch.empty_like(x_TD)
-    grid = (D // 128, triton.cdiv(T, 128))
-    _grad_x[grid](
-        grad_TE, parts_3ED, grad_x_TD, T, E, n_padded, D, 128, min(64, block_E), 128, num_warps=8, num_stages=2
-    )
+    grad_x_TD = x_TD.new_empty(T, D)
+    block_T = 128
+    grid = (triton.cdiv(T, block_T),)
+    _grad_x[grid](grad_TE, parts_3ED, grad_x_TD, T, E, n_padded, D, block_T, block_E, 64, num_warps=8, num_stages=2)
     chunk_T = max(CHUNK_T, triton.next_power_of_2(triton.cdiv(T, MAX_CHUNKS)))
     sums_cED = weight_ED.new_empty(triton.cdiv(T, chunk_T), E, D)
-    grid = (D // 128, n_padded // block_E, sums_cED.shape[0])
+    grid = (D // 128, n_padded // block_E, len(sums_cED))
     warps = 8 if block_E == 128 else 4
     _grad_weight[grid](grad_TE, x_TD, sums_cED, T, E, D, chunk_T, BLOCK_T, block_E, 128, num_warps=warps, num_stages=3)
     return grad_x_TD, sums_cED.sum(0)
@@ -74,7 +75,7 @@ def router_logits_backward(grad_TE: Tensor, x_TD: Tensor, weight_ED: Tensor) -> 
 
 @router_logits_backward.register_fake
 def _(grad_TE: Tensor, x_TD: Tensor, weight_ED: Tensor) -> tuple[Tensor, Tensor]:
-    return torch.empty_like(x_TD), torch.empty_like(weight_ED)
+    return x_TD.new_empty(x_TD.shape), weight_ED.new_empty(weight_ED.shape)
 
 
 def _save_for_backward(ctx: Any, inputs: tuple[Tensor, Tensor], output: Tensor) -> None:
@@ -90,11 +91,11 @@ router_logits.register_autograd(_backward, setup_context=_save_for_backward)
 
 
 def _block_of_experts(n_experts: int) -> int:
-    return min(128, max(16, triton.next_power_of_2(n_experts)))
+    return min(128, max(16, 1 << (n_experts - 1).bit_length()))
 
 
 def _split_weight(x_TD: Tensor, weight_ED: Tensor) -> Tensor:
-    """[3, E', D] in x's dtype: high, middle and low parts, with rows of zeros up to a multiple of a block of experts."""
+    """[3, E', D] in x's dtype: high, middle and low parts; rows of zeros fill the last block of experts."""
     E, D = weight_ED.shape
     n_padded = triton.cdiv(E, _block_of_experts(E)) * _block_of_experts(E)
     parts_3ED = x_TD.new_empty(3, n_padded, D)
@@ -154,6 +155,13 @@ def _logits(
     tl.store(logits_TE + t[:, None] * E + e[None, :], logits, mask=there & (e < E)[None, :])
 
 
+@triton.jit
+def _grad_parts(grad_TE, t, e, T, E: tl.constexpr, dtype: tl.constexpr):
+    at = grad_TE + t[:, None] * E + e[None, :]
+    high, middle, _ = _split(tl.load(at, mask=(t < T)[:, None] & (e < E)[None, :], other=0.0))
+    return high.to(dtype), middle.to(dtype)
+
+
 @triton.jit(do_not_specialize=["T"])
 def _grad_x(
     grad_TE,
@@ -167,22 +175,25 @@ def _grad_x(
     BLOCK_E: tl.constexpr,
     BLOCK_D: tl.constexpr,
 ):
-    """One block of tokens by one block of D."""
-    t = tl.program_id(1).to(tl.int64) * BLOCK_T + tl.arange(0, BLOCK_T)
-    d = tl.program_id(0) * BLOCK_D + tl.arange(0, BLOCK_D)
-    there = (t < T)[:, None]
-    dtype = grad_x_TD.dtype.element_ty
-    grad_x = tl.zeros([BLOCK_T, BLOCK_D], tl.float32)
-    for first in range(0, PADDED_E, BLOCK_E):
-        e = first + tl.arange(0, BLOCK_E)
-        grad = tl.load(grad_TE + t[:, None] * E + e[None, :], mask=there & (e < E)[None, :], other=0.0)
-        grad_high, grad_middle, _ = _split(grad)
-        high_at = parts_3ED + e[:, None] * D + d[None, :]
-        high = tl.load(high_at)
-        grad_x = tl.dot(grad_middle.to(dtype), high, grad_x)
-        grad_x = tl.dot(grad_high.to(dtype), tl.load(high_at + PADDED_E * D), grad_x)
-        grad_x = tl.dot(grad_high.to(dtype), high, grad_x)
-    tl.store(grad_x_TD + t[:, None] * D + d[None, :], grad_x.to(dtype), mask=there)
+    """One block of tokens by all of D."""
+    t = tl.program_id(0).to(tl.int64) * BLOCK_T + tl.arange(0, BLOCK_T)
+    block_e = tl.arange(0, BLOCK_E)
+    dtype: tl.constexpr = grad_x_TD.dtype.element_ty
+    if PADDED_E == BLOCK_E:
+        grad_high, grad_middle = _grad_parts(grad_TE, t, block_e, T, E, dtype)
+    for first_d in range(0, D, BLOCK_D):
+        d = first_d + tl.arange(0, BLOCK_D)
+        grad_x = tl.zeros([BLOCK_T, BLOCK_D], tl.float32)
+        for first_e in range(0, PADDED_E, BLOCK_E):
+            e = first_e + block_e
+            if PADDED_E > BLOCK_E:
+                grad_high, grad_middle = _grad_parts(grad_TE, t, e, T, E, dtype)
+            high_at = parts_3ED + e[:, None] * D + d[None, :]
+            high = tl.load(high_at)
+            grad_x = tl.dot(grad_middle, high, grad_x)
+            grad_x = tl.dot(grad_high, tl.load(high_at + PADDED_E * D), grad_x)
+            grad_x = tl.dot(grad_high, high, grad_x)
+        tl.store(grad_x_TD + t[:, None] * D + d[None, :], grad_x.to(dtype), mask=(t < T)[:, None])
 
 
 @triton.jit(do_not_specialize=["T"])

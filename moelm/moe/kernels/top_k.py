@@ -15,7 +15,7 @@ def takes(n_experts: int, k: int) -> bool:
 
 @torch.library.custom_op("moelm::top_k", mutates_args=())
 def top_k(scores_TE: Tensor, k: int) -> Tensor:
-    """int64 [T, K]: the indices of the k largest float32 scores of each row, best first, of equals the lower index first.
+    """int64 [T, K]: where the k largest float32 scores of each row are, best first, of equals the lower index first.
     NaN is larger than all else, as in torch.sort. No gradient.
 
     4 T E + 8 T K bytes; about 5 K T E operations on 64-bit integers.
