@@ -14,8 +14,9 @@ SPAN = 512  # choices a program
 
 
 @torch.library.custom_op("moelm::sums_of_choices", mutates_args=())
-def sums_of_choices(expert_ids_TK: Tensor, gates_TK: Tensor, n_sequences: int, n_experts: int) -> Tensor:
-    """float32 [3, B, E] for each sequence and expert: how often it was chosen, how often first, the sum of its gates.
+def sums_of_choices(expert_ids_TK: Tensor, gates_TK: Tensor | None, n_sequences: int, n_experts: int) -> Tensor:
+    """float32 [3, B, E] for each sequence and expert: how often it was chosen, how often first, the sum of its gates
+    (0 without gates).
 
     int64 ids, n_experts for "none", which adds nothing; float32 gates, to which alone gradient flows, each getting that
     of its sum. 12 T K (1 + 2 E / SPAN) bytes, T K E comparisons; one order of summation.
@@ -23,18 +24,19 @@ def sums_of_choices(expert_ids_TK: Tensor, gates_TK: Tensor, n_sequences: int, n
     T, K = expert_ids_TK.shape
     n_choices = T * K // n_sequences
     n_spans = triton.cdiv(n_choices, SPAN)
-    sums_s3BE = gates_TK.new_empty(n_spans, 3, n_sequences, n_experts)
+    gates_TK = None if gates_TK is None else gates_TK.contiguous()
+    sums_s3BE = expert_ids_TK.new_empty(n_spans, 3, n_sequences, n_experts, dtype=torch.float32)
     block_E = triton.next_power_of_2(n_experts)
     block = min(SPAN, max(1, 4096 // block_E))
     _sums[(n_spans, n_sequences)](
-        expert_ids_TK.contiguous(), gates_TK.contiguous(), sums_s3BE, n_choices, n_experts, K, SPAN, block, block_E
+        expert_ids_TK.contiguous(), gates_TK, sums_s3BE, n_choices, n_experts, K, SPAN, block, block_E
     )
     return sums_s3BE.sum(0)
 
 
 @sums_of_choices.register_fake
-def _(expert_ids_TK: Tensor, gates_TK: Tensor, n_sequences: int, n_experts: int) -> Tensor:
-    return gates_TK.new_empty(3, n_sequences, n_experts, dtype=torch.float32)
+def _(expert_ids_TK: Tensor, gates_TK: Tensor | None, n_sequences: int, n_experts: int) -> Tensor:
+    return expert_ids_TK.new_empty(3, n_sequences, n_experts, dtype=torch.float32)
 
 
 def _save_ids(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
@@ -82,11 +84,12 @@ def _sums(
         choice = span * SPAN + start + tl.arange(0, BLOCK)
         at = sequence.to(tl.int64) * n_choices + choice
         ids = tl.load(ids_TK + at, mask=choice < n_choices, other=E).to(tl.int32)
-        gates = tl.load(gates_TK + at, mask=choice < n_choices, other=0.0)
         here = ids[:, None] == e[None, :]
         chosen += tl.where(here, 1.0, 0.0)
         first_chosen += tl.where(here & (choice % K == 0)[:, None], 1.0, 0.0)
-        gate_sum += tl.where(here, gates[:, None], 0.0)
+        if gates_TK is not None:
+            gates = tl.load(gates_TK + at, mask=choice < n_choices, other=0.0)
+            gate_sum += tl.where(here, gates[:, None], 0.0)
     out = sums_s3BE + (span * 3 * B + sequence) * E + e
     tl.store(out, tl.sum(chosen, 0), mask=e < E)
     tl.store(out + B * E, tl.sum(first_chosen, 0), mask=e < E)

@@ -36,10 +36,8 @@ def router_logits(x_TD: Tensor, weight_ED: Tensor) -> Tensor:
     E = weight_ED.shape[0]
     x_TD, parts_3ED, block_E = x_TD.contiguous(), _split_weight(x_TD, weight_ED), _block_of_experts(E)
     logits_TE = x_TD.new_empty(T, E, dtype=torch.float32)
-    block_T = 128
-    n_blocks = parts_3ED.shape[1] // block_E
-    _logits[(n_blocks, triton.cdiv(T, block_T))](
-        x_TD, parts_3ED, logits_TE, T, E, D, block_T, block_E, BLOCK_D, num_warps=8, num_stages=3
+    _logits[(parts_3ED.shape[1] // block_E, triton.cdiv(T, 128))](
+        x_TD, parts_3ED, logits_TE, T, E, D, 128, block_E, BLOCK_D, num_warps=8, num_stages=3
     )
     return logits_TE
 
@@ -62,14 +60,15 @@ def router_logits_backward(grad_TE: Tensor, x_TD: Tensor, weight_ED: Tensor) -> 
     grad_TE, x_TD, parts_3ED = grad_TE.contiguous(), x_TD.contiguous(), _split_weight(x_TD, weight_ED)
     n_padded, block_E = parts_3ED.shape[1], _block_of_experts(E)
     grad_x_TD = x_TD.new_empty(T, D)
-    block_T = 128
-    grid = (triton.cdiv(T, block_T),)
-    _grad_x[grid](grad_TE, parts_3ED, grad_x_TD, T, E, n_padded, D, block_T, block_E, 64, num_warps=8, num_stages=2)
+    _grad_x[(triton.cdiv(T, 128),)](
+        grad_TE, parts_3ED, grad_x_TD, T, E, n_padded, D, 128, block_E, 64, num_warps=8, num_stages=2
+    )
     chunk_T = max(CHUNK_T, triton.next_power_of_2(triton.cdiv(T, MAX_CHUNKS)))
     sums_cED = weight_ED.new_empty(triton.cdiv(T, chunk_T), E, D)
-    grid = (D // 128, n_padded // block_E, len(sums_cED))
     warps = 8 if block_E == 128 else 4
-    _grad_weight[grid](grad_TE, x_TD, sums_cED, T, E, D, chunk_T, BLOCK_T, block_E, 128, num_warps=warps, num_stages=3)
+    _grad_weight[(D // 128, n_padded // block_E, len(sums_cED))](
+        grad_TE, x_TD, sums_cED, T, E, D, chunk_T, BLOCK_T, block_E, 128, num_warps=warps, num_stages=3
+    )
     return grad_x_TD, sums_cED.sum(0)
 
 

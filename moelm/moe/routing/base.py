@@ -27,7 +27,7 @@ class Router(nn.Module):
 
     expert_bias: Tensor | None  # float32 [E], moved by a balancer between steps, never by gradient
     one_graph = True  # torch.compile takes `forward` as one graph
-    float32_tokens = True  # False: `route` takes tokens of any dtype and computes in float32 all the same
+    float32_tokens = True  # False: `route` takes tokens as the model computes them, and makes float32 of them itself
 
     def __init__(self, config: RouterConfig, moe: MoEConfig, d_model: int) -> None:
         super().__init__()
@@ -154,10 +154,10 @@ def token_choice_with_stats(
             unbiased_ids_TK = torch.where(mask_T1, unbiased_ids_TK, none)
     n_tokens_B = count_tokens(context)
     load_BE, first_choice_BE, gate_BE = sums_of_choices(expert_ids_TK, gates_TK, B, n_experts)
-    log_z_sq, extra = n_tokens_B.new_zeros(()), extra or {}
+    log_z_sq, extra = n_tokens_B.new_zeros(()), {**(extra or {})}
     if logits_TE is not None:
         log_z_sq, observed = means_of_tokens(prob_TE, logits_TE, context)
-        extra = {**observed, **extra}
+        extra |= observed
     if not context.training:
         extra["expert_ids_BLK"] = expert_ids_TK.unflatten(0, context.token_ids_BL.shape)
     stats = RouterStats(

@@ -18,5 +18,6 @@ def best_ids(scores: Tensor, k: int) -> Tensor:
     Of equals the lower index comes first on CUDA; elsewhere torch.topk decides.
     """
     if HAS_TRITON and scores.is_cuda and kernel.takes(scores.shape[-1], k):
-        return kernel.top_k(scores.flatten(0, -2), k).view(*scores.shape[:-1], k)
+        ids: Tensor = kernel.top_k(scores.flatten(0, -2), k).view(*scores.shape[:-1], k)
+        return ids
     return scores.topk(k, dim=-1).indices
