@@ -70,7 +70,7 @@ def test_the_product_is_an_operator_that_compile_and_autograd_understand():
 # ------------------------------------------------------------------------------------------ the choice
 
 
-@pytest.mark.parametrize(("T", "E", "k"), [(40, 64, 8), (5, 12, 3), (9, 1, 1), (3, 1000, 16)])
+@pytest.mark.parametrize(("T", "E", "k"), [(40, 64, 8), (5, 12, 3), (9, 1, 1), (4, 1000, 16)])
 def test_top_k_is_a_stable_sort_even_of_ties_infinities_and_nan(T, E, k):
     scores_TE = normal(T, E)
     scores_TE[0] = 0.0
@@ -79,6 +79,7 @@ def test_top_k_is_a_stable_sort_even_of_ties_infinities_and_nan(T, E, k):
     scores_TE[1, 1::4] = -torch.nan
     scores_TE[2] = -torch.inf
     scores_TE[2, -1] = torch.inf
+    scores_TE[-1] = -scores_TE[-1].abs()
     scores_TE[:, E // 2] = scores_TE[:, 0]
     ids_TK = top_k.top_k(scores_TE, k)
     assert ids_TK.dtype == torch.int64
@@ -155,6 +156,6 @@ def test_a_router_with_kernels_decides_and_learns_as_without(monkeypatch, option
         values.pop("extra")
         results.append(values)
     for name, value in results[0].items():
-        tolerance = {"rtol": 2**-7, "atol": 1e-6} if name == "x" else {"rtol": 1e-5, "atol": 1e-5}
+        tolerance = {"rtol": 2**-7, "atol": 3e-5} if name == "x" else {"rtol": 1e-5, "atol": 1e-5}
         torch.testing.assert_close(value, results[1][name], **tolerance, msg=lambda text, name=name: f"{name}: {text}")
         assert value.requires_grad == results[1][name].requires_grad, name
