@@ -15,7 +15,7 @@ import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -33,6 +33,15 @@ def make_parser(description: str | None, example: str) -> argparse.ArgumentParse
     parser.add_argument("--out", type=Path, metavar="PREFIX", help="write PREFIX.json and PREFIX.md")
     parser.add_argument("--quick", action="store_true", help="fewest repeats and sizes: does everything run?")
     return parser
+
+
+def chosen(parser: argparse.ArgumentParser, text: str, among: Collection[str]) -> list[str]:
+    """The names in a comma-separated option; ends the process with exit code 2 on an unknown one."""
+    names = [name.strip() for name in text.split(",")]
+    for name in names:
+        if name not in among:
+            parser.error(f"{name!r} is not one of {', '.join(among)}")
+    return names
 
 
 def require_cuda() -> None:
@@ -163,8 +172,8 @@ def markdown_table(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> str
 
 
 def number(found: dict[str, float] | None, form: str = ".2f") -> str:
-    """`median (q1-q3)` of a `spread`."""
-    return "-" if found is None else f"{found['median']:{form}} ({found['q1']:{form}}-{found['q3']:{form}})"
+    """`median (q1 to q3)` of a `spread`."""
+    return "-" if found is None else f"{found['median']:{form}} ({found['q1']:{form}} to {found['q3']:{form}})"
 
 
 def write(out: Path | None, result: dict[str, Any], text: str) -> None:

@@ -38,6 +38,7 @@ SHAPES = {
 }
 SEQ_LEN = 2048
 LIMITS = {"all": 0.02, "worst": 0.1}  # of relative errors in bf16; what is wrong is wrong by far more
+MAX_FLOAT64 = 1.5e9  # weights of a reference in float64: with their gradients three times 12 GB
 ROUTER_LIMITS = {"all": 0.05, "worst": 0.25}  # its gradient is a small difference of large numbers
 
 # ---------------------------------------------------------------------------------------------- problem
@@ -104,7 +105,8 @@ def wanted_logits(shape: Shape, load: str, generator: torch.Generator) -> Tensor
 
 
 def moelm_layer(shape: Shape, backend: str, weights: str = "fp32", compiled: bool = True) -> Layer:
-    """`weights` fp32: as moelm trains, float32 masters under bf16 autocast; bf16: as the peers have them."""
+    """`weights` fp32: as moelm trains, float32 masters under bf16 autocast; bf16: as the peers have them; else float32
+    without autocast."""
     section = {
         "d_model": shape.D,
         "moe": {
@@ -141,7 +143,7 @@ def moelm_layer(shape: Shape, backend: str, weights: str = "fp32", compiled: boo
             "up": of(gate_up)[..., shape.F :],
             "down": of(down),
         },
-        {"fp32": "fp32, bf16 compute", "bf16": "bf16", "fp64": "fp64"}[weights],
+        "fp32, bf16 compute" if weights == "fp32" else weights,
     )
 
 
@@ -207,16 +209,20 @@ VARIANTS: dict[str, Callable[[Shape], Layer]] = {
 
 
 def reference(problem: Problem, tokens_at_once: int = 4096) -> dict[str, Tensor]:
-    """Output and all gradients by the `loop` backend in float64 (the router's own arithmetic is float32), as float32.
-    Some tokens at a time, since tokens do not meet in it."""
-    layer = moelm_layer(problem.shape, "loop", "fp64", compiled=False)
-    layer.module.to(problem.x_TD.device, torch.float64)
+    """Output and all gradients by the `loop` backend in float64 (float32 where that would not fit; the router's own
+    arithmetic is float32), as float32. Some tokens at a time, since tokens do not meet in it."""
+    n_weights = sum(weight.numel() for weight in problem.weights.values())
+    dtype = torch.float64 if n_weights < MAX_FLOAT64 else torch.float32
+    device = problem.x_TD.device
+    with torch.device(device):
+        layer = moelm_layer(problem.shape, "loop", "reference", compiled=False)
+    layer.module.to(dtype)
     layer.load(problem.weights)
     y, grad_x = [], []
     for x_TD, grad_TD in zip(problem.x_TD.split(tokens_at_once), problem.grad_TD.split(tokens_at_once), strict=True):
-        x_TD = x_TD.double().requires_grad_()
+        x_TD = x_TD.to(dtype).requires_grad_()
         y_TD = layer.run(x_TD)
-        y_TD.backward(grad_TD.double())
+        y_TD.backward(grad_TD.to(dtype))
         y.append(y_TD.detach().float())
         assert x_TD.grad is not None
         grad_x.append(x_TD.grad.float())
@@ -224,12 +230,22 @@ def reference(problem: Problem, tokens_at_once: int = 4096) -> dict[str, Tensor]
 
 
 def forward_backward(layer: Layer, x_TD: Tensor, grad_TD: Tensor) -> Tensor:
-    """y; gradients are made anew, not added."""
-    x_TD.grad = None
-    layer.module.zero_grad(set_to_none=True)
+    """y; gradients are made anew, not added, and stay."""
+    drop_gradients(layer, x_TD)
     y_TD = layer.run(x_TD)
     y_TD.backward(grad_TD)
     return y_TD.detach()
+
+
+def timed_step(layer: Layer, x_TD: Tensor, grad_TD: Tensor) -> None:
+    """The same, leaving no memory behind for the other variants to miss."""
+    layer.run(x_TD).backward(grad_TD)
+    drop_gradients(layer, x_TD)
+
+
+def drop_gradients(layer: Layer, x_TD: Tensor) -> None:
+    x_TD.grad = None
+    layer.module.zero_grad(set_to_none=True)
 
 
 def check(layer: Layer, problem: Problem, wanted: dict[str, Tensor]) -> dict[str, dict[str, float]]:
@@ -239,7 +255,7 @@ def check(layer: Layer, problem: Problem, wanted: dict[str, Tensor]) -> dict[str
     assert x_TD.grad is not None
     found = {"y": y_TD, "x": x_TD.grad, **layer.gradients()}
     errors = {name: relative_error(found[name], wanted[name]) for name in wanted}
-    layer.module.zero_grad(set_to_none=True)
+    drop_gradients(layer, x_TD)
     for name, error in errors.items():
         limits = ROUTER_LIMITS if name == "router" else LIMITS
         if any(not error[kind] <= limits[kind] for kind in limits):
@@ -262,9 +278,7 @@ def build(name: str, problem: Problem) -> Layer:
 def saved_gib(layer: Layer, x_TD: Tensor, grad_TD: Tensor) -> float:
     if not x_TD.is_cuda:
         return 0.0
-    forward_backward(layer, x_TD, grad_TD)
-    x_TD.grad = None
-    layer.module.zero_grad(set_to_none=True)
+    timed_step(layer, x_TD, grad_TD)
     before = torch.cuda.memory_allocated()
     y_TD = layer.run(x_TD)
     return (torch.cuda.memory_allocated() - before - y_TD.numel() * y_TD.element_size()) / 2**30
@@ -286,12 +300,12 @@ def measure_shape(shape: Shape, names: list[str], device: str, rounds: int, burs
             inputs = (x_TD, problem.grad_TD) if layer.views else rows
             errors = check(layer, problem, wanted) if layer.views else {}
             found[name] = {"weights": layer.weights, "saved_gib": saved_gib(layer, *inputs), "errors": errors}
-            steps[name] = partial(forward_backward, layer, *inputs)
+            steps[name] = partial(timed_step, layer, *inputs)
             steps[name]()
         except Exception as error:
             found[name] = {"error": explain(error)}
             steps.pop(name, None)
-        layer = None
+        layer = None  # memory of one that failed
         x_TD.grad = rows[0].grad = None
         print(f"  {name}: {say(found[name])}", file=sys.stderr, flush=True)
     del wanted
@@ -326,17 +340,20 @@ def say(found: dict[str, Any]) -> str:
 def measure_repeatability(shape: Shape, name: str, device: str, n_repeats: int) -> str:
     """`n bitwise equal`, or what differed first."""
     problem = make_problem(shape, make_weights(shape, device))
-    layer = build(name, problem)
     x_TD = problem.x_TD.clone().requires_grad_()
     first: dict[str, Tensor] = {}
-    for i in range(n_repeats):
-        y_TD = forward_backward(layer, x_TD, problem.grad_TD)
-        assert x_TD.grad is not None
-        values = {"y": y_TD, "x": x_TD.grad, **layer.gradients()}
-        first = first or {key: value.clone() for key, value in values.items()}
-        differing = [key for key, value in values.items() if not torch.equal(value, first[key])]
-        if differing:
-            return f"repeat {i} differs in {', '.join(differing)}"
+    try:
+        layer = build(name, problem)
+        for i in range(n_repeats):
+            y_TD = forward_backward(layer, x_TD, problem.grad_TD)
+            assert x_TD.grad is not None
+            values = {"y": y_TD, "x": x_TD.grad, **layer.gradients()}
+            first = first or {key: value.clone() for key, value in values.items()}
+            differing = [key for key, value in values.items() if not torch.equal(value, first[key])]
+            if differing:
+                return f"FAILED: repeat {i} differs in {', '.join(differing)}"
+    except Exception as error:
+        return explain(error)
     return f"{n_repeats} bitwise equal"
 
 
@@ -346,12 +363,15 @@ def measure_skew(shape: Shape, name: str, device: str, rounds: int, burst_ms: fl
     steps: dict[str, Callable[[], Any]] = {}
     weights = make_weights(shape, device)
     problems = {load: make_problem(shape, weights, load) for load in LOADS}
-    layer = build(name, problems["balanced"])
+    try:
+        layer = build(name, problems["balanced"])
+    except Exception as error:
+        return {load: {"error": explain(error)} for load in LOADS}
     for load, problem in problems.items():
         try:
             found[load] = {"errors": check(layer, problem, reference(problem))}
             x_TD = problem.x_TD.clone().requires_grad_()
-            steps[load] = partial(forward_backward, layer, x_TD, problem.grad_TD)
+            steps[load] = partial(timed_step, layer, x_TD, problem.grad_TD)
         except Exception as error:
             found[load] = {"error": explain(error)}
     for load, samples in (times := measure.time_interleaved(steps, rounds, burst_ms)).items():
@@ -373,9 +393,9 @@ def measure_skew(shape: Shape, name: str, device: str, rounds: int, burst_ms: fl
 def markdown(result: dict[str, Any]) -> str:
     parts = ["# One MoE layer, forward + backward\n", measure.markdown_facts(result["facts"])]
     parts.append(
-        "Median (quartiles) of interleaved repeats in one process. `of the limit`: the limit's time over the variant's, "
-        "in the same round. Saved: what the forward pass keeps, input and output not counted. Errors: relative L2 "
-        "against the `loop` backend in float64, same size and weights.\n"
+        "Median (quartiles) of interleaved repeats in one process. `of the limit`: the limit's time over the "
+        "variant's, in the same round. Saved: what the forward pass keeps, input and output not counted. Errors: "
+        "relative L2 against the `loop` backend in higher precision, same size and weights.\n"
     )
     columns = ["variant", "weights", "ms", "TFLOP/s", "of the limit", "saved GiB"]
     columns += [f"error of {name}" for name in ("y", "x", "gate", "up", "down", "router")]
@@ -440,22 +460,21 @@ def main() -> None:
     )
     parser.add_argument("--no-time", action="store_true", help="only what the two options above add")
     arguments = parser.parse_args()
-    shapes, names = chosen(parser, arguments.shapes, SHAPES), chosen(parser, arguments.variants, VARIANTS)
+    shapes = measure.chosen(parser, arguments.shapes, SHAPES)
+    names = measure.chosen(parser, arguments.variants, VARIANTS)
     measure.require_cuda()
     run(arguments, shapes, names, "cuda")
 
 
-def chosen(parser: argparse.ArgumentParser, text: str, among: dict[str, Any]) -> list[str]:
-    names = [name.strip() for name in text.split(",")]
-    for name in names:
-        if name not in among:
-            parser.error(f"{name!r} is not one of {', '.join(among)}")
-    return names
+def allow_recompiles() -> None:
+    """Variants and sizes share code objects; over the limit they would run eagerly, and nobody would be told."""
+    torch._dynamo.config.recompile_limit = 64
+    torch._dynamo.config.fail_on_recompile_limit_hit = True
 
 
 def run(arguments: argparse.Namespace, shapes: list[str], names: list[str], device: str) -> dict[str, Any]:
     command_line.import_builtins()
-    torch._dynamo.config.recompile_limit = 64  # the variants share code objects; over it they would run eagerly
+    allow_recompiles()
     rounds, burst_ms, n_repeats = (2, 20.0, 3) if arguments.quick else (5, 150.0, 20)
     result: dict[str, Any] = {"facts": measure.facts(), "shapes": {}, "layer": {}, "skew": {}, "repeatability": {}}
     ours = [name for name in names if name.startswith("moelm")]
@@ -466,23 +485,17 @@ def run(arguments: argparse.Namespace, shapes: list[str], names: list[str], devi
         if not arguments.no_time:
             result["layer"][shape_name] = measure_shape(shape, names, device, rounds, burst_ms)
             measure.free_memory()
-        for option, measured in (
-            ("skew", partial(measure_skew, rounds=rounds, burst_ms=burst_ms)),
-            ("repeatability", partial(measure_repeatability, n_repeats=n_repeats)),
-        ):
-            if getattr(arguments, option):
-                result[option][shape_name] = {name: attempt(measured, shape, name, device) for name in ours}
-                measure.free_memory()
+        for name in ours:
+            if arguments.skew:
+                found = measure_skew(shape, name, device, rounds, burst_ms)
+                result["skew"].setdefault(shape_name, {})[name] = found
+            if arguments.repeatability:
+                found = measure_repeatability(shape, name, device, n_repeats)
+                result["repeatability"].setdefault(shape_name, {})[name] = found
+            measure.free_memory()
         measure.write(arguments.out, result, markdown(result))
     print(markdown(result))
     return result
-
-
-def attempt(measured: Callable[..., Any], shape: Shape, name: str, device: str) -> Any:
-    try:
-        return measured(shape, name, device)
-    except Exception as error:
-        return {} if measured.func is measure_skew else explain(error)  # type: ignore[attr-defined]
 
 
 if __name__ == "__main__":

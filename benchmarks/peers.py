@@ -12,6 +12,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from moelm.config import ModelConfig
+
 
 class Shape(NamedTuple):
     """Of one MoE layer: T tokens, width D, E experts of width F, K of them a token."""
@@ -230,3 +232,108 @@ def sonicmoe_layer(shape: Shape, compiled: bool) -> Layer:
 
 def _maybe_compiled(module: nn.Module, compiled: bool) -> Any:
     return torch.compile(module, dynamic=False) if compiled else module
+
+
+# ---------------------------------------------------------------------------------------------- models
+
+
+class Model(NamedTuple):
+    """A whole language model, built on the default device."""
+
+    module: nn.Module
+    loss: Callable[[Tensor, Tensor], Tensor]  # inputs and targets [B, L] -> mean cross-entropy
+    undo: Callable[[], None] = lambda: None  # takes back what building it changed for the whole process
+
+
+def transformers_model(config: ModelConfig, seq_len: int) -> Model:
+    """Its weights, gradients and moments all in bf16, compiled per layer: its fastest way, with less than the float32
+    masters that the others keep."""
+    from transformers import AutoModelForCausalLM, Qwen3Config, Qwen3MoeConfig
+
+    attention: Any = config.attention
+    shared = {
+        "vocab_size": config.vocab_size,
+        "hidden_size": config.d_model,
+        "num_hidden_layers": config.n_layers,
+        "num_attention_heads": attention.n_heads,
+        "num_key_value_heads": attention.kv_heads,
+        "head_dim": attention.width(config.d_model),
+        "max_position_embeddings": seq_len,
+        "use_cache": False,
+        "attn_implementation": "sdpa",
+    }
+    if config.moe is None:
+        its_config: Any = Qwen3Config(intermediate_size=config.feed_forward.d_ff, **shared)
+    else:
+        its_config = Qwen3MoeConfig(
+            moe_intermediate_size=config.moe.d_expert,
+            num_experts=config.moe.n_experts,
+            num_experts_per_tok=config.moe.top_k,
+            norm_topk_prob=True,
+            experts_implementation="grouped_mm",
+            **shared,
+        )
+    module = AutoModelForCausalLM.from_config(its_config, dtype=torch.bfloat16)
+    for layer in module.model.layers:
+        layer.compile(dynamic=False)
+    return Model(module, lambda inputs, targets: cross_entropy(module(input_ids=inputs).logits, targets))
+
+
+def torchtitan_model(config: ModelConfig, seq_len: int) -> Model:
+    """Float32 masters under autocast, compiled by its own `apply_compile`."""
+    import torchtitan.models.llama4.infra.parallelize as parallelize
+    import torchtitan.models.moe.moe as moe_module
+    from torchtitan.config import JobConfig
+    from torchtitan.models.moe import MoEArgs
+    from torchtitan.models.qwen3.model.args import Qwen3ModelArgs
+    from torchtitan.models.qwen3.model.model import Qwen3Model
+
+    attention: Any = config.attention
+    arguments = Qwen3ModelArgs(
+        dim=config.d_model,
+        n_layers=config.n_layers,
+        n_heads=attention.n_heads,
+        n_kv_heads=attention.kv_heads,
+        head_dim=attention.width(config.d_model),
+        vocab_size=config.vocab_size,
+        hidden_dim=config.feed_forward.d_ff,
+        max_seq_len=seq_len,
+        moe_enabled=config.moe is not None,
+    )
+    if config.moe is not None:
+        arguments.moe_inter_dim = config.moe.d_expert
+        arguments.moe_args = MoEArgs(
+            num_experts=config.moe.n_experts,
+            num_shared_experts=0,
+            top_k=config.moe.top_k,
+            score_func="softmax",
+            route_norm=True,
+            score_before_experts=False,
+            load_balance_coeff=None,
+        )
+    device = torch.get_default_device()
+    with torch.device("meta"):
+        module = Qwen3Model(arguments)
+    module.to_empty(device=device)
+    with torch.no_grad():
+        module.init_weights(device)
+    compile_config = JobConfig().compile
+    compile_config.enable = True
+    product, scalars = moe_module._run_experts_grouped_mm, torch._dynamo.config.capture_scalar_outputs
+
+    def undo() -> None:
+        moe_module._run_experts_grouped_mm = product
+        torch._dynamo.config.capture_scalar_outputs = scalars
+
+    parallelize.apply_compile(module, compile_config, False)
+
+    def loss(inputs: Tensor, targets: Tensor) -> Tensor:
+        with torch.autocast(device.type, torch.bfloat16):
+            logits = module(inputs)
+        return cross_entropy(logits, targets)
+
+    return Model(module, loss, undo)
+
+
+def cross_entropy(logits_BLV: Tensor, targets_BL: Tensor) -> Tensor:
+    return F.cross_entropy(logits_BLV.flatten(0, 1).float(), targets_BL.flatten())
