@@ -58,7 +58,7 @@ def draw_layer(result: dict[str, Any], out: Path) -> None:
     axes.axhline(1.0, color=COLOURS[LIMIT], linewidth=1)
     axes.set_xticks(range(len(shapes)), [f"{shape}\n{_short(result['shapes'][shape])}" for shape in shapes])
     axes.set_ylabel("speed / dense limit")
-    axes.legend(fontsize=8, ncols=2, loc="upper left", bbox_to_anchor=(1.0, 1.0))
+    axes.legend(fontsize=8, loc="upper left", bbox_to_anchor=(1.0, 1.0))
     _finish(figure, axes, f"One MoE layer, forward + backward, {result['facts']['device']}", out)
 
 

@@ -148,7 +148,7 @@ _initial: dict[str, dict[str, Tensor]] = {}
 
 def initialize_once(model: GPT, seed: int) -> None:
     """`initialize`, whose values are kept on the host: drawing 1.7 B of them takes longer than a run."""
-    key = f"{seed} {model.config}"
+    key = str([seed, *((name, tuple(value.shape)) for name, value in model.state_dict().items())])
     if key not in _initial:
         initialize(model, seed)
         _initial[key] = {name: value.cpu() for name, value in model.state_dict().items()}
