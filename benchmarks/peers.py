@@ -45,7 +45,7 @@ class Layer(NamedTuple):
     @torch.no_grad()
     def load(self, values: dict[str, Tensor]) -> None:
         if self.views is not None:
-            for name, view in self.views(lambda parameter: parameter.data).items():
+            for name, view in self.views(lambda parameter: parameter).items():
                 view.copy_(values[name])
 
     def gradients(self) -> dict[str, Tensor]:

@@ -1,9 +1,10 @@
 """Training throughput of 1.72 B parameters (0.31 B active) and of its dense twin, beside the peers.
 
 `moelm` and `dense` run through `moelm.train` with its default callbacks: the rates are those that the run itself
-logged, over every log interval after the first two. `bare` is the same compiled GPT, optimizer and data in a loop of
-its own, without Lightning, statistics or callbacks. Peers train on the same tokens in that loop. Runs alternate, so
-that drifting clocks meet all of them; ratios are taken within a repeat.
+logged, over every log interval after the first two (heat maps fall on every 200th step: `--steps 220` has them in it).
+`bare` is the same compiled GPT, optimizer and data in a loop of its own, without Lightning, statistics or callbacks.
+Peers train on the same tokens in that loop. Runs alternate, so that drifting clocks meet all of them; ratios are taken
+within a repeat.
 
 Left out on purpose: saving 20 GB at the end of each run, and drawing the same initial weights more than once.
 """
@@ -11,12 +12,12 @@ Left out on purpose: saving 20 GB at the end of each run, and drawing the same i
 from __future__ import annotations
 
 import argparse
-import statistics
 import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from statistics import harmonic_mean, median
 from typing import Any, NamedTuple
 from unittest.mock import patch
 
@@ -47,13 +48,22 @@ MOE, DENSE = ROOT / "configs/bench/moe_1_7b.yaml", ROOT / "configs/bench/dense_0
 MICRO_TOKENS = 16384  # sequence length x micro-batch size of these configs
 WARM_INTERVALS = 2
 Batch = dict[str, Tensor]
-Run = Callable[[Config, str], list[float]]  # a config, and cuda or cpu -> tokens a second of each log interval
+
+
+class Interval(NamedTuple):
+    """Between two log steps."""
+
+    end: float  # time.time()
+    tokens_per_s: float
+
+
+Run = Callable[[Config, str], list[Interval]]  # of a config on cuda or cpu
 
 # ------------------------------------------------------------------------------------------------ runs
 
 
-def through_lightning(config: Config, device: str) -> list[float]:
-    """Tokens a second of each log interval, as `moelm.train` logged them."""
+def through_lightning(config: Config, device: str) -> list[Interval]:
+    """As `moelm.train` logged them."""
     with (
         patch("moelm.training.lightning_module.initialize", initialize_once),
         patch.object(FolderCheckpointIO, "save_checkpoint", lambda *_, **__: None),
@@ -61,10 +71,10 @@ def through_lightning(config: Config, device: str) -> list[float]:
         train(config)
     events = EventAccumulator(str(config.run_folder))
     events.Reload()
-    return [event.value for event in events.Scalars("perf/tokens_per_s")]
+    return [Interval(event.wall_time, event.value) for event in events.Scalars("perf/tokens_per_s")]
 
 
-def bare_loop(config: Config, device: str) -> list[float]:
+def bare_loop(config: Config, device: str) -> list[Interval]:
     """The same GPT, losses, optimizer and clipping."""
     module = MoELightningModule(config, [], 0)
     with torch.device("meta"):
@@ -92,7 +102,7 @@ def bare_loop(config: Config, device: str) -> list[float]:
 
 
 def peer_loop(build: Callable[..., peers.Model]) -> Run:
-    def run(config: Config, device: str) -> list[float]:
+    def run(config: Config, device: str) -> list[Interval]:
         with torch.device(device):
             model = build(config.model, config.data.seq_len)
         try:
@@ -111,12 +121,12 @@ def peer_loop(build: Callable[..., peers.Model]) -> Run:
     return run
 
 
-def loop(config: Config, device: str, loss: Callable[[Batch], Tensor], step: Callable[[], None]) -> list[float]:
-    """Tokens a second of every `log_every_n_steps` optimizer steps; the device is waited for only between them."""
+def loop(config: Config, device: str, loss: Callable[[Batch], Tensor], step: Callable[[], None]) -> list[Interval]:
+    """Of `log_every_n_steps` optimizer steps; the device is waited for only between them."""
     micro_tokens = config.optim.micro_batch_size * config.data.seq_len
     accumulation = config.optim.batch_tokens // micro_tokens
     batches = batches_of(config, device)
-    rates, every = [], config.trainer.log_every_n_steps
+    intervals, every = [], config.trainer.log_every_n_steps
     started = time.perf_counter()
     for i in range(1, config.trainer.max_steps + 1):
         for _ in range(accumulation):
@@ -126,9 +136,9 @@ def loop(config: Config, device: str, loss: Callable[[Batch], Tensor], step: Cal
             if device == "cuda":
                 torch.cuda.synchronize()
             now = time.perf_counter()
-            rates.append(every * config.optim.batch_tokens / (now - started))
+            intervals.append(Interval(time.time(), every * config.optim.batch_tokens / (now - started)))
             started = now
-    return rates
+    return intervals
 
 
 def batches_of(config: Config, device: str) -> Iterator[Batch]:
@@ -177,6 +187,7 @@ VARIANTS = {
     "transformers bf16 dense": Variant(DENSE, peer_loop(peers.transformers_model), "dense bare"),
 }
 BARE = {"dense": "dense bare", "moelm": "moelm bare"}  # through Lightning -> the same without
+DEFAULT = [name for name in VARIANTS if name not in ("moelm grouped", "transformers bf16 dense")]
 OURS = [name for name in VARIANTS if name.startswith(("dense", "moelm"))]
 
 
@@ -194,61 +205,80 @@ def config_of(variant: Variant, accumulation: int, steps: int, folder: str, name
 
 
 def measure_run(variant: Variant, config: Config, device: str) -> dict[str, Any]:
-    """`error`, or rates of the settled log intervals, and the peak of allocated memory, all of the run."""
+    """`error`, or rates of the settled log intervals, compilations after the first, peak of allocated memory."""
     measure.free_memory()
+    compiled_at: list[float] = []
+    torch._dynamo.on_compile_start(lambda _: compiled_at.append(time.time()))
     if device == "cuda":
         torch.cuda.reset_peak_memory_stats()
     try:
-        rates = variant.run(config, device)
+        intervals = variant.run(config, device)
     except ImportError as error:
         return {"error": f"not installed: {error}"}
     except Exception as error:
         return {"error": f"raised {type(error).__name__}: {' '.join(str(error).split())[:300]}"}
     peak = torch.cuda.max_memory_allocated() / 2**30 if device == "cuda" else 0.0
-    return {"tokens_per_s": rates[WARM_INTERVALS:], "peak_gib": peak}
+    recompiled = sum(intervals[0].end < moment < intervals[-1].end for moment in compiled_at)
+    rates = [interval.tokens_per_s for interval in intervals[WARM_INTERVALS:]]
+    return {"tokens_per_s": rates, "recompiled": recompiled, "peak_gib": peak}
 
 
 # ---------------------------------------------------------------------------------------------- summary
 
 
+Rates = dict[tuple[str, int, int], list[float]]  # tokens a second by variant, accumulation and repeat
+
+
 def summarise(runs: list[dict[str, Any]], device_name: str) -> list[dict[str, Any]]:
     """One row for each variant and accumulation, over all repeats.
 
-    `of_limit`: tokens/s over those of the dense variant; `over_bare`: the time that Lightning and the callbacks add,
-    as a share. Both by repeat.
+    `of_limit`: median tokens/s over those of the dense variant; `over_bare`: the time that Lightning and the callbacks
+    add, as a share, over all settled intervals. Both by repeat.
     """
+    rates = {_key(run): run["tokens_per_s"] for run in runs if "error" not in run}
     rows = []
-    medians = {
-        (run["variant"], run["accumulation"], run["repeat"]): statistics.median(run["tokens_per_s"])
-        for run in runs
-        if "error" not in run
-    }
-    for name, accumulation in dict.fromkeys((run["variant"], run["accumulation"]) for run in runs):
-        ours = [run for run in runs if (run["variant"], run["accumulation"]) == (name, accumulation)]
+    for name, accumulation in dict.fromkeys(_key(run)[:2] for run in runs):
         row: dict[str, Any] = {"variant": name, "accumulation": accumulation}
         rows.append(row)
+        ours = [run for run in runs if _key(run)[:2] == (name, accumulation)]
         row |= next(({"error": run["error"]} for run in ours if "error" in run), {})
-        rates = [rate for run in ours for rate in run.get("tokens_per_s", [])]
-        if not rates:
+        ours = [run for run in ours if "error" not in run]
+        if not ours:
             continue
-        row["tokens_per_s"] = spread(rates)
-        row["ms"] = 1e3 * ours[0]["batch_tokens"] / row["tokens_per_s"]["median"]
-        row["peak_gib"] = max(run["peak_gib"] for run in ours if "error" not in run)
-        peak = peak_flops(device_name)
-        row["mfu"] = None if peak is None else mfu(row["tokens_per_s"]["median"], ours[0]["flops_per_token"], peak, 1)
-
-        def by_repeat(other: str, ratio: Callable[[float, float], float]) -> dict[str, float] | None:
-            pairs = [
-                (rate, medians[other, accumulation, repeat])  # noqa: B023
-                for (variant, number, repeat), rate in medians.items()
-                if (variant, number) == (name, accumulation) and (other, accumulation, repeat) in medians  # noqa: B023
-            ]
-            return spread([ratio(*pair) for pair in pairs]) if pairs else None
-
-        limit, bare = VARIANTS[name].limit, BARE.get(name)
-        row["of_limit"] = by_repeat(limit, lambda own, dense: own / dense) if limit else None
-        row["over_bare"] = by_repeat(bare, lambda own, bare: bare / own - 1) if bare else None
+        row["tokens_per_s"] = spread([rate for run in ours for rate in run["tokens_per_s"]])
+        rate, peak = row["tokens_per_s"]["median"], peak_flops(device_name)
+        row["ms"] = 1e3 * ours[0]["batch_tokens"] / rate
+        row["mfu"] = None if peak is None else mfu(rate, ours[0]["flops_per_token"], peak, 1)
+        row |= {key: max(run[key] for run in ours) for key in ("recompiled", "peak_gib")}
+        row["of_limit"] = _by_repeat(rates, (name, VARIANTS[name].limit), accumulation, _speed)
+        row["over_bare"] = _by_repeat(rates, (name, BARE.get(name)), accumulation, _added_time)
     return rows
+
+
+def _key(run: dict[str, Any]) -> tuple[str, int, int]:
+    return run["variant"], run["accumulation"], run["repeat"]
+
+
+def _by_repeat(
+    rates: Rates,
+    pair: tuple[str, str | None],
+    accumulation: int,
+    compare: Callable[[list[float], list[float]], float],
+) -> dict[str, float] | None:
+    """The spread over the repeats that have both of `pair`; None if none has."""
+    repeats = {key[2] for key in rates}
+    pairs = [[rates.get((name or "", accumulation, repeat)) for name in pair] for repeat in sorted(repeats)]
+    found = [compare(ours, other) for ours, other in pairs if ours and other]
+    return spread(found) if found else None
+
+
+def _speed(ours: list[float], limit: list[float]) -> float:
+    return median(ours) / median(limit)
+
+
+def _added_time(ours: list[float], bare: list[float]) -> float:
+    """Of means, so that what happens in few intervals counts."""
+    return harmonic_mean(bare) / harmonic_mean(ours) - 1
 
 
 def markdown(result: dict[str, Any]) -> str:
@@ -256,10 +286,10 @@ def markdown(result: dict[str, Any]) -> str:
     parts.append(
         f"{result['models']['moe']} and its dense twin {result['models']['dense']}; {result['what']}. Tokens/s: median "
         "(quartiles) of the log intervals after the first two. `of dense`: tokens/s over those of the dense twin, both "
-        "through Lightning or both in a bare loop. `over bare`: time added by Lightning and the callbacks. Peak of the "
-        "allocated memory.\n"
+        "through Lightning or both in a bare loop. `over bare`: time added by Lightning and the callbacks. "
+        "`recompiled`: compilations after the first log interval. Peak of the allocated memory.\n"
     )
-    columns = ["variant", "micro-batches", "tokens/s", "ms", "MFU", "peak GiB", "of dense", "over bare"]
+    columns = ["variant", "micro-batches", "tokens/s", "ms", "MFU", "peak GiB", "recompiled", "of dense", "over bare"]
     parts.append(measure.markdown_table(columns, [table_row(row) for row in result["rows"]]))
     errors = [f"{row['variant']}: {row['error']}\n" for row in result["rows"] if "error" in row]
     return "\n".join([*parts, *dict.fromkeys(errors)])
@@ -268,13 +298,14 @@ def markdown(result: dict[str, Any]) -> str:
 def table_row(row: dict[str, Any]) -> list[str]:
     first = [row["variant"], str(row["accumulation"])]
     if "tokens_per_s" not in row:
-        return [*first, *["-"] * 6]
+        return [*first, *["-"] * 7]
     return [
         *first,
         measure.number(row["tokens_per_s"], ",.0f"),
         f"{row['ms']:.1f}",
         "-" if row["mfu"] is None else f"{row['mfu']:.3f}",
         f"{row['peak_gib']:.1f}",
+        str(row["recompiled"]),
         measure.number(row["of_limit"], ".3f"),
         measure.number(row["over_bare"], ".2%"),
     ]
@@ -282,7 +313,7 @@ def table_row(row: dict[str, Any]) -> list[str]:
 
 def main() -> None:
     parser = measure.make_parser(__doc__, "python benchmarks/train_step.py --variants 'dense,moelm' --accumulation 1")
-    parser.add_argument("--variants", default=",".join(VARIANTS), help=f"of {', '.join(VARIANTS)}")
+    parser.add_argument("--variants", default=",".join(DEFAULT), help=f"of {', '.join(VARIANTS)}")
     parser.add_argument("--accumulation", default="1,4", help="micro-batches a step; peers run the first of them only")
     parser.add_argument("--repeats", type=int, default=2)
     parser.add_argument(
@@ -331,10 +362,10 @@ def one_run(
     run_name = f"{name}-{accumulation}-{repeat}".replace(" ", "_")
     every = load_config(variant.config, arguments.overrides).trainer.log_every_n_steps
     # at least two settled intervals
-    steps = max((WARM_INTERVALS + 2) * every, arguments.steps // accumulation)
+    steps = max((WARM_INTERVALS + 2) * every, arguments.steps // (accumulation if name in OURS else 2))
     config = config_of(variant, accumulation, steps, folder, run_name, arguments.overrides)
     found = measure_run(variant, config, device)
-    rate = f"{statistics.median(found['tokens_per_s']):,.0f} tokens/s" if "error" not in found else found["error"]
+    rate = f"{median(found['tokens_per_s']):,.0f} tokens/s" if "error" not in found else found["error"]
     print(f"{run_name}: {rate}", file=sys.stderr, flush=True)
     return {
         "variant": name,
