@@ -261,11 +261,11 @@ class TrainerConfig:
     detect_anomaly: bool | None = None
     profiler: str | None = setting(None, allowed=(None, "simple", "advanced"))
     # moelm's own
-    activation_checkpointing: str = setting("none", allowed=("none", "full"))
+    activation_checkpointing: str = setting("none", allowed=("none", "selective", "full"))
     compile: bool | str = setting("auto", allowed=("auto", True, False))  # per block; auto: on CUDA only
     float32_matmul_precision: str = setting("highest", allowed=("highest", "high", "medium"))
     expert_parallel: int = setting(1, ge=1, le=1)
-    profile: bool = setting(False, allowed=(False,))
+    profile: bool = False  # trace a few steps after warm-up; the run's folder gets profile/
 
 
 OWN_TRAINER_KEYS = ("activation_checkpointing", "compile", "float32_matmul_precision", "expert_parallel", "profile")

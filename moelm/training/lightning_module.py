@@ -73,7 +73,7 @@ class MoELightningModule(pl.LightningModule):
             raise ConfigError("model", problem, "a smaller model; see python -m moelm.info --config") from None
         initialize(model, self.config.run.seed)
         options = self.config.trainer
-        model.activation_checkpointing = options.activation_checkpointing == "full"
+        model.activation_checkpointing = options.activation_checkpointing
         on_cuda = next(model.parameters()).is_cuda
         if options.compile is True or (options.compile == "auto" and on_cuda):
             for block in model.all_blocks:
