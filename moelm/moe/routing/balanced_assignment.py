@@ -9,9 +9,8 @@ import torch
 from torch import Tensor
 
 from moelm.config import MoEConfig, register, setting
-from moelm.moe.choice import keep_choice
+from moelm.moe.choice import best_ids, keep_choice
 from moelm.moe.routing.base import LearnedRouter, LearnedRouterConfig, count_tokens, token_choice_with_stats
-from moelm.moe.routing.choice import best_ids
 from moelm.moe.types import RouteContext, RouterStats, TokenChoice, count_per_sequence
 
 FIRST_STEP, LAST_STEP = 1.0, 0.01  # of the prices, in standard deviations of the logits

@@ -10,9 +10,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from moelm.config import MoEConfig, register, setting
-from moelm.moe.choice import keep_choice
+from moelm.moe.choice import best_ids, keep_choice
 from moelm.moe.routing.base import LearnedRouter, LearnedRouterConfig, token_choice_with_stats
-from moelm.moe.routing.choice import best_ids
 from moelm.moe.types import RouteContext, RouterStats, TokenChoice
 
 

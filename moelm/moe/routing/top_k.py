@@ -11,9 +11,8 @@ import torch
 from torch import Tensor
 
 from moelm.config import ConfigError, MoEConfig, register, setting
-from moelm.moe.choice import keep_choice
+from moelm.moe.choice import best_ids, keep_choice
 from moelm.moe.routing.base import LearnedRouter, LearnedRouterConfig, sum_per_sequence, token_choice_with_stats
-from moelm.moe.routing.choice import best_ids
 from moelm.moe.types import RouteContext, RouterStats, TokenChoice
 
 
