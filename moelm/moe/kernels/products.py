@@ -23,8 +23,9 @@ UP_PRODUCT = {"BM": 128, "BN": 128, "BK": 64, "GROUP": 8, "num_warps": 8, "num_s
 DOWN_BACKWARD = {"BM": 128, "BN": 256, "BK": 64, "GROUP": 16, "PARTS": 4, "num_warps": 8, "num_stages": 4}
 WEIGHT_GRADIENT = {"BM": 128, "BN": 128, "BK": 64, "GROUP": 8, "num_warps": 4, "num_stages": 3}
 if INTERPRETED:  # small tiles, of which small tests have several
-    for _tiles in (UP_PRODUCT, DOWN_BACKWARD, WEIGHT_GRADIENT):
-        _tiles |= {"BM": 16, "BN": 16, "BK": 32}
+    UP_PRODUCT |= {"BM": 16, "BN": 16, "BK": 32}
+    DOWN_BACKWARD |= {"BM": 16, "BN": 16, "BK": 32}
+    WEIGHT_GRADIENT |= {"BM": 32, "BN": 32, "BK": 16}
 WIDEN = tl.constexpr(INTERPRETED)
 
 
