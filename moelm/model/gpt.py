@@ -102,6 +102,9 @@ class GPT(nn.Module):
         routed nor counted. `document_ids_BL`: attention stays within equal ids. `cache`: from `init_cache`;
         the tokens follow those it holds. Modules of multi-token prediction run only with targets.
         """
+        for layer in self.moe_layers:
+            if layer.experts.backend == "fused":
+                layer.experts.refresh()  # here, since blocks may be compiled
         L = tokens_BL.shape[1]
         start = cache[0].length if cache is not None else 0
         positions_L = torch.arange(start, start + L, device=tokens_BL.device)

@@ -7,7 +7,7 @@ from math import comb
 
 import torch
 
-from moelm.config import Config, ModelConfig, NamedConfig, build
+from moelm.config import Config, ModelConfig, NamedConfig, build, why_not_fused
 from moelm.model.attention.base import AttentionConfig
 from moelm.model.gpt import GPT, MAX_LOGITS
 
@@ -126,7 +126,7 @@ class Memory:
 
     weights: int  # float32 master weights
     gradients: int  # float32
-    optimizer: int  # float32: two moments; under Muon one, and two of the embeddings
+    optimizer: int  # two moments, in optim.moments; under Muon one, and two of the embeddings
     activations: int  # saved for backward, for one micro-batch
     working: int  # bf16 copies of the weights under bf16-mixed, and the logits of one chunk
 
@@ -136,7 +136,7 @@ class Memory:
 
 
 def training_memory(config: Config, n_shards: int = 1) -> Memory:
-    """An estimate with float32 optimizer state; `n_shards` devices share weights, gradients and moments (1: DDP).
+    """An estimate; `n_shards` devices share weights, gradients and moments (1: DDP).
 
     For a GPU, where blocks are compiled unless trainer.compile is false. Activations count what autograd keeps,
     tensor by tensor, from the shapes (see `_activation_bytes`); the allocator's fragmentation is not included.
@@ -163,9 +163,11 @@ def training_memory(config: Config, n_shards: int = 1) -> Memory:
     # logits in compute dtype, in float32, and their float32 gradient exist together in backward
     working = logits * (8 + head_bytes)
     if mixed:
-        working += 2 * n_parameters  # autocast and the experts keep bf16 copies for the backward pass
+        working += 2 * n_parameters  # autocast keeps bf16 copies for the backward pass, the experts for longer
     second = size.active - size.active_no_embeddings if config.optim.optimizer == "muon" else n_parameters
-    return Memory(state, state, state + 4 * second // n_shards, activations, working)
+    moments = n_parameters // n_shards + second // n_shards
+    width = 2 if config.optim.moments == "bfloat16" else 4  # the small ones, always float32, are not told apart
+    return Memory(state, state, width * moments, activations, working)
 
 
 def _activation_bytes(model: ModelConfig, layer: int, tokens: int, mixed: bool, compiled: bool) -> int:
@@ -182,8 +184,11 @@ def _activation_bytes(model: ModelConfig, layer: int, tokens: int, mixed: bool, 
     expert_hidden = hidden
     if moe.experts.activation == "clamped_swiglu" and not compiled:
         expert_hidden = 7  # gate and up; clamped gate, its sigmoid, their product, up + 1; and the product of all
-    # input and output rows, hidden
-    rows = moe.choices_per_token * c * (2 * d // n_chunks + expert_hidden * moe.d_expert)
+    if mixed and moe.experts.backend in ("auto", "fused") and not why_not_fused(moe, d // n_chunks):
+        row = 2 * 2 * moe.d_expert + 3 * 4  # gate and up in bf16; its gate and both ways of the permutation
+    else:
+        row = c * (2 * d // n_chunks + expert_hidden * moe.d_expert)  # input and output rows, hidden
+    rows = moe.choices_per_token * row
     router = 4 * 2 * moe.n_experts * n_chunks + (0 if compiled else 4 * d)
     if moe.router.mixes_chunks:
         router += c * 2 * d  # what split and merge read

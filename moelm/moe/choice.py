@@ -1,9 +1,14 @@
-"""The op that a routing decision passes through, so that activation checkpointing keeps it."""
+"""Choices: the k best of each row of scores, and the op by which activation checkpointing keeps a decision."""
 
 from __future__ import annotations
 
 import torch
 from torch import Tensor
+
+from moelm.moe.kernels import HAS_TRITON
+
+if HAS_TRITON:
+    from moelm.moe.kernels import top_k as kernel
 
 
 @torch.library.custom_op("moelm::keep_choice", mutates_args=())
@@ -20,3 +25,15 @@ def keep_choice(ids: Tensor) -> Tensor:
 @keep_choice.register_fake
 def _(ids: Tensor) -> Tensor:
     return torch.empty_like(ids)
+
+
+@torch.no_grad()
+def best_ids(scores: Tensor, k: int) -> Tensor:
+    """int64 [..., k]: where the k largest of the last axis are, best first. No gradient.
+
+    Of equals the lower index comes first on CUDA; elsewhere torch.topk decides.
+    """
+    if HAS_TRITON and scores.is_cuda and kernel.takes(scores.shape[-1], k):
+        ids: Tensor = kernel.top_k(scores.flatten(0, -2), k).view(*scores.shape[:-1], k)
+        return ids
+    return scores.topk(k, dim=-1).indices

@@ -20,6 +20,7 @@ from tensorboard.compat.proto.summary_pb2 import Summary  # type: ignore[import-
 from moelm.callbacks.profile import Profile
 from moelm.callbacks.progress_bar import StepProgressBar
 from moelm.config import OWN_TRAINER_KEYS, Config, ConfigError, build
+from moelm.moe.kernels import HAS_TRITON, INTERPRETED
 from moelm.training.checkpoint_io import FolderCheckpointIO, StepCheckpoint
 
 
@@ -33,6 +34,7 @@ def build_trainer(config: Config, resume_step: int | None = None) -> pl.Trainer:
     progress = options.pop("enable_progress_bar")
     if options["accelerator"] != "cpu":  # Lightning's auto would take an Apple GPU, which has no float64
         options["accelerator"] = "cuda" if torch.cuda.is_available() or options["accelerator"] != "auto" else "cpu"
+    _check_fused(config, options["accelerator"])
     strategy = _strategy(config)
     options |= {"strategy": strategy} if strategy is not None else {}
     callbacks: list[Callback] = [Profile(config)] if config.trainer.profile else []
@@ -64,6 +66,15 @@ def build_trainer(config: Config, resume_step: int | None = None) -> pl.Trainer:
     _set_intervals(trainer, config)
     _ask_for_sigterm_at_log_steps(trainer, config.trainer.log_every_n_steps)
     return trainer
+
+
+def _check_fused(config: Config, accelerator: str) -> None:
+    moe = config.model.moe
+    if moe is None or moe.experts.backend != "fused" or INTERPRETED:
+        return
+    if accelerator == "cpu" or not HAS_TRITON:
+        problem = "fused needs " + ("a CUDA device" if accelerator == "cpu" else "triton, which is not installed")
+        raise ConfigError("model.moe.experts.backend", problem, "use auto, grouped or loop")
 
 
 class RunLogger(TensorBoardLogger):

@@ -15,7 +15,7 @@ from moelm.moe.routing.base import (
     LearnedRouterConfig,
     count_tokens,
     mean_over_tokens,
-    observe,
+    means_of_tokens,
     sum_per_sequence,
 )
 from moelm.moe.types import ExpertChoice, RouteContext, RouterStats
@@ -63,6 +63,7 @@ class ExpertChoiceRouter(LearnedRouter):
         n_tokens_B = count_tokens(context)
         chosen_T = torch.zeros(B * L + 1, device=x_TD.device).scatter(0, token_ids_BEC.flatten(), 1.0)[:-1]
         unchosen = mean_over_tokens(1 - chosen_T, context)
+        log_z_sq, observed = means_of_tokens(prob_TE, logits_TE, context)
         stats = RouterStats(
             load_BE=load_BE,
             kept_BE=load_BE,
@@ -71,7 +72,7 @@ class ExpertChoiceRouter(LearnedRouter):
             prob_BE=sum_per_sequence(prob_TE, context) / n_tokens_B.clamp(min=1).unsqueeze(-1),
             gate_BE=gates_BEC.sum(-1),
             n_tokens_B=n_tokens_B,
-            log_z_sq=mean_over_tokens(logits_TE.logsumexp(-1).square(), context),
-            extra={**observe(prob_TE, logits_TE, context), "unchosen": unchosen},
+            log_z_sq=log_z_sq,
+            extra={**observed, "unchosen": unchosen},
         )
         return routing, stats

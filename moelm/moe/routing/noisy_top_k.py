@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from moelm.config import ConfigError, MoEConfig, register
 from moelm.moe.choice import keep_choice
 from moelm.moe.routing.base import LearnedRouter, LearnedRouterConfig, sum_per_sequence, token_choice_with_stats
+from moelm.moe.routing.product import float32_linear
 from moelm.moe.types import RouteContext, RouterStats, TokenChoice
 
 LEAST_DEVIATION = 0.01  # without it a router that has learned to be sure divides 0 by 0 in the gradient of its load
@@ -49,7 +50,7 @@ class NoisyTopKRouter(LearnedRouter):
 
     def route(self, x_TD: Tensor, context: RouteContext) -> tuple[TokenChoice, RouterStats]:
         logits_TE = self.logits(x_TD)
-        deviation_TE = F.softplus(F.linear(x_TD, self.noise.float())) + LEAST_DEVIATION
+        deviation_TE = F.softplus(float32_linear(x_TD, self.noise)) + LEAST_DEVIATION
         noisy_TE = logits_TE
         if context.training:
             noisy_TE = logits_TE + torch.randn_like(logits_TE) * deviation_TE
