@@ -23,9 +23,11 @@ WARM_UP, N_STEPS = 10, 5  # optimizer steps before the profile (kernels are comp
 
 REST = "norms and elementwise"
 CATEGORIES = (  # the first whose pattern a name has; a kernel is asked first, then the ops that it was launched by
-    ("expert products", r"_up_product|_down_product|_down_backward|_weight_gradient|[Gg]rouped|GroupProblem|::expert_"),
-    ("row movement", r"_spread|_gather_sum|_swiglu|_sort_|^aten::sort|sum_by_token|^_?(Dispatch|Combine|Spread)"),
-    ("router", r"_top_k|topk|TopK|router|keep_choice|^triton_.*(softmax|logsumexp|scatter)"),
+    ("expert products", r"^_(rows_product|weight_gradient|row_tiles)|[Gg]rouped|GroupProblem"),
+    ("row movement", r"^_(spread|gather_sum|swiglu|count|sum_blocks|place)|sort|sum_by_|^_?(Dispatch|Combine|Spread)"),
+    ("router", r"^_(top_k|sums|write_parts|logits|grad_x|grad_weight)|topk|TopK|router|keep_choice|sums_of_choices"),
+    ("router", r"^triton_.*(softmax|logsumexp|scatter)"),
+    ("loss", r"^_(cross_entropy)|CrossEntropy|log_softmax|nll_loss"),
     ("attention", r"flash|fmha|[Aa]ttention|sdpa"),
     ("optimizer", r"[Aa]dam|multi_tensor_apply|_foreach|[Mm]uon|clip"),
     ("copies and casts", r"^triton_poi_fused__to_copy(_(t|view|clone|permute|transpose))*_\d+$"),

@@ -8,17 +8,14 @@ import torch
 import torch._functorch.config
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
 
 from moelm.config import ModelConfig
 from moelm.model.attention.base import Attention
 from moelm.model.block import Block
+from moelm.model.cross_entropy import IGNORE, chunked_cross_entropy
 from moelm.model.multi_token_prediction import PredictionModule, context_ahead
 from moelm.model.norm import make_norm
 from moelm.moe.types import RouteContext, RouterStats, stack_stats
-
-IGNORE = -100  # a target that is not predicted
-MAX_LOGITS = 2**26  # elements of the logits that may exist at once when the loss is computed
 
 
 class GPTOutput(NamedTuple):
@@ -170,28 +167,3 @@ def attention_mask(positions_L: Tensor, document_ids_BL: Tensor | None, start: i
             raise ValueError("document_ids_BL with a filled cache: the ids of the cached tokens are unknown")
         mask_BLL = mask_BLL & (document_ids_BL.unsqueeze(1) == document_ids_BL.unsqueeze(2))
     return mask_BLL
-
-
-def chunked_cross_entropy(
-    x_TD: Tensor, weight_VD: Tensor, targets_T: Tensor, max_logits: int = MAX_LOGITS
-) -> tuple[Tensor, Tensor]:
-    """Mean cross-entropy over the targets that are not IGNORE, and each token's, detached (0 for IGNORE).
-
-    Tokens go in chunks whose logits stay below `max_logits` elements; with more than one chunk the logits are
-    recomputed in backward instead of kept. The softmax is float32.
-    """
-    chunk = max(1, max_logits // weight_VD.shape[0])
-    chunks = zip(x_TD.split(chunk), targets_T.split(chunk), strict=True)
-    if x_TD.shape[0] <= chunk or not torch.is_grad_enabled():
-        ce_T = torch.cat([_cross_entropy(x, weight_VD, targets) for x, targets in chunks])
-    else:
-        ce_T = torch.cat(
-            [checkpoint(_cross_entropy, x, weight_VD, targets, use_reentrant=False) for x, targets in chunks]
-        )
-    n_targets = (targets_T != IGNORE).sum().clamp(min=1)
-    return ce_T.sum() / n_targets, ce_T.detach()
-
-
-def _cross_entropy(x_TD: Tensor, weight_VD: Tensor, targets_T: Tensor) -> Tensor:
-    logits_TV = F.linear(x_TD, weight_VD)
-    return F.cross_entropy(logits_TV.float(), targets_T, ignore_index=IGNORE, reduction="none")

@@ -9,7 +9,8 @@ import torch
 
 from moelm.config import Config, ModelConfig, NamedConfig, build, why_not_fused
 from moelm.model.attention.base import AttentionConfig
-from moelm.model.gpt import GPT, MAX_LOGITS
+from moelm.model.cross_entropy import MAX_FUSED_BYTES
+from moelm.model.gpt import GPT
 
 
 @dataclass(frozen=True)
@@ -128,7 +129,7 @@ class Memory:
     gradients: int  # float32
     optimizer: int  # two moments, in optim.moments; under Muon one, and two of the embeddings
     activations: int  # saved for backward, for one micro-batch
-    working: int  # bf16 copies of the weights under bf16-mixed, and the logits of one chunk
+    working: int  # bf16 copies of the weights under bf16-mixed, and what the loss holds
 
     @property
     def total(self) -> int:
@@ -156,12 +157,12 @@ def training_memory(config: Config, n_shards: int = 1) -> Memory:
     if mode != "none":  # and one block at a time is whole again
         kept = [residual + _kept_bytes(model, i, micro, mixed, mode) for i in layers]
         activations = sum(kept) + max(whole - part for whole, part in zip(per_block, kept, strict=True))
-    logits = min(micro * model.vocab_size, MAX_LOGITS)
     activations += 2 * residual + read_by_head
     # a prediction module: its embeddings, and what projection, final norm and head read
     activations += model.n_prediction_modules * (2 * residual + 3 * read_by_head)
-    # logits in compute dtype, in float32, and their float32 gradient exist together in backward
-    working = logits * (8 + head_bytes)
+    # logits, in whose place their gradient comes, and the gradients that the loss makes of the head and of its input
+    working = min(head_bytes * micro * model.vocab_size, MAX_FUSED_BYTES)
+    working += 4 * model.vocab_size * model.d_model + read_by_head
     if mixed:
         working += 2 * n_parameters  # autocast keeps bf16 copies for the backward pass, the experts for longer
     second = size.active - size.active_no_embeddings if config.optim.optimizer == "muon" else n_parameters

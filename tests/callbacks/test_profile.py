@@ -69,15 +69,20 @@ def test_the_steps_are_free_of_logging_validation_and_saving(
 
 
 KERNELS = {
-    "_up_product": "expert products",
+    "_rows_product": "expert products",
+    "_row_tiles": "expert products",
     "_weight_gradient": "expert products",
     "void cutlass::device_kernel<at::cuda::detail::enable_3x_kernel_for_sm9x<GemmUniversal<GroupProblemShape<": (
         "expert products"
     ),
     "_gather_sum": "row movement",
     "_swiglu_backward": "row movement",
-    "_sort_ranks": "row movement",
+    "_sum_blocks": "row movement",
     "_top_k": "router",
+    "_grad_weight": "router",
+    "_sums": "router",
+    "_cross_entropy": "loss",
+    "void (anonymous namespace)::cunn_SoftMaxForward<4, float, at::native::log_softmax": "loss",
     "void at::native::sbtopk::gatherTopK<float, unsigned int, 2, false>": "router",
     "triton_per_fused__softmax_logsumexp_mul_3": "router",
     "void pytorch_flash::flash_bwd_dq_dk_dv_loop_seqk_parallel_kernel<": "attention",
@@ -123,7 +128,7 @@ def test_kernels_are_counted_from_the_first_launch_of_the_profiled_steps() -> No
         event("cuda_runtime", "cudaMemcpyAsync", 210, 5, correlation=4),
         event("kernel", "nvjet_left_over", 95, 35, correlation=1),
         event("kernel", "reduce_kernel", 130, 40, correlation=2),
-        event("kernel", "_up_product", 180, 100, correlation=3),
+        event("kernel", "_rows_product", 180, 100, correlation=3),
         event("gpu_memcpy", "Memcpy DtoD", 260, 70, correlation=4),
     ]
     table = table_of(events, n_steps=2)

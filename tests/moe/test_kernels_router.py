@@ -10,8 +10,8 @@ from torch import Tensor
 
 pytest.importorskip("triton")
 
-from moelm.moe.kernels import counting, router_logits, top_k
 from moelm.moe import choice
+from moelm.moe.kernels import counting, router_logits, top_k
 from moelm.moe.routing import base, product
 from moelm.moe.routing import top_k as top_k_router
 from moelm.moe.types import RouteContext, count_per_sequence
