@@ -67,6 +67,21 @@ def test_the_product_is_an_operator_that_compile_and_autograd_understand():
     )
 
 
+def test_a_width_that_the_kernels_do_not_take_is_said_once_and_compiles(caplog):
+    product._say_that_float32_is_used.cache_clear()
+
+    def double_if_it_takes(x: Tensor) -> Tensor:
+        return x * 2 if product.kernel_takes(x.shape[1]) else x
+
+    compiled = torch.compile(double_if_it_takes, backend="eager", fullgraph=True, dynamic=False)
+    for width in (96, 96, 128):
+        x = torch.ones(1, width)
+        assert torch.equal(compiled(x), double_if_it_takes(x))
+    assert torch.equal(compiled(x), 2 * x)
+    said = [record.message for record in caplog.records if record.name == product.log.name]
+    assert said == ["router: a float32 product, since its width 96 is no multiple of 128"]
+
+
 # ------------------------------------------------------------------------------------------ the choice
 
 
@@ -152,6 +167,7 @@ def test_a_router_with_kernels_decides_and_learns_as_without(monkeypatch, option
             routing, stats = router(x_BLD, RouteContext(ids_BL, mask_BL, True))
             loss = (routing.gates_TK**2).sum() + (stats.prob_BE**2).sum() + (stats.gate_BE**2).sum() + stats.log_z_sq
             loss.backward()
+        assert not any(value.requires_grad for value in stats.extra.values())
         values = {**routing._asdict(), **stats._asdict(), **stats.extra, "x": x_BLD.grad, "weight": router.weight.grad}
         values.pop("extra")
         results.append(values)

@@ -18,11 +18,7 @@ BLOCK_D = 64  # terms of a short sum over D
 BLOCK_T = 64  # terms of a short sum over T
 CHUNK_T = 1024  # tokens, at least, whose share of the weight's gradient one program sums
 MAX_CHUNKS = 32
-
-
-def takes(d_model: int) -> bool:
-    """Whether the kernels have a tile for this width."""
-    return d_model % 128 == 0
+WIDTH_MULTIPLE = 128  # of D: the kernels' widest block of it
 
 
 @torch.library.custom_op("moelm::router_logits", mutates_args=())

@@ -20,14 +20,20 @@ log = logging.getLogger(__name__)
 def float32_linear(x_TD: Tensor, weight_ED: Tensor) -> Tensor:
     """float32 [T, E] = x W^T as a float32 product has it. bf16 tokens on CUDA are multiplied, and kept for backward, as
     they are; all others as float32."""
-    if HAS_TRITON and x_TD.is_cuda and x_TD.dtype == torch.bfloat16:
-        if kernel.takes(x_TD.shape[1]):
-            logits_TE: Tensor = kernel.router_logits(x_TD, weight_ED.float())
-            return logits_TE
-        _say_that_float32_is_used(x_TD.shape[1])
+    if HAS_TRITON and x_TD.is_cuda and x_TD.dtype == torch.bfloat16 and kernel_takes(x_TD.shape[1]):
+        logits_TE: Tensor = kernel.router_logits(x_TD, weight_ED.float())
+        return logits_TE
     return F.linear(x_TD.float(), weight_ED.float())
+
+
+@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]  # a line of the log cannot be compiled
+def kernel_takes(d_model: int) -> bool:
+    takes = d_model % kernel.WIDTH_MULTIPLE == 0
+    if not takes:
+        _say_that_float32_is_used(d_model)
+    return takes
 
 
 @cache  # one line for all layers
 def _say_that_float32_is_used(d_model: int) -> None:
-    log.warning("router: a float32 product, since its width %d is no multiple of 128", d_model)
+    log.warning("router: a float32 product, since its width %d is no multiple of %d", d_model, kernel.WIDTH_MULTIPLE)
