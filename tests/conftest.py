@@ -9,8 +9,8 @@ from typing import Any
 import pytest
 import torch
 
-if not torch.cuda.is_available():
-    os.environ["TRITON_INTERPRET"] = "1"  # kernels run on the CPU; read when triton is first imported
+if not torch.cuda.is_available():  # Triton's kernels then run on CPU tensors; Lightning imports it, which reads this
+    os.environ.setdefault("TRITON_INTERPRET", "1")
 
 from tiny_runs import corpus, fresh_recorders, tiny  # noqa: F401  fixtures for whole runs
 
@@ -42,6 +42,12 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 @pytest.fixture(params=["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
 def device(request: pytest.FixtureRequest) -> torch.device:
     return torch.device(request.param)
+
+
+@pytest.fixture(scope="session")
+def kernel_device() -> torch.device:
+    """Where Triton's kernels run: on the GPU, or without one in the interpreter on CPU tensors."""
+    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 
 @pytest.fixture(scope="session")

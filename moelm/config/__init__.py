@@ -11,6 +11,7 @@ from moelm.config.checks import (
     check_corpus,
     check_model,
     grouped_widths_fit,
+    why_not_fused,
 )
 from moelm.config.errors import (
     ConfigError,
@@ -92,4 +93,5 @@ __all__ = [
     "setting",
     "to_dict",
     "to_yaml",
+    "why_not_fused",
 ]

@@ -13,6 +13,7 @@ from moelm.config.sections import (
     CorpusConfig,
     ExpertsConfig,
     ModelConfig,
+    MoEConfig,
     OptimConfig,
     ScheduleConfig,
     TrainerConfig,
@@ -26,6 +27,7 @@ def check(config: Config) -> None:
     check_model(config.model)
     _check_optim(config)
     _check_trainer(config.trainer)
+    _check_fused(config)
     _check_each(config.callbacks, "callbacks", config)
     moe, seq_len = config.model.moe, config.data.seq_len
     if moe is not None and moe.router.routing == "expert_choice" and seq_len * moe.top_k < moe.n_experts:
@@ -73,10 +75,14 @@ def check_model(model: ModelConfig) -> None:
         problem = f"{moe.router.n_chunks} chunks do not divide d_model = {model.d_model}"
         raise ConfigError("model.moe.router", problem, "choose a divisor")
     width = model.d_model // moe.router.n_chunks
-    if moe.experts.backend == "grouped" and not grouped_widths_fit(width, moe.d_expert):
+    backend = moe.experts.backend
+    if backend in ("fused", "grouped") and not grouped_widths_fit(width, moe.d_expert):
         d_in = "d_model" if moe.router.n_chunks == 1 else f"d_model / {moe.router.n_chunks} chunks"
-        problem = f"grouped needs multiples of 8, not {d_in} = {width}, d_expert = {moe.d_expert}"
+        problem = f"{backend} needs multiples of 8, not {d_in} = {width}, d_expert = {moe.d_expert}"
         raise ConfigError("model.moe.experts.backend", problem, "round the widths, or use auto or loop")
+    reason = why_not_fused(moe, width)
+    if backend == "fused" and reason:
+        raise ConfigError("model.moe.experts.backend", f"fused cannot be: {reason}", "use auto, grouped or loop")
     for key in ("clamp_limit", "clamp_alpha"):
         if moe.experts.activation != "clamped_swiglu" and getattr(moe.experts, key) != getattr(ExpertsConfig(), key):
             problem = f"{getattr(moe.experts, key)} has no effect with the activation {moe.experts.activation}"
@@ -88,6 +94,17 @@ def check_model(model: ModelConfig) -> None:
 def grouped_widths_fit(d_in: int, d_expert: int) -> bool:
     """Rows and weights of a grouped product must start on 16 bytes: 8 elements in bf16."""
     return d_in % 8 == 0 and d_expert % 8 == 0
+
+
+def why_not_fused(moe: MoEConfig, d_in: int) -> str:
+    """What the fused kernels of the experts cannot compute of this section; empty if nothing."""
+    if moe.router.routing != "token_choice":
+        return f"the router {moe.router.name} makes {moe.router.routing}, not token_choice"
+    if moe.experts.activation != "swiglu":
+        return f"the activation is {moe.experts.activation}, not swiglu"
+    if moe.experts.bias:
+        return "the experts have biases"
+    return "" if grouped_widths_fit(d_in, moe.d_expert) else "a width is no multiple of 8"
 
 
 def check_corpus(corpus: CorpusConfig, key: str) -> None:
@@ -121,6 +138,9 @@ def _check_optim(config: Config) -> None:
     if optim.optimizer != "muon" and optim.momentum != OptimConfig().momentum:
         problem = f"{optim.momentum} has no effect with the optimizer {optim.optimizer}"
         raise ConfigError("optim.momentum", problem, "remove it, or set optimizer: muon")
+    if optim.optimizer == "muon" and optim.moments != "float32":
+        problem = f"{optim.moments!r} has no effect with the optimizer muon, whose moments are float32"
+        raise ConfigError("optim.moments", problem, "remove it, or set optimizer: adamw")
     for key, names in _ONLY_WITH.items():
         if schedule.name not in names and getattr(schedule, key) != getattr(ScheduleConfig(), key):
             problem = f"{show(to_dict(schedule)[key])} has no effect with the schedule {schedule.name}"
@@ -158,6 +178,13 @@ def _check_phases(schedule: ScheduleConfig, max_steps: int) -> None:
     if schedule.warmup_steps >= steps[1]:
         problem = f"{schedule.warmup_steps} leaves nothing of the first phase, which ends at step {steps[1]}"
         raise ConfigError("optim.schedule.warmup_steps", problem, f"lower it, or raise {key}.0.until")
+
+
+def _check_fused(config: Config) -> None:
+    moe, precision = config.model.moe, config.trainer.precision
+    if moe is not None and moe.experts.backend == "fused" and precision != "bf16-mixed":
+        problem = f"fused computes in bfloat16, not in trainer.precision = {precision}"
+        raise ConfigError("model.moe.experts.backend", problem, "set trainer.precision=bf16-mixed, or use auto")
 
 
 def _check_trainer(trainer: TrainerConfig) -> None:

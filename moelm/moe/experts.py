@@ -1,6 +1,7 @@
-"""The routed experts: stacked weights, and the two ways to multiply sorted rows by them.
+"""The routed experts: stacked weights, and the three ways to multiply rows by them.
 
-`loop` is the reference that nobody can doubt; `grouped` is one product for all experts. Both are tested equal.
+`loop` is the reference that nobody can doubt; `grouped` is one product for all experts; `fused` is `grouped` with
+dispatch, activation and combine inside the kernels. All are tested equal.
 Weights are `[E, in, out]`, gate and up side by side in one tensor, so that one product serves both.
 """
 
@@ -15,7 +16,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from moelm.config import MoEConfig, grouped_widths_fit
+from moelm.config import MoEConfig, grouped_widths_fit, why_not_fused
+from moelm.moe.dispatch.dropless import Permutation
+from moelm.moe.fused import expert_mlp
+from moelm.moe.kernels import HAS_TRITON, INTERPRETED
+from moelm.moe.working_copies import refreshed
 
 log = logging.getLogger(__name__)
 
@@ -130,6 +135,9 @@ class Experts(nn.Module):
 
     An idle expert gets a zero gradient, not None, so the optimizer still decays its weights: the price of one
     stacked parameter, which never hangs FSDP or trips DDP.
+
+    The fused kernels multiply bfloat16 copies of float32 weights: buffers that no checkpoint holds, kept up to date by
+    `refresh`.
     """
 
     def __init__(self, moe: MoEConfig, d_in: int) -> None:
@@ -143,17 +151,48 @@ class Experts(nn.Module):
         if moe.experts.activation == "clamped_swiglu":
             limit, alpha = moe.experts.clamp_limit, moe.experts.clamp_alpha
             self.activation = partial(clamped_swiglu, limit=limit, alpha=alpha)
-        fits = grouped_widths_fit(d_in, moe.d_expert)
-        self.backend = moe.experts.backend
-        if self.backend == "auto":
-            self.backend = "grouped" if fits else "loop"
-            if not fits:
-                _say_that_loop_is_used(d_in, moe.d_expert)
+        self.gate_up_copy: Tensor | None
+        self.down_copy: Tensor | None
+        self.register_buffer("gate_up_copy", None, persistent=False)
+        self.register_buffer("down_copy", None, persistent=False)
+        self.backend = fastest_backend(moe, d_in) if moe.experts.backend == "auto" else moe.experts.backend
+
+    def fuses(self, x: Tensor) -> bool:
+        """Do tokens like `x` go through `mix`? Else the fused backend is the grouped one."""
+        on_gpu = x.is_cuda and compute_dtype(x) == torch.bfloat16
+        return self.backend == "fused" and (on_gpu or (INTERPRETED and not x.is_cuda))
+
+    def mix(self, x_TD: Tensor, gates_TK: Tensor, plan: Permutation) -> Tensor:
+        """y_t [T, D] = sum_k gate_tk Expert_k(x_t): dispatch, experts and combine at once, in the compute dtype.
+
+        Where this is compiled, `refresh` must have run before, outside; else it runs here.
+        """
+        if not torch.compiler.is_compiling():
+            self.refresh()
+        x_TD = x_TD.to(compute_dtype(x_TD))
+        weights = self.gate_up, self.down
+        copies = [
+            weight.detach().to(x_TD.dtype) if copy is None or weight.dtype == x_TD.dtype else copy
+            for weight, copy in zip(weights, (self.gate_up_copy, self.down_copy), strict=True)
+        ]
+        permutation = plan.row_of_choice_TK, plan.choice_of_row_R, plan.offsets_E
+        y_TD: Tensor = expert_mlp(x_TD, gates_TK.float(), *permutation, *weights, *copies)[0]
+        return y_TD
+
+    @torch.compiler.disable  # type: ignore[untyped-decorator]
+    def refresh(self) -> None:
+        """Bring the working copies up to date, if the dtype and the device want copies at all."""
+        dtype = compute_dtype(self.gate_up)
+        if self.backend == "fused" and self.gate_up.is_cuda and dtype != torch.bfloat16:
+            _say("grouped", f"fused computes in bfloat16, not {dtype}")
+        if dtype != self.gate_up.dtype and self.fuses(self.gate_up):
+            self.gate_up_copy = refreshed(self.gate_up, self.gate_up_copy, dtype)
+            self.down_copy = refreshed(self.down, self.down_copy, dtype)
 
     def forward(self, rows_RD: Tensor, offsets_E: Tensor) -> Tensor:
         """[R, D], in the autocast dtype if autocast is on. Rows past offsets_E[-1] are undefined."""
         dtype = compute_dtype(rows_RD)
-        linear = grouped_linear if self.backend == "grouped" else loop_linear
+        linear = loop_linear if self.backend == "loop" else grouped_linear
         gate_up_bias = None if self.gate_up_bias is None else self.gate_up_bias.to(dtype)
         down_bias = None if self.down_bias is None else self.down_bias.to(dtype)
         gate_up_RF = linear(rows_RD.to(dtype), self.gate_up.to(dtype), gate_up_bias, offsets_E)
@@ -161,9 +200,22 @@ class Experts(nn.Module):
         return linear(hidden_RF, self.down.to(dtype), down_bias, offsets_E)
 
 
+def fastest_backend(moe: MoEConfig, d_in: int) -> str:
+    """What `auto` stands for on this machine; one log line says why it is not the fastest there is."""
+    if not grouped_widths_fit(d_in, moe.d_expert):
+        _say("loop", f"their input {d_in} or d_expert {moe.d_expert} is no multiple of 8")
+        return "loop"
+    if not torch.cuda.is_available():
+        return "grouped"
+    reason = why_not_fused(moe, d_in) if HAS_TRITON else "triton is not installed"
+    if reason:
+        _say("grouped", reason)
+    return "grouped" if reason else "fused"
+
+
 @cache  # one line for all layers
-def _say_that_loop_is_used(d_in: int, d_expert: int) -> None:
-    log.warning("experts.backend: loop, since their input %d or d_expert %d is no multiple of 8", d_in, d_expert)
+def _say(backend: str, reason: str) -> None:
+    log.warning("experts.backend: %s, since %s", backend, reason)
 
 
 def compute_dtype(x: Tensor) -> torch.dtype:

@@ -36,9 +36,14 @@ class MoELayer(nn.Module):
         B = x_BLD.shape[0]
         chunk_BLD, context = self._split(x_BLD, context)
         routing, stats = self.router(chunk_BLD, context)
-        rows_RD, plan = self.dispatcher.dispatch(chunk_BLD.flatten(0, 1), routing, context.training)
-        rows_RD = self.experts(rows_RD, plan.offsets_E)
-        y_BLD = self.merge(self.dispatcher.combine(rows_RD, routing, plan).view(x_BLD.shape))
+        x_TD = chunk_BLD.flatten(0, 1)
+        if self.experts.fuses(x_TD):
+            plan = self.dispatcher.plan(routing, len(x_TD), context.training)
+            y_TD = self.experts.mix(x_TD, routing.gates_TK, plan)
+        else:
+            rows_RD, plan = self.dispatcher.dispatch(x_TD, routing, context.training)
+            y_TD = self.dispatcher.combine(self.experts(rows_RD, plan.offsets_E), routing, plan)
+        y_BLD = self.merge(y_TD.view(x_BLD.shape))
         if isinstance(routing, TokenChoice) and plan.expert_ids_TK is not routing.expert_ids_TK:
             kept_BE = count_per_sequence(plan.expert_ids_TK, B, stats.load_BE.shape[-1])
             stats = RouterStats(stats.load_BE, kept_BE, *stats[2:])  # torch 2.11 cannot compile `_replace` here

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from moelm.config import DispatchConfig, MoEConfig, register
+from moelm.moe.kernels import HAS_TRITON
 from moelm.moe.types import ExpertChoice, Routing, TokenChoice
 
 
@@ -26,21 +27,40 @@ class Permutation(NamedTuple):
     """How R = T * K rows lie after dispatch. Rows of the id "none" come last, past offsets_E[-1]."""
 
     expert_ids_TK: Tensor  # int64, as dispatched: "none" where a dispatcher dropped the choice
-    row_of_choice_TK: Tensor  # int64, where choice k of token t went
-    choice_of_row_R: Tensor  # int64 t * K + k, the inverse
+    row_of_choice_TK: Tensor  # int32, where choice k of token t went
+    choice_of_row_R: Tensor  # int32 t * K + k, the inverse
     valid_TK: Tensor  # bool, False for "none"
     offsets_E: Tensor  # int32 end of each expert's rows
 
 
 def sort_by_expert(expert_ids_TK: Tensor, n_experts: int) -> Permutation:
+    sort = counting_sort if HAS_TRITON and expert_ids_TK.is_cuda else stable_argsort
+    row_of_choice_TK, choice_of_row_R, offsets_E = sort(expert_ids_TK, n_experts)
+    return Permutation(expert_ids_TK, row_of_choice_TK, choice_of_row_R, expert_ids_TK != n_experts, offsets_E)
+
+
+def stable_argsort(expert_ids_TK: Tensor, n_experts: int) -> tuple[Tensor, Tensor, Tensor]:
     ids_R = expert_ids_TK.flatten()
     order_R = ids_R.argsort(stable=True)
-    rows = torch.arange(ids_R.numel(), device=ids_R.device)
-    row_of_choice = torch.empty_like(order_R).scatter(0, order_R, rows).view_as(expert_ids_TK)
+    rows = torch.arange(ids_R.numel(), dtype=torch.int32, device=ids_R.device)
+    row_of_choice_TK = torch.empty_like(rows).scatter(0, order_R, rows).view_as(expert_ids_TK)
     counts = torch.zeros(n_experts + 1, dtype=torch.int32, device=ids_R.device)
     counts_E = counts.scatter_add(0, ids_R, torch.ones_like(ids_R, dtype=torch.int32))[:n_experts]
-    offsets_E = counts_E.cumsum(0, dtype=torch.int32)
-    return Permutation(expert_ids_TK, row_of_choice, order_R, expert_ids_TK != n_experts, offsets_E)
+    return row_of_choice_TK, order_R.int(), counts_E.cumsum(0, dtype=torch.int32)
+
+
+@torch.library.custom_op("moelm::counting_sort", mutates_args=())
+def counting_sort(expert_ids_TK: Tensor, n_experts: int) -> tuple[Tensor, Tensor, Tensor]:
+    """The same in three kernels without atomics."""
+    from moelm.moe.kernels import sorting  # here, since triton need not be installed
+
+    return sorting.sort_by_expert(expert_ids_TK, n_experts)
+
+
+@counting_sort.register_fake
+def _(expert_ids_TK: Tensor, n_experts: int) -> tuple[Tensor, Tensor, Tensor]:
+    ids_R = expert_ids_TK.new_empty(expert_ids_TK.numel(), dtype=torch.int32)
+    return ids_R.view(expert_ids_TK.shape), ids_R.clone(), ids_R.new_empty(n_experts)
 
 
 class Slots(NamedTuple):
@@ -158,14 +178,19 @@ class DroplessDispatcher:
 
     def dispatch(self, x_TD: Tensor, routing: Routing, training: bool) -> tuple[Tensor, Permutation | Slots]:
         """rows [R, D], sorted by expert, and the plan that `combine` and the experts need."""
-        if isinstance(routing, ExpertChoice):
-            E, C = routing.token_ids_EC.shape
-            ends_E = torch.arange(1, E + 1, dtype=torch.int32, device=x_TD.device) * C
-            slots = Slots(routing.token_ids_EC.flatten(), ends_E, x_TD.shape[0])
-            return _Spread.apply(x_TD, slots.token_of_row_R), slots
-        plan = sort_by_expert(self.kept(routing, training), self.n_experts)
+        plan = self.plan(routing, x_TD.shape[0], training)
+        if isinstance(plan, Slots):
+            return _Spread.apply(x_TD, plan.token_of_row_R), plan
         rows_RD = _Dispatch.apply(x_TD, plan.row_of_choice_TK, plan.choice_of_row_R, plan.valid_TK)
         return rows_RD, plan
+
+    def plan(self, routing: Routing, n_tokens: int, training: bool) -> Permutation | Slots:
+        """Where the rows lie; all that fused experts need of a dispatcher."""
+        if isinstance(routing, ExpertChoice):
+            ids_EC = routing.token_ids_EC
+            ends_E = torch.arange(1, ids_EC.shape[0] + 1, dtype=torch.int32, device=ids_EC.device) * ids_EC.shape[1]
+            return Slots(ids_EC.flatten(), ends_E, n_tokens)
+        return sort_by_expert(self.kept(routing, training), self.n_experts)
 
     def kept(self, routing: TokenChoice, training: bool) -> Tensor:
         """The expert ids [T, K], "none" for the choices that are dropped: here none is."""

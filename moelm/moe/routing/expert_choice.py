@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from moelm.config import register
+from moelm.moe.choice import keep_choice
 from moelm.moe.routing.base import (
     LearnedRouter,
     LearnedRouterConfig,
@@ -53,10 +54,10 @@ class ExpertChoiceRouter(LearnedRouter):
         if context.token_mask_BL is not None:
             preference_BEL = preference_BEL.masked_fill(~context.token_mask_BL.unsqueeze(1), -1.0)
         best = preference_BEL.topk(capacity, dim=-1)
-        valid_BEC = best.values >= 0
-        gates_BEC = torch.where(valid_BEC, prob_BEL.gather(-1, best.indices), 0.0) * self.route_scale
+        valid_BEC, places_BEC = best.values >= 0, keep_choice(best.indices)
+        gates_BEC = torch.where(valid_BEC, prob_BEL.gather(-1, places_BEC), 0.0) * self.route_scale
         sequence_B11 = torch.arange(B, device=x_TD.device).view(B, 1, 1)
-        token_ids_BEC = torch.where(valid_BEC, best.indices + L * sequence_B11, B * L)
+        token_ids_BEC = torch.where(valid_BEC, places_BEC + L * sequence_B11, B * L)
         routing = ExpertChoice(token_ids_BEC.transpose(0, 1).flatten(1), gates_BEC.transpose(0, 1).flatten(1))
         load_BE = valid_BEC.sum(-1, dtype=torch.float32)
         n_tokens_B = count_tokens(context)

@@ -11,8 +11,8 @@ import torch
 from torch import Tensor
 
 from moelm.config import ConfigError, MoEConfig, register, setting
+from moelm.moe.choice import best_ids, keep_choice
 from moelm.moe.routing.base import LearnedRouter, LearnedRouterConfig, sum_per_sequence, token_choice_with_stats
-from moelm.moe.routing.choice import best_ids
 from moelm.moe.types import RouteContext, RouterStats, TokenChoice
 
 
@@ -89,7 +89,7 @@ class TopKRouter(LearnedRouter):
         else:
             scores_TE = logits_TE.sigmoid()
             prob_TE = scores_TE / (scores_TE.sum(-1, keepdim=True) + 1e-20)
-        expert_ids_TK = self.choose(scores_TE, self.expert_bias)
+        expert_ids_TK = keep_choice(self.choose(scores_TE, self.expert_bias))
         unbiased_ids_TK = None if self.expert_bias is None else self.choose(scores_TE, None)
         source_TE = prob_TE if self.config.normalize_gates == "before_top_k" else scores_TE
         gates_TK = source_TE.gather(-1, expert_ids_TK)

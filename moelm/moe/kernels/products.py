@@ -1,0 +1,120 @@
+"""The grouped products of the experts, on rows sorted by expert: torch's, or on a Hopper GPU those of `hopper.py`.
+
+Rows past offsets_E[-1] belong to no expert: what they hold is not read, and in a result they are undefined.
+"""
+
+from __future__ import annotations
+
+import logging
+from functools import cache
+from types import ModuleType
+
+import torch
+import torch.nn.functional as F
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from moelm.moe.kernels.rows import swiglu
+
+log = logging.getLogger(__name__)
+
+
+def up_product(rows_RD: Tensor, gate_up_EDF: Tensor, offsets_E: Tensor, tiles: Tensor | None) -> tuple[Tensor, Tensor]:
+    """(gate_up [R, 2F], h [R, F]): gate_up_r = rows_r W^e, and h = silu(gate) up of them once they are rounded.
+
+    4 R D F operations; reads R D + 2 E D F and writes 3 R F elements, with torch's product 2 R F more are read.
+    """
+    if tiles is None:
+        gate_up_R2F = F.grouped_mm(rows_RD, gate_up_EDF, offs=offsets_E)
+        return gate_up_R2F, swiglu(gate_up_R2F, offsets_E)
+    pair: tuple[Tensor, Tensor] = _hopper().rows_product(
+        rows_RD, gate_up_EDF, tiles, gate_up_EDF.shape[2] // 2, swiglu=True
+    )
+    return pair
+
+
+def product(rows_RK: Tensor, w: Tensor, offsets_E: Tensor, tiles: Tensor | None, *, transposed: bool = False) -> Tensor:
+    """[R, N] rows_r W^e, or with `transposed` rows_r W^eT. 2 R K N operations on R K + E K N + R N elements."""
+    if tiles is None:
+        return F.grouped_mm(rows_RK, w.mT if transposed else w, offs=offsets_E)
+    n = w.shape[1 if transposed else 2]
+    out_RN: Tensor = _hopper().rows_product(rows_RK, w, tiles, n, transposed=transposed)[0]
+    return out_RN
+
+
+def weight_gradient(a_RM: Tensor, b_RN: Tensor, offsets_E: Tensor, tiles: Tensor | None, dtype: torch.dtype) -> Tensor:
+    """[E, M, N] in `dtype`: the sum of a_r^T b_r over the rows of each expert. 2 R M N operations on R M + R N + E M N
+    elements. Rows of b past the last offset must be finite."""
+    if tiles is None:
+        return F.grouped_mm(a_RM.mT, b_RN, offs=offsets_E).to(dtype)
+    grad_EMN: Tensor = _hopper().weight_gradient(a_RM, b_RN, offsets_E)
+    return grad_EMN.to(dtype)
+
+
+def row_tiles(rows_RD: Tensor, offsets_E: Tensor) -> Tensor | None:
+    """The tiles of rows that the products of `hopper.py` go through; None where torch's are used.
+
+    int32 [n, 3]: expert, first row and end of the expert's rows; expert -1 for a tile without rows. As many as R rows
+    can need whatever the load, which the host does not know.
+    """
+    R, E = rows_RD.shape[0], offsets_E.numel()
+    if rows_RD.dtype != torch.bfloat16 or R == 0 or not (rows_RD.is_cuda and _hopper_works(rows_RD.device)):
+        return None
+    block = _hopper().ROWS
+    tiles = offsets_E.new_empty(min(R, R // block + E), 3)
+    _row_tiles[(len(tiles),)](offsets_E, tiles, E, triton.next_power_of_2(E), block)
+    return tiles
+
+
+def _hopper() -> ModuleType:
+    from moelm.moe.kernels import hopper  # here, since other Tritons may lack what it imports
+
+    return hopper
+
+
+@cache
+def _hopper_works(device: torch.device) -> bool:
+    """Gluon is young and changes: where its kernels do not compile, or compute something else, torch's are used."""
+    if torch.cuda.get_device_capability(device) != (9, 0):
+        return False
+    try:
+        generator = torch.Generator(device).manual_seed(0)
+        a, b, w = (
+            torch.randn(shape, device=device, generator=generator).bfloat16()
+            for shape in ((192, 64), (192, 128), (2, 64, 256))
+        )
+        ends = torch.tensor([70, 192], dtype=torch.int32, device=device)
+        tiles = torch.tensor([[0, 0, 70], [1, 70, 192], [-1, 0, 0]], dtype=torch.int32, device=device)
+        pairs = [
+            (_hopper().rows_product(a, w, tiles, 128, swiglu=True)[0], F.grouped_mm(a, w, offs=ends)),
+            (
+                _hopper().rows_product(b, w[:, :, :128].contiguous(), tiles, 64, transposed=True)[0],
+                F.grouped_mm(b, w[:, :, :128].contiguous().mT, offs=ends),
+            ),
+            (_hopper().weight_gradient(a, b, ends), F.grouped_mm(a.mT, b, offs=ends)),
+        ]
+        for found, wanted in pairs:
+            torch.testing.assert_close(found.float(), wanted.float(), rtol=2e-2, atol=2e-1)
+    except Exception as error:  # of whatever kind: Triton raises its own, Python those of renamed names
+        log.warning(
+            "experts: torch's grouped product, since Gluon's fails with Triton %s: %r", triton.__version__, error
+        )
+        return False
+    return True
+
+
+@triton.jit
+def _row_tiles(offsets_E, tiles_N3, E, EXPERTS: tl.constexpr, BLOCK: tl.constexpr):
+    tile = tl.program_id(0)
+    e = tl.arange(0, EXPERTS)
+    end = tl.load(offsets_E + e, mask=e < E, other=0)
+    start = tl.load(offsets_E + e - 1, mask=(e > 0) & (e < E), other=0)
+    n = tl.where(e < E, tl.cdiv(end - start, BLOCK), 0)
+    last = tl.cumsum(n, 0)
+    expert = tl.sum((last <= tile).to(tl.int32))
+    row = tl.sum(tl.where(e == expert, start + (tile - last + n) * BLOCK, 0))
+    stop = tl.sum(tl.where(e == expert, end, 0))
+    tl.store(tiles_N3 + 3 * tile, tl.where(expert < E, expert, -1))
+    tl.store(tiles_N3 + 3 * tile + 1, row)
+    tl.store(tiles_N3 + 3 * tile + 2, stop)

@@ -1,0 +1,53 @@
+"""Copies of float32 weights in the dtype that is multiplied, recast when a weight has changed and not in every pass.
+
+A parameter names its copy (`working_copy`) and the version of itself that this holds (`working_version`), so that an
+optimizer can write it in the pass in which it writes the weight. What is written through `parameter.data` counts no
+version and goes unnoticed.
+"""
+
+from __future__ import annotations
+
+from functools import cache
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.optim.optimizer import Optimizer, register_optimizer_step_post_hook
+
+
+def refreshed(weight: Any, copy: Tensor | None, dtype: torch.dtype) -> Tensor:
+    """A copy of the parameter `weight` as it now is: `copy`, the one that was made last, or a new one if there is none
+    or it does not fit."""
+    latest: Tensor | None = getattr(weight, "working_copy", None)
+    if copy is None or (copy.shape, copy.dtype, copy.device) != (weight.shape, dtype, weight.device):
+        copy = None
+    elif copy is latest and weight.working_version == weight._version:
+        return copy
+    recast: Tensor = _recast(weight, copy, dtype)
+    return recast
+
+
+@torch.inference_mode(False)  # a tensor of inference mode would serve no training
+@torch.no_grad()
+def _recast(weight: Any, copy: Tensor | None, dtype: torch.dtype) -> Tensor:
+    _watch_optimizers()
+    if copy is None:
+        copy = torch.empty_like(weight, dtype=dtype, memory_format=torch.contiguous_format)
+    copy.copy_(weight)
+    weight.working_copy = copy
+    weight.working_version = weight.seen_version = weight._version
+    return copy
+
+
+@cache  # once there is a copy
+def _watch_optimizers() -> None:
+    register_optimizer_step_post_hook(_age)
+
+
+def _age(optimizer: Optimizer, *_: Any) -> None:
+    """torch's fused optimizers count no version: a weight whose version stood still in a step may have changed."""
+    for group in optimizer.param_groups:
+        for weight in group["params"]:
+            if hasattr(weight, "working_copy"):
+                weight.working_version = None if weight._version == weight.seen_version else weight.working_version
+                weight.seen_version = weight._version

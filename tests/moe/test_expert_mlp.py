@@ -1,0 +1,318 @@
+"""The fused experts: kernels against plain PyTorch, that against a loop over tokens in float64, and whole layers.
+
+On a GPU the kernels run in bfloat16 with their real tiles, else in Triton's interpreter with small ones. Memory that
+nobody has written holds NaN.
+"""
+
+import pytest
+import torch
+from test_experts import CASES as CHOICES
+from test_experts import D, E, assert_near, make_input, make_layer, mask_of, reference, run
+
+pytest.importorskip("triton")
+
+from moelm.model.gpt import GPT
+from moelm.model.init import initialize
+from moelm.moe.kernels import expert_mlp
+from moelm.moe.kernels.sorting import sort_by_expert_reference
+from moelm.moe.types import TokenChoice
+
+INTERPRETED = not torch.cuda.is_available()
+DTYPES = [torch.float32, torch.bfloat16] if INTERPRETED else [torch.bfloat16]
+BOUND = {  # of the largest value; the interpreter cuts off where a GPU rounds
+    torch.float32: 1e-6,
+    torch.bfloat16: 2**-5 if INTERPRETED else 2**-6,
+}
+NONE = 5  # the id n_experts below
+
+
+def ids(T, K, low=0, high=NONE + 1):
+    return torch.randint(low, high, (T, K), generator=torch.Generator().manual_seed(T))
+
+
+CASES = {
+    "some_none": ids(37, 3),
+    "idle_experts": ids(9, 2, 2, 4),
+    "one_expert": ids(33, 1, 2, 3),
+    "one_token": ids(1, 3, 0, 5),
+    "all_none": ids(4, 2, NONE),
+    "no_token": ids(0, 2),
+}
+
+
+@pytest.fixture(autouse=True)
+def poisoned_memory():
+    torch.use_deterministic_algorithms(True, warn_only=True)  # fills what is not initialised
+    yield
+    torch.use_deterministic_algorithms(False)
+
+
+def make_case(expert_ids_TK, device, dtype, D=40, F=24):
+    """(gradient of y, arguments of `forward`); widths are multiples of 8 and of no tile."""
+    generator = torch.Generator().manual_seed(1)
+
+    def random(*shape, scale=1.0):
+        return (scale * torch.randn(shape, generator=generator)).to(device, dtype)
+
+    T, K = expert_ids_TK.shape
+    permutation = [each.to(device) for each in sort_by_expert_reference(expert_ids_TK, NONE)]
+    gates_TK = torch.rand(T, K, generator=generator).to(device) + 0.1
+    weights = random(NONE, D, 2 * F, scale=2 * D**-0.5), random(NONE, F, D, scale=F**-0.5)
+    return random(T, D), (random(T, D), gates_TK, *permutation, *weights)
+
+
+def poison(rows_RF, offsets_E):
+    rows_RF[offsets_E[-1] :] = torch.nan
+    return rows_RF
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_the_reference_is_a_loop_over_tokens_and_its_gradient(case):
+    grad_y_TD, arguments = make_case(CASES[case], "cpu", torch.float32)
+    x_TD, gates_TK, _, _, offsets_E, gate_up_EDF, down_EFD = arguments
+    leaves = [each.double().requires_grad_() for each in (x_TD, gates_TK, gate_up_EDF, down_EFD)]
+    x, gates, w1, w2 = leaves
+    rows = list((0 * x).unbind())
+    for t, chosen in enumerate(CASES[case].tolist()):
+        for k, e in enumerate(chosen):
+            if e != NONE:
+                gate, up = (x[t] @ w1[e]).chunk(2)
+                rows[t] = rows[t] + gates[t, k] * (gate * gate.sigmoid() * up) @ w2[e]
+    y = torch.stack(rows) if rows else 0 * x
+    (y * grad_y_TD).sum().backward()
+    found_y, gate_up_R2F = expert_mlp.forward_reference(*arguments)
+    found = expert_mlp.backward_reference(grad_y_TD, *arguments, poison(gate_up_R2F, offsets_E))
+    names = "y", "x", "gates", "gate_up", "down"
+    wanted = [y.detach(), *(torch.zeros_like(leaf) if leaf.grad is None else leaf.grad for leaf in leaves)]
+    for name, value, true in zip(names, (found_y, *found), wanted, strict=True):
+        scale = true.abs().max() if true.numel() else 0
+        assert value.shape == true.shape, name
+        assert value.isfinite().all(), name
+        assert ((value - true).abs() <= 1e-6 * scale).all(), name
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("case", CASES)
+def test_kernels_equal_the_reference(kernel_device, case, dtype):
+    grad_y_TD, arguments = make_case(CASES[case], kernel_device, dtype)
+    offsets_E, n_used = arguments[4], int(arguments[4][-1])
+    wanted_y, wanted_gate_up = expert_mlp.forward_reference(*arguments)
+    y_TD, gate_up_R2F = expert_mlp.forward(*arguments)
+    assert y_TD.dtype == gate_up_R2F.dtype == dtype
+    kept_R2F = poison(wanted_gate_up.clone(), offsets_E)
+    strided_TD = grad_y_TD.T.contiguous().T  # as a gradient may be
+    found = expert_mlp.backward(strided_TD, *arguments, kept_R2F)
+    wanted = expert_mlp.backward_reference(grad_y_TD, *arguments, kept_R2F)
+    assert [each.dtype for each in found] == [dtype, torch.float32, torch.float32, torch.float32]
+    pairs = zip((y_TD, gate_up_R2F[:n_used], *found), (wanted_y, wanted_gate_up[:n_used], *wanted), strict=True)
+    for value, true in pairs:
+        bound = BOUND[dtype] * true.float().abs().max() if true.numel() else 0
+        assert value.shape == true.shape
+        assert ((value - true).float().abs() <= bound).all()
+    idle_E = torch.tensor([not (CASES[case] == e).any() for e in range(NONE)])
+    for gradient in found[2:]:
+        assert ((gradient == 0).flatten(1).all(1).cpu() == idle_E).all()
+    assert ((found[1] == 0).cpu() == (CASES[case] == NONE)).all()
+    assert (found[0].cpu()[(CASES[case] == NONE).all(1)] == 0).all()
+
+
+def test_gradients_of_weights_are_written_in_the_type_of_the_parameter(kernel_device):
+    grad_y_TD, arguments = make_case(CASES["one_token"], kernel_device, torch.bfloat16)
+    gate_up_R2F = expert_mlp.forward_reference(*arguments)[1]
+    wide = expert_mlp.backward(grad_y_TD, *arguments, gate_up_R2F)[2:]
+    found = expert_mlp.backward(grad_y_TD, *arguments, gate_up_R2F, torch.bfloat16)[2:]
+    for value, float32 in zip(found, wide, strict=True):
+        assert value.dtype == torch.bfloat16
+        assert (value - float32).abs().max() <= 2**-7 * float32.abs().max()
+
+
+def test_rows_that_are_sorted_already_are_the_case_of_one_choice_a_token(kernel_device):
+    """What comes from other devices: the same experts on the same vectors, in the order of the rows."""
+    _, arguments = make_case(CASES["some_none"], kernel_device, DTYPES[0])
+    x_TD, gates_TK, _, choice_of_row_R, offsets_E, *weights = arguments
+    rows_R = torch.arange(len(choice_of_row_R), dtype=torch.int32, device=kernel_device)
+    sorted_RD, ones_R1 = x_TD[choice_of_row_R // 3], torch.ones(len(rows_R), 1, device=kernel_device)
+    y_RD, _ = expert_mlp.forward(sorted_RD, ones_R1, rows_R.unsqueeze(1), rows_R, offsets_E, *weights)
+    y_TKD = torch.empty_like(y_RD).index_copy(0, choice_of_row_R.long(), y_RD).view(*gates_TK.shape, -1)
+    wanted_TD = expert_mlp.forward_reference(*arguments)[0]
+    bound = BOUND[DTYPES[0]] * wanted_TD.float().abs().max()
+    assert ((gates_TK.unsqueeze(-1) * y_TKD).sum(1) - wanted_TD).abs().max() <= bound
+
+
+def test_the_ops_keep_the_rules_of_custom_ops(kernel_device):
+    dtype = DTYPES[0]
+    grad_y_TD, (x, gates, *permutation, w1, w2) = make_case(CASES["idle_experts"], kernel_device, dtype, 16, 8)
+    leaves = [each.clone().float().requires_grad_() for each in (gates, w1, w2)]
+    inputs = (x.requires_grad_(), leaves[0], *permutation, *leaves[1:], w1, w2)
+    y_TD, gate_up_R2F = torch.ops.moelm.expert_mlp.default(*inputs)
+    assert y_TD.requires_grad
+    assert not gate_up_R2F.requires_grad
+    tests = ("test_schema", "test_faketensor", "test_aot_dispatch_static")
+    torch.library.opcheck(torch.ops.moelm.expert_mlp.default, inputs, test_utils=tests[:2])
+    backward = (grad_y_TD, x.detach(), gates, *permutation, w1, w2, gate_up_R2F.detach(), torch.float32)
+    torch.library.opcheck(torch.ops.moelm.expert_mlp_backward.default, backward, test_utils=tests[:2])
+
+
+# ------------------------------------------------------------------------------------------------ layers
+
+
+def on_device(layer, x_BLD, mask_BL=None):
+    """`run`, in bfloat16 where the kernels need it."""
+    if INTERPRETED:
+        return run(layer, x_BLD, mask_BL)
+    with torch.autocast("cuda", torch.bfloat16):
+        return run(layer, x_BLD, mask_BL)
+
+
+LAYER_BOUND = 1e-5 if INTERPRETED else 0.02
+
+
+@pytest.mark.parametrize("masked", [False, True], ids=["all_tokens", "some_masked"])
+@pytest.mark.parametrize("case", ["idle_experts", "all_on_one_expert"])
+def test_a_layer_equals_a_loop_over_tokens_forward_and_backward(tiny_config, kernel_device, case, masked):
+    ids_TK = CHOICES[case]
+    x_BLD, mask_BL = make_input(ids_TK), mask_of(ids_TK) if masked else None
+    options = {"top_k": ids_TK.shape[1], "n_shared_experts": 1}
+    layer = make_layer(tiny_config, "fused", kernel_device, **options)
+    assert_near(on_device(layer, x_BLD, mask_BL), reference(layer, x_BLD, ids_TK, mask_BL), LAYER_BOUND)
+
+
+ROUTINGS = {
+    "capacity": {"dispatch": {"name": "capacity", "capacity_factor": 0.5}},
+    "multi_head": {"router": {"name": "multi_head", "n_heads": 2}},
+}
+
+
+@pytest.mark.parametrize("routing", ROUTINGS)
+def test_dropped_choices_and_chunks_go_through_the_kernels_as_through_the_loop(tiny_config, kernel_device, routing):
+    x_BLD, mask_BL = torch.randn(2, 12, D, generator=torch.Generator().manual_seed(1)), torch.arange(24) % 5 != 0
+    results = []
+    for backend in ("fused", "loop"):
+        model = GPT(tiny_config(n_layers=1, moe={"experts": {"backend": backend}, **ROUTINGS[routing]}))
+        initialize(model, 0)
+        results.append(on_device(model.blocks[0].moe.to(kernel_device), x_BLD, mask_BL.view(2, 12)))
+    assert_near(*results, LAYER_BOUND)
+
+
+def test_under_autocast_a_layer_computes_in_bfloat16_and_its_parameters_get_float32(tiny_config, kernel_device):
+    ids_TK = CHOICES["balanced"]
+    layer, x_BLD = make_layer(tiny_config, "fused", kernel_device), make_input(ids_TK)
+    with torch.autocast(kernel_device.type, torch.bfloat16):
+        result = run(layer, x_BLD)
+    assert result["y"].dtype == torch.bfloat16
+    assert {value.dtype for name, value in result.items() if name != "y"} == {torch.float32}
+    assert_near(result, reference(layer, x_BLD, ids_TK), 0.02)
+    plain = make_layer(tiny_config, "grouped", kernel_device)
+    with torch.autocast(kernel_device.type, torch.bfloat16):
+        wanted = run(plain, x_BLD)
+    assert not torch.equal(result["experts.down"], wanted["experts.down"])  # grouped rounds it to bfloat16
+
+
+def test_bfloat16_parameters_are_their_own_copies(tiny_config, kernel_device):
+    ids_TK = CHOICES["idle_experts"]
+    layer, x_BLD = make_layer(tiny_config, "fused", kernel_device).bfloat16(), make_input(ids_TK).bfloat16()
+    result = run(layer, x_BLD)
+    assert {value.dtype for value in result.values()} == {torch.bfloat16}
+    assert layer.experts.gate_up_copy is None
+    assert_near(result, reference(layer, x_BLD, ids_TK), 0.02)
+
+
+def test_every_repetition_gives_the_same_bits(tiny_config, kernel_device):
+    generator = torch.Generator().manual_seed(3)
+    ids_TK = torch.rand(64, E, generator=generator).topk(3).indices
+    layer = make_layer(tiny_config, "fused", kernel_device, top_k=3)
+    x_BLD, mask_BL = make_input(ids_TK), mask_of(ids_TK)
+    first = on_device(layer, x_BLD, mask_BL)
+    for _ in range(1 if INTERPRETED else 19):
+        for name, value in on_device(layer, x_BLD, mask_BL).items():
+            assert torch.equal(value, first[name]), name
+
+
+def test_backward_keeps_the_tokens_and_one_product_and_no_gradient_keeps_nothing(tiny_config, kernel_device):
+    ids_TK = CHOICES["balanced"]
+    layer = make_layer(tiny_config, "fused", kernel_device)
+    experts = layer.experts
+    known = {tensor.data_ptr() for tensor in experts.parameters()}
+    x_TD = make_input(ids_TK).flatten(0, 1).to(kernel_device)
+    gates_TK = torch.rand(ids_TK.shape, device=kernel_device, requires_grad=True)
+    plan = layer.dispatcher.plan(TokenChoice(ids_TK.to(kernel_device), gates_TK), len(x_TD), True)
+    saved = []
+    with torch.autocast(kernel_device.type, torch.bfloat16):
+        with torch.autograd.graph.saved_tensors_hooks(lambda each: saved.append(each) or each, lambda each: each):
+            experts.mix(x_TD.requires_grad_(), gates_TK, plan)
+        with torch.no_grad():
+            y_TD = experts.mix(x_TD, gates_TK, plan)
+    assert y_TD.grad_fn is None
+    known |= {experts.gate_up_copy.data_ptr(), experts.down_copy.data_ptr()}
+    shapes = sorted((str(each.dtype), tuple(each.shape)) for each in saved if each.data_ptr() not in known)
+    T, K = ids_TK.shape
+    assert shapes == sorted(
+        [
+            ("torch.bfloat16", (T, D)),
+            ("torch.bfloat16", (T * K, 2 * 16)),
+            ("torch.float32", (T, K)),
+            ("torch.int32", (T, K)),
+            ("torch.int32", (T * K,)),
+            ("torch.int32", (E,)),
+        ]
+    )
+
+
+# ------------------------------------------------------------------------------------------------ models
+
+
+def make_model(tiny_config, device, backend):
+    model = GPT(tiny_config(moe={"experts": {"backend": backend}, "first_moe_layer": 1}))
+    initialize(model, 0)
+    return model.to(device)
+
+
+def compile_blocks(model):
+    torch._dynamo.reset()
+    for block in model.blocks:
+        block.compile(backend="aot_eager" if INTERPRETED else "inductor", fullgraph=True, dynamic=False)
+
+
+def loss_of(model):
+    tokens_BL = torch.randint(64, (2, 13), generator=torch.Generator().manual_seed(0)).to(model.embedding.weight.device)
+    with torch.autocast(tokens_BL.device.type, torch.bfloat16):
+        return model(tokens_BL[:, :-1], tokens_BL[:, 1:]).loss
+
+
+@pytest.mark.parametrize("compiled", [False, True])
+def test_recomputing_blocks_changes_no_bit(tiny_config, kernel_device, compiled):
+    model = make_model(tiny_config, kernel_device, "fused")
+    if compiled:
+        compile_blocks(model)
+    results = []
+    for recompute in (False, True):
+        model.activation_checkpointing = recompute
+        model.zero_grad(set_to_none=True)
+        loss_of(model).backward()
+        results.append({name: parameter.grad for name, parameter in model.named_parameters()})
+    assert (results[0]["blocks.1.moe.experts.down"] != 0).any()
+    for name, value in results[0].items():
+        assert value.isfinite().all(), name
+        assert torch.equal(value, results[1][name]), name
+
+
+def test_training_compiled_follows_the_grouped_experts_and_compiles_once(tiny_config, kernel_device):
+    """Two micro-batches a step, a fused optimizer: weights that the kernels read late would show in the loss."""
+    curves = []
+    for backend in ("grouped", "fused"):
+        model = make_model(tiny_config, kernel_device, backend)
+        optimizer = torch.optim.AdamW(model.parameters(), lr=0.03, fused=True)
+        if backend == "fused":
+            compile_blocks(model)
+        losses = []
+        for micro_batch in range(6):
+            with torch._dynamo.config.patch(error_on_recompile=micro_batch > 0):
+                loss = loss_of(model)
+            loss.backward()
+            losses.append(loss.item())
+            if micro_batch % 2:
+                optimizer.step()
+                optimizer.zero_grad()
+        curves.append(losses)
+    assert curves[0][0] == curves[0][1] > curves[0][2] + 0.3 > curves[0][4] + 0.6
+    assert curves[1] == pytest.approx(curves[0], abs=0.05)

@@ -1,0 +1,105 @@
+"""The kernels around the grouped products against plain PyTorch. Without a GPU they run in Triton's interpreter."""
+
+import pytest
+import torch
+
+pytest.importorskip("triton")
+
+from moelm.moe.kernels import rows
+from moelm.moe.kernels.sorting import sort_by_expert_reference
+
+# (T, K, E, D, F): widths that are multiples of 8 and of no block, more than one block, one choice, no token
+SHAPES = [(37, 3, 5, 40, 24), (9, 2, 4, 2056, 264), (5, 1, 1, 8, 8), (0, 2, 3, 16, 16)]
+DTYPES = [torch.float32, torch.bfloat16]
+TOLERANCE = {  # one unit in the last place of bfloat16: the interpreter cuts off where a GPU rounds
+    torch.float32: {"rtol": 1e-5, "atol": 1e-5},
+    torch.bfloat16: {"rtol": 2**-7, "atol": 1e-5},
+}
+
+
+@pytest.fixture(params=SHAPES, ids=str)
+def case(request, kernel_device):
+    """A permutation with choices of "none", gates, and a function that makes random tensors."""
+    return Case(*request.param, kernel_device)
+
+
+class Case:
+    def __init__(self, T, K, E, D, F, device):
+        self.T, self.K, self.D, self.F, self.device = T, K, D, F, device
+        self.generator = torch.Generator().manual_seed(0)
+        ids_TK = torch.randint(0, E + 1, (T, K), generator=self.generator).to(device)
+        self.row_of_choice_TK, self.choice_of_row_R, self.offsets_E = sort_by_expert_reference(ids_TK, E)
+        self.n_used = int(self.offsets_E[-1])
+        self.gates_TK = self.random(T, K).abs()
+
+    def random(self, *shape, dtype=torch.float32):
+        return torch.randn(*shape, generator=self.generator).to(self.device, dtype)
+
+    def rows(self, width, dtype):
+        """Random rows; those past the end hold NaN, as uninitialised memory may."""
+        rows_R = self.random(self.T * self.K, width, dtype=dtype)
+        rows_R[self.n_used :] = float("nan")
+        return rows_R
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_spread_copies_each_token_into_its_rows(case, dtype):
+    x_TD = case.random(case.D, case.T, dtype=dtype).T  # strided, as a gradient may be
+    found_RD = rows.spread(x_TD, case.row_of_choice_TK)
+    assert torch.equal(found_RD, rows.spread_reference(x_TD, case.row_of_choice_TK))
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("gated", [False, True])
+@pytest.mark.parametrize("added", [False, True])
+def test_gather_sum_adds_the_used_rows_of_each_token(case, dtype, gated, added):
+    arguments = (
+        case.rows(case.D, dtype),
+        case.row_of_choice_TK,
+        case.offsets_E,
+        case.gates_TK if gated else None,
+        case.random(case.T, case.D, dtype=dtype) if added else None,
+    )
+    torch.testing.assert_close(rows.gather_sum(*arguments), rows.gather_sum_reference(*arguments), **TOLERANCE[dtype])
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_swiglu_of_the_used_rows(case, dtype):
+    gate_up_RF = case.rows(2 * case.F, dtype)
+    found_RF = rows.swiglu(gate_up_RF, case.offsets_E)[: case.n_used]
+    wanted_RF = rows.swiglu_reference(gate_up_RF, case.offsets_E)[: case.n_used]
+    torch.testing.assert_close(found_RF, wanted_RF, **TOLERANCE[dtype])
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_swiglu_backward_of_the_used_rows(case, dtype):
+    grad_h_RF, gate_up_RF = case.rows(case.F, dtype), case.rows(2 * case.F, dtype)
+    arguments = (grad_h_RF, gate_up_RF, case.gates_TK, case.choice_of_row_R, case.offsets_E)
+    found, wanted = rows.swiglu_backward(*arguments), rows.swiglu_backward_reference(*arguments)
+    n = case.n_used
+    torch.testing.assert_close(found[0][:n], wanted[0][:n], **TOLERANCE[dtype])
+    twice = {"rtol": 2 * TOLERANCE[dtype]["rtol"], "atol": 1e-5}  # h is rounded, and then its product with the gate
+    torch.testing.assert_close(found[1][:n], wanted[1][:n], **twice)
+    rounding = case.F * TOLERANCE[dtype]["rtol"]  # of h, in a sum of F terms of size one
+    torch.testing.assert_close(found[2], wanted[2], rtol=1e-5, atol=max(1e-5, rounding))
+    none_TK = case.row_of_choice_TK >= n
+    assert (found[2][none_TK] == 0).all()
+
+
+def test_swiglu_backward_is_what_autograd_finds(case):
+    gate_up_RF = case.random(case.n_used, 2 * case.F).requires_grad_()
+    grad_h_RF, gates_TK = case.random(case.n_used, case.F), case.gates_TK.clone().requires_grad_()
+    gates_R = gates_TK.flatten()[case.choice_of_row_R[: case.n_used]]
+    h_RF = rows.swiglu_reference(gate_up_RF, case.offsets_E)
+    wanted = torch.autograd.grad(((gates_R[:, None] * h_RF) * grad_h_RF).sum(), [gate_up_RF, gates_TK])
+    pad = (0, 0, 0, case.T * case.K - case.n_used)
+    grad_gate_up_RF, gated_h_RF, grad_gates_TK = rows.swiglu_backward(
+        torch.nn.functional.pad(grad_h_RF, pad),
+        torch.nn.functional.pad(gate_up_RF.detach(), pad),
+        case.gates_TK,
+        case.choice_of_row_R,
+        case.offsets_E,
+    )
+    torch.testing.assert_close(grad_gate_up_RF[: case.n_used], wanted[0], rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(grad_gates_TK, wanted[1], rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(gated_h_RF[: case.n_used], (gates_R[:, None] * h_RF).detach(), rtol=1e-4, atol=1e-5)
