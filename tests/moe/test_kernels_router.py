@@ -10,9 +10,10 @@ from torch import Tensor
 
 pytest.importorskip("triton")
 
+from moelm.moe import choice
 from moelm.moe.kernels import counting, top_k
 from moelm.moe.kernels import router_logits as kernel
-from moelm.moe.routing import base, choice, product
+from moelm.moe.routing import base, product
 from moelm.moe.routing import top_k as top_k_router
 from moelm.moe.types import RouteContext, count_per_sequence
 
