@@ -240,6 +240,16 @@ WRONG = [
         "model.moe.experts.backend",
         ["d_model = 20", "multiples of 8", "auto or loop"],
     ),
+    *(
+        (f"model: {{moe: {{{moe}}}}}", "model.moe.experts.backend", ["fused", *parts, "use auto"])
+        for moe, parts in (
+            ("experts: {backend: fused}, d_expert: 20", ["multiples of 8", "d_expert = 20"]),
+            ("experts: {backend: fused, bias: true}", ["biases", "grouped or loop"]),
+            ("experts: {backend: fused, activation: clamped_swiglu}", ["clamped_swiglu", "grouped or loop"]),
+            ("experts: {backend: fused}, router: expert_choice, balancers: []", ["expert_choice", "grouped or loop"]),
+            ("experts: {backend: fused}", ["32-true", "trainer.precision=bf16-mixed"]),
+        )
+    ),
     ("model: {moe: {first_moe_layer: 2}}", "model.moe.first_moe_layer", ["n_layers = 2", "moe: null"]),
     ("model: {moe: {shared_gate: true}}", "model.moe.shared_gate", ["no effect", "n_shared_experts"]),
     ("model: {norm: batchnorm}", "model.norm", ["'batchnorm'", "rmsnorm, layernorm"]),

@@ -17,6 +17,7 @@ from moelm.model.size import (
     short_name,
     training_memory,
 )
+from moelm.moe.dispatch.dropless import sort_by_expert
 from moelm.moe.types import RouteContext
 
 GQA = {"name": "gqa", "n_heads": 4, "n_kv_heads": 2}
@@ -253,6 +254,33 @@ def test_the_memory_of_eager_experts_is_what_autograd_keeps(tiny_config, experts
         kept.append(sum(t.untyped_storage().nbytes() for pointer, t in saved.items() if pointer not in weights))
         counted.append(_activation_bytes(config, 0, n_tokens, False, False))
     assert kept[1] - kept[0] == counted[1] - counted[0]
+
+
+def test_the_memory_of_fused_experts_is_what_their_op_keeps(tiny_config):
+    """All but the tokens, which the norm before the layer counts."""
+    pytest.importorskip("triton")
+    n_tokens, device = 24, "cuda" if torch.cuda.is_available() else "cpu"
+    config = tiny_config(n_layers=1, moe={"experts": {"backend": "fused"}})
+    model = GPT(config)
+    initialize(model, 0)
+    experts = model.to(device).moe_layers[0].experts
+    x_TD = torch.randn(n_tokens, 32, device=device, dtype=torch.bfloat16)
+    ids_TK = torch.randint(8, (n_tokens, 2), device=device)
+    gates_TK = torch.rand(n_tokens, 2, device=device, requires_grad=True)
+    with torch.autocast(device, torch.bfloat16):
+        experts.refresh()
+        kept = saved_bytes(lambda: experts.mix(x_TD, gates_TK, sort_by_expert(ids_TK, 8)), model)
+    copies = 2 * sum(parameter.numel() for parameter in experts.parameters())
+    rows = _activation_bytes(config, 0, n_tokens, True, True) - _activation_bytes(
+        tiny_config(n_layers=1, moe={"experts": {"backend": "fused"}, "d_expert": 8, "top_k": 1}),
+        0,
+        n_tokens,
+        True,
+        True,
+    )
+    wanted = n_tokens * (2 * 32 + 2 * (4 * 16 + 12)) + 8 * 4  # and the offsets of the experts
+    assert kept - copies == wanted
+    assert rows == n_tokens * (2 * (4 * 16 + 12) - (4 * 8 + 12))
 
 
 def saved_bytes(run, model):

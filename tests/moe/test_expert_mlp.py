@@ -141,16 +141,16 @@ def test_rows_that_are_sorted_already_are_the_case_of_one_choice_a_token(kernel_
 
 def test_the_ops_keep_the_rules_of_custom_ops(kernel_device):
     dtype = DTYPES[0]
-    grad_y_TD, (x, gates, *permutation, w1, w2) = make_case(CASES["idle_experts"], kernel_device, dtype, 16, 8)
+    grad_y_TD, (x, gates, *permutation, w1, w2) = make_case(CASES["one_token"], kernel_device, dtype, 16, 8)
     leaves = [each.clone().float().requires_grad_() for each in (gates, w1, w2)]
     inputs = (x.requires_grad_(), leaves[0], *permutation, *leaves[1:], w1, w2)
     y_TD, gate_up_R2F = torch.ops.moelm.expert_mlp.default(*inputs)
     assert y_TD.requires_grad
     assert not gate_up_R2F.requires_grad
-    tests = ("test_schema", "test_faketensor", "test_aot_dispatch_static")
-    torch.library.opcheck(torch.ops.moelm.expert_mlp.default, inputs, test_utils=tests[:2])
+    tests = ("test_schema", "test_faketensor")
+    torch.library.opcheck(torch.ops.moelm.expert_mlp.default, inputs, test_utils=tests)
     backward = (grad_y_TD, x.detach(), gates, *permutation, w1, w2, gate_up_R2F.detach(), torch.float32)
-    torch.library.opcheck(torch.ops.moelm.expert_mlp_backward.default, backward, test_utils=tests[:2])
+    torch.library.opcheck(torch.ops.moelm.expert_mlp_backward.default, backward, test_utils=tests)
 
 
 # ------------------------------------------------------------------------------------------------ layers
@@ -219,7 +219,7 @@ def test_bfloat16_parameters_are_their_own_copies(tiny_config, kernel_device):
 
 def test_every_repetition_gives_the_same_bits(tiny_config, kernel_device):
     generator = torch.Generator().manual_seed(3)
-    ids_TK = torch.rand(64, E, generator=generator).topk(3).indices
+    ids_TK = torch.rand(12 if INTERPRETED else 4096, E, generator=generator).topk(3).indices
     layer = make_layer(tiny_config, "fused", kernel_device, top_k=3)
     x_BLD, mask_BL = make_input(ids_TK), mask_of(ids_TK)
     first = on_device(layer, x_BLD, mask_BL)
@@ -262,7 +262,7 @@ def test_backward_keeps_the_tokens_and_one_product_and_no_gradient_keeps_nothing
 
 
 def make_model(tiny_config, device, backend):
-    model = GPT(tiny_config(moe={"experts": {"backend": backend}, "first_moe_layer": 1}))
+    model = GPT(tiny_config(moe={"n_experts": 4, "experts": {"backend": backend}, "first_moe_layer": 1}))
     initialize(model, 0)
     return model.to(device)
 
@@ -274,12 +274,12 @@ def compile_blocks(model):
 
 
 def loss_of(model):
-    tokens_BL = torch.randint(64, (2, 13), generator=torch.Generator().manual_seed(0)).to(model.embedding.weight.device)
+    tokens_BL = torch.randint(64, (2, 7), generator=torch.Generator().manual_seed(0)).to(model.embedding.weight.device)
     with torch.autocast(tokens_BL.device.type, torch.bfloat16):
         return model(tokens_BL[:, :-1], tokens_BL[:, 1:]).loss
 
 
-@pytest.mark.parametrize("compiled", [False, True])
+@pytest.mark.parametrize("compiled", [False, pytest.param(True, marks=pytest.mark.gpu)])
 def test_recomputing_blocks_changes_no_bit(tiny_config, kernel_device, compiled):
     model = make_model(tiny_config, kernel_device, "fused")
     if compiled:

@@ -11,10 +11,10 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from moelm.config import ExpertsConfig, MoEConfig
+from moelm.config import ExpertsConfig, MoEConfig, make_named
 from moelm.model.gpt import GPT
 from moelm.model.init import initialize
-from moelm.moe.experts import Experts, clamped_swiglu, expert_of_row, sum_by_expert
+from moelm.moe.experts import Experts, _say, clamped_swiglu, expert_of_row, sum_by_expert
 from moelm.moe.types import RouteContext
 
 E, D = 8, 32
@@ -397,13 +397,38 @@ def test_auto_falls_back_to_the_loop_for_odd_widths_and_says_so_once(tiny_config
             )
         )
     assert [layer.experts.backend for layer in model.moe_layers] == ["loop"] * 3
-    assert len(caplog.records) == 1
+    assert len(caplog.records) == 1  # one line for all layers
     for part in ("loop", str(d_model), str(d_expert), "multiple of 8"):
         assert part in caplog.text
 
 
-def test_auto_takes_the_grouped_product_where_widths_allow_and_says_nothing(caplog):
+@pytest.mark.parametrize(
+    ("machine", "moe", "backend", "reason"),
+    [
+        ({}, {}, "fused", ""),
+        ({"cuda": False}, {}, "grouped", ""),
+        ({"triton": False}, {}, "grouped", "triton is not installed"),
+        ({}, {"experts": ExpertsConfig(bias=True)}, "grouped", "biases"),
+        ({}, {"experts": ExpertsConfig(activation="clamped_swiglu")}, "grouped", "clamped_swiglu"),
+        ({}, {"router": make_named("router", "expert_choice")}, "grouped", "expert_choice"),
+    ],
+)
+def test_auto_takes_the_fastest_that_can_be_and_says_why_it_is_not_fused(
+    caplog, monkeypatch, machine, moe, backend, reason
+):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: machine.get("cuda", True))
+    monkeypatch.setattr("moelm.moe.experts.HAS_TRITON", machine.get("triton", True))
+    _say.cache_clear()
     with caplog.at_level(logging.INFO, logger="moelm"):
-        experts = Experts(MoEConfig(n_experts=4, d_expert=24, experts=ExpertsConfig(backend="auto")), d_in=40)
-    assert experts.backend == "grouped"
-    assert not caplog.records
+        for _ in range(2):
+            experts = Experts(MoEConfig(n_experts=4, d_expert=24, **moe), d_in=40)
+    assert experts.backend == backend
+    assert [reason in record.getMessage() for record in caplog.records] == [True] * bool(reason)
+
+
+def test_fused_experts_are_the_grouped_ones_where_no_kernel_runs(tiny_config, monkeypatch):
+    """A model that was trained on a GPU, on a machine without one."""
+    monkeypatch.setattr("moelm.moe.experts.INTERPRETED", False)
+    x_BLD = make_input(CASES["balanced"])
+    results = [run(make_layer(tiny_config, backend), x_BLD) for backend in ("fused", "grouped")]
+    assert all(torch.equal(value, results[1][name]) for name, value in results[0].items())
