@@ -314,5 +314,6 @@ def test_training_compiled_follows_the_grouped_experts_and_compiles_once(tiny_co
                 optimizer.step()
                 optimizer.zero_grad()
         curves.append(losses)
+        assert (model.moe_layers[0].experts.down_copy is not None) == (backend == "fused")  # made outside the blocks
     assert curves[0][0] == curves[0][1] > curves[0][2] + 0.3 > curves[0][4] + 0.6
     assert curves[1] == pytest.approx(curves[0], abs=0.05)
