@@ -15,8 +15,9 @@ import tempfile
 from pathlib import Path
 
 import torch
+from measure import ROOT, commit
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
-from train_100m import OVERRIDES, ROOT, commit
+from train_100m import OVERRIDES
 
 from moelm import command_line
 from moelm.config import load_config

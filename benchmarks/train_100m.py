@@ -11,11 +11,11 @@ from __future__ import annotations
 import argparse
 import json
 import statistics
-import subprocess
 import tempfile
 from pathlib import Path
 
 import torch
+from measure import ROOT, commit
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from moelm import command_line
@@ -23,7 +23,6 @@ from moelm.config import load_config
 from moelm.info import info
 from moelm.train import train
 
-ROOT = Path(__file__).parent.parent
 PEAK = {"NVIDIA H100 80GB HBM3": 989.4e12, "NVIDIA H200": 989.4e12}
 N_LAYERS, D, HEADS, KV_HEADS, F, E, K, V, L = 6, 768, 12, 4, 768, 8, 2, 4096, 1024
 OVERRIDES = [
@@ -102,11 +101,6 @@ def main() -> None:
     print(json.dumps(result, indent=1))
     if arguments.out:
         arguments.out.write_text(json.dumps(result, indent=1) + "\n")
-
-
-def commit() -> str:
-    git = subprocess.run(["git", "rev-parse", "--short", "HEAD"], cwd=ROOT, capture_output=True, text=True)
-    return git.stdout.strip() or "unknown"
 
 
 if __name__ == "__main__":

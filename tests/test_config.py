@@ -186,7 +186,7 @@ WRONG = [
     ("trainer: {compile: [true]}", "trainer.compile", ["true or false or text"]),
     ("trainer: {compile: maybe}", "trainer.compile", ["'maybe'", "allowed: auto, true, false"]),
     ("trainer: {deterministic: 1}", "trainer.deterministic", ["'1'", "null, true, false, warn"]),
-    ("trainer: {profile: 0}", "trainer.profile", ["0 ", "allowed: false"]),
+    ("trainer: {profile: some}", "trainer.profile", ["'some'", "true or false"]),
     ("trainer: {devices: 1.5}", "trainer.devices", ["1.5", "whole number"]),
     ("trainer: {deterministic: some}", "trainer.deterministic", ["'some'", "null, true, false, warn"]),
     # values

@@ -138,6 +138,9 @@ def _check_optim(config: Config) -> None:
     if optim.optimizer != "muon" and optim.momentum != OptimConfig().momentum:
         problem = f"{optim.momentum} has no effect with the optimizer {optim.optimizer}"
         raise ConfigError("optim.momentum", problem, "remove it, or set optimizer: muon")
+    if optim.optimizer == "muon" and optim.moments != "float32":
+        problem = f"{optim.moments!r} has no effect with the optimizer muon, whose moments are float32"
+        raise ConfigError("optim.moments", problem, "remove it, or set optimizer: adamw")
     for key, names in _ONLY_WITH.items():
         if schedule.name not in names and getattr(schedule, key) != getattr(ScheduleConfig(), key):
             problem = f"{show(to_dict(schedule)[key])} has no effect with the schedule {schedule.name}"

@@ -228,6 +228,7 @@ class OptimConfig:
     optimizer: str = setting("adamw", allowed=("adamw", "muon"))  # muon: matrices by Muon, the rest by AdamW
     lr: float = setting(1e-3, gt=0)
     betas: list[float] = setting([0.9, 0.95])  # of AdamW
+    moments: str = setting("float32", allowed=("float32", "bfloat16"))  # of AdamW, for tensors of a million elements
     momentum: float = setting(0.95, ge=0, lt=1)  # of Muon
     eps: float = setting(1e-8, gt=0)
     weight_decay: float = setting(0.1, ge=0)
@@ -260,11 +261,11 @@ class TrainerConfig:
     detect_anomaly: bool | None = None
     profiler: str | None = setting(None, allowed=(None, "simple", "advanced"))
     # moelm's own
-    activation_checkpointing: str = setting("none", allowed=("none", "full"))
+    activation_checkpointing: str = setting("none", allowed=("none", "selective", "full"))
     compile: bool | str = setting("auto", allowed=("auto", True, False))  # per block; auto: on CUDA only
     float32_matmul_precision: str = setting("highest", allowed=("highest", "high", "medium"))
     expert_parallel: int = setting(1, ge=1, le=1)
-    profile: bool = setting(False, allowed=(False,))
+    profile: bool = False  # trace a few steps after warm-up; the run's folder gets profile/
 
 
 OWN_TRAINER_KEYS = ("activation_checkpointing", "compile", "float32_matmul_precision", "expert_parallel", "profile")

@@ -8,6 +8,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from moelm.config import ModelConfig, build
+from moelm.model import checkpointing
 from moelm.model.attention.base import Attention
 from moelm.model.feed_forward import SwiGLU
 from moelm.model.norm import make_norm
@@ -41,6 +42,20 @@ class Block(nn.Module):
         mask_BLL: Tensor | None,
         context: RouteContext,
         cache: Any = None,
+        recompute: str = "none",
+    ) -> tuple[Tensor, RouterStats | None]:
+        """`recompute`: a mode of `checkpointing.run`."""
+        inputs = (x_BLD, rotation, mask_BLL, context, cache)
+        output: tuple[Tensor, RouterStats | None] = checkpointing.run(recompute, self._forward, *inputs)
+        return output
+
+    def _forward(
+        self,
+        x_BLD: Tensor,
+        rotation: tuple[Tensor, Tensor],
+        mask_BLL: Tensor | None,
+        context: RouteContext,
+        cache: Any,
     ) -> tuple[Tensor, RouterStats | None]:
         y_BLD = self.attention(self.attention_norm(x_BLD), rotation, mask_BLL, cache)
         x_BLD = x_BLD + F.dropout(y_BLD, self.dropout, self.training)

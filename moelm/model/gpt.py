@@ -44,7 +44,7 @@ class GPT(nn.Module):
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
         self.config = config
-        self.activation_checkpointing = False  # recompute each block in backward; changes no value
+        self.activation_checkpointing = "none"  # of each block, by `checkpointing.run`; changes no value
         self.embedding = nn.Embedding(config.vocab_size, config.d_model)
         self.blocks = nn.ModuleList(Block(config, layer) for layer in range(config.n_layers))
         self.norm = make_norm(config)
@@ -104,11 +104,12 @@ class GPT(nn.Module):
         rotations = [attention.rotation(positions_L) for attention in self.attentions[:n_sections]]
         mask_BLL = attention_mask(positions_L, document_ids_BL, start)
         context = RouteContext(tokens_BL, token_mask_BL, self.training)
+        recompute = self.activation_checkpointing if torch.is_grad_enabled() else "none"
         embedded_BLD = F.dropout(self.embedding(tokens_BL), self.config.dropout, self.training)
         x_BLD, layer_stats = embedded_BLD, []
         for i, block in enumerate(self.blocks):
             inputs = (x_BLD, rotations[i % n_sections], mask_BLL, context)
-            x_BLD, stats = self._run(block, *inputs) if cache is None else block(*inputs, cache[i])
+            x_BLD, stats = block(*inputs, None, recompute) if cache is None else block(*inputs, cache[i])
             if stats is not None:
                 layer_stats.append(stats)
         x_BLD = self.norm(x_BLD)
@@ -121,18 +122,12 @@ class GPT(nn.Module):
         rotation = rotations[self.config.prediction_layer % n_sections]
         for k, module in enumerate(self.multi_token_prediction, 1):
             ahead = context_ahead(context, document_ids_BL, k)
-            x_BLD, stats = self._run(module, x_BLD, embedded_BLD.roll(-k, 1), rotation, mask_BLL, ahead)
+            x_BLD, stats = module(x_BLD, embedded_BLD.roll(-k, 1), rotation, mask_BLL, ahead, recompute)
             assert ahead.token_mask_BL is not None
             targets_ahead_BL = torch.where(ahead.token_mask_BL, targets_BL.roll(-k, 1), IGNORE)
             predictions.append(self._predict(x_BLD, targets_ahead_BL, [] if stats is None else [stats]))
         all_stats = stack_stats([stats for each in predictions for stats in each.stats]) if layer_stats else None
         return GPTOutput(None, predictions[0].loss, predictions[0].ce_BL, self._extra(predictions), all_stats, cache)
-
-    def _run(self, module: nn.Module, *inputs: Any) -> Any:
-        """module(*inputs), recomputed in backward if the model is set so."""
-        if self.activation_checkpointing and torch.is_grad_enabled():
-            return checkpoint(module, *inputs, use_reentrant=False)
-        return module(*inputs)
 
     def _predict(self, x_BLD: Tensor, targets_BL: Tensor, stats: list[RouterStats]) -> Prediction:
         loss, ce_T = chunked_cross_entropy(x_BLD.flatten(0, 1), self.head_weight_VD, targets_BL.flatten())

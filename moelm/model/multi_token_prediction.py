@@ -42,11 +42,12 @@ class PredictionModule(nn.Module):
         rotation: tuple[Tensor, Tensor],
         mask_BLL: Tensor | None,
         context: RouteContext,
+        recompute: str = "none",
     ) -> tuple[Tensor, RouterStats | None]:
         """h^k from h^{k-1} and the embeddings of the tokens k places later. Rotation and attention mask are those of
         position i, the context those of the tokens that are read (see `context_ahead`)."""
         pair_BLE = torch.cat([self.embedding_norm(embedded_BLD), self.hidden_norm(hidden_BLD)], dim=-1)
-        x_BLD, stats = self.block(self.projection(pair_BLE), rotation, mask_BLL, context)
+        x_BLD, stats = self.block(self.projection(pair_BLE), rotation, mask_BLL, context, None, recompute)
         return self.norm(x_BLD), stats
 
 

@@ -126,7 +126,7 @@ class Memory:
 
     weights: int  # float32 master weights
     gradients: int  # float32
-    optimizer: int  # float32: two moments; under Muon one, and two of the embeddings
+    optimizer: int  # two moments, in optim.moments; under Muon one, and two of the embeddings
     activations: int  # saved for backward, for one micro-batch
     working: int  # bf16 copies of the weights under bf16-mixed, and the logits of one chunk
 
@@ -136,7 +136,7 @@ class Memory:
 
 
 def training_memory(config: Config, n_shards: int = 1) -> Memory:
-    """An estimate with float32 optimizer state; `n_shards` devices share weights, gradients and moments (1: DDP).
+    """An estimate; `n_shards` devices share weights, gradients and moments (1: DDP).
 
     For a GPU, where blocks are compiled unless trainer.compile is false. Activations count what autograd keeps,
     tensor by tensor, from the shapes (see `_activation_bytes`); the allocator's fragmentation is not included.
@@ -147,26 +147,28 @@ def training_memory(config: Config, n_shards: int = 1) -> Memory:
     n_parameters = size.total + size.multi_token_prediction
     state = 4 * n_parameters // n_shards
     compiled = config.trainer.compile is not False
-    per_block = [_activation_bytes(model, i, micro, mixed, compiled) for i in _layers_of_blocks(model)]
+    layers, mode = _layers_of_blocks(model), config.trainer.activation_checkpointing
+    per_block = [_activation_bytes(model, i, micro, mixed, compiled) for i in layers]
     residual = 4 * micro * model.d_model
     head_bytes = 2 if mixed else 4
     read_by_head = head_bytes * micro * model.d_model
-    for i in range(model.n_layers, len(per_block)):  # a prediction module: what projection and final norm read
-        per_block[i] += 2 * read_by_head + residual
-    if config.trainer.activation_checkpointing == "full":
-        activations = residual * model.n_layers + max(per_block)
-    else:
-        activations = sum(per_block)
+    activations = sum(per_block)
+    if mode != "none":  # and one block at a time is whole again
+        kept = [residual + _kept_bytes(model, i, micro, mixed, mode) for i in layers]
+        activations = sum(kept) + max(whole - part for whole, part in zip(per_block, kept, strict=True))
     logits = min(micro * model.vocab_size, MAX_LOGITS)
     activations += 2 * residual + read_by_head
-    # a prediction module: its embeddings, what the head reads, and that once more in float32 for its hidden state
-    activations += model.n_prediction_modules * (residual + read_by_head + (residual if mixed else 0))
+    # a prediction module: its embeddings, what projection, final norm and head read, and what the head reads once more
+    # in float32 for the hidden state
+    activations += model.n_prediction_modules * (2 * residual + 3 * read_by_head + (residual if mixed else 0))
     # logits in compute dtype, in float32, and their float32 gradient exist together in backward
     working = logits * (8 + head_bytes)
     if mixed:
         working += 2 * n_parameters  # autocast keeps bf16 copies for the backward pass, the experts for longer
     second = size.active - size.active_no_embeddings if config.optim.optimizer == "muon" else n_parameters
-    return Memory(state, state, state + 4 * second // n_shards, activations, working)
+    moments = n_parameters // n_shards + second // n_shards
+    width = 2 if config.optim.moments == "bfloat16" else 4  # the small ones, always float32, are not told apart
+    return Memory(state, state, width * moments, activations, working)
 
 
 def _activation_bytes(model: ModelConfig, layer: int, tokens: int, mixed: bool, compiled: bool) -> int:
@@ -192,3 +194,21 @@ def _activation_bytes(model: ModelConfig, layer: int, tokens: int, mixed: bool, 
     if moe.router.mixes_chunks:
         router += c * 2 * d  # what split and merge read
     return tokens * (norms + attended + rows + router + c * hidden * moe.shared_width)
+
+
+def _kept_bytes(model: ModelConfig, layer: int, tokens: int, mixed: bool, mode: str) -> int:
+    """Kept of one block under activation checkpointing, beside its input: the choices, and under `selective` their
+    order and what products put out, but for the last one, which is only added."""
+    c, d, moe = (2 if mixed else 4), model.d_model, model.moe
+    routed = moe if model.is_moe_layer(layer) else None
+    choices = 0 if routed is None else 8 * routed.choices_per_token
+    if mode == "full":
+        return tokens * choices
+    attended = c * (attention_of(model, layer).products_per_token(d) + d)
+    if routed is None:
+        return tokens * (attended + c * 2 * model.feed_forward.d_ff)
+    n_chunks = routed.router.n_chunks
+    rows = routed.choices_per_token * c * (2 * routed.d_expert + d // n_chunks)
+    split = c * d if routed.router.mixes_chunks else 0
+    logits = 4 * routed.n_experts * n_chunks
+    return tokens * (2 * choices + attended + rows + split + logits + c * 2 * routed.shared_width)

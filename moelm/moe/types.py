@@ -15,6 +15,11 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from moelm.moe.kernels import HAS_TRITON
+
+if HAS_TRITON:
+    from moelm.moe.kernels import counting
+
 
 class TokenChoice(NamedTuple):
     """Tokens choose experts. Tuples, so that checkpointing, compile and FSDP2 carry them as they are."""
@@ -83,6 +88,9 @@ def stack_stats(layers: list[RouterStats]) -> RouterStats:
 
 def count_per_sequence(expert_ids_TK: Tensor, n_sequences: int, n_experts: int) -> Tensor:
     """float32 [B, E]: how often each expert was chosen in each sequence; "none" is not counted."""
+    if HAS_TRITON and expert_ids_TK.is_cuda:  # where scatter_add is atomic
+        counts_BE: Tensor = counting.sums_of_choices(expert_ids_TK, None, n_sequences, n_experts)[0]
+        return counts_BE
     ids_Bx = expert_ids_TK.reshape(n_sequences, -1)
     ones_Bx = torch.ones_like(ids_Bx, dtype=torch.float32)
     return ones_Bx.new_zeros(n_sequences, n_experts + 1).scatter_add(1, ids_Bx, ones_Bx)[:, :n_experts]

@@ -21,6 +21,7 @@ from moelm.model.size import flops_per_token
 from moelm.moe.balancing.base import Balancer, auxiliary_losses
 from moelm.moe.load_metrics import dead_experts, max_violation
 from moelm.training.evaluation import Evaluation, EvaluationSums, forward_batch
+from moelm.training.gradient_clipping import clip_gradients
 from moelm.training.optim import build_optimizer, lr_factor
 from moelm.training.rng import rng_state, seed_rank, set_rng_state
 from moelm.training.statistics import RecentLoad, StepAccumulator, StepStatistics, world_size
@@ -72,7 +73,7 @@ class MoELightningModule(pl.LightningModule):
             raise ConfigError("model", problem, "a smaller model; see python -m moelm.info --config") from None
         initialize(model, self.config.run.seed)
         options = self.config.trainer
-        model.activation_checkpointing = options.activation_checkpointing == "full"
+        model.activation_checkpointing = options.activation_checkpointing
         on_cuda = next(model.parameters()).is_cuda
         if options.compile is True or (options.compile == "auto" and on_cuda):
             for block in model.all_blocks:
@@ -153,8 +154,7 @@ class MoELightningModule(pl.LightningModule):
         gradient_clip_val: int | float | None = None,
         gradient_clip_algorithm: str | None = None,
     ) -> None:
-        limit = float("inf") if gradient_clip_val is None else float(gradient_clip_val)
-        self.grad_norm = torch.nn.utils.clip_grad_norm_(self.model.parameters(), limit)
+        self.grad_norm = clip_gradients(optimizer, self.model.parameters(), gradient_clip_val)
 
     @property
     def is_step_end(self) -> bool:

@@ -11,6 +11,7 @@ from torch import nn
 from torch.optim import Optimizer
 
 from moelm.config import OptimConfig, ScheduleConfig
+from moelm.training.adamw import AdamW
 from moelm.training.muon import MuonAdamW
 
 # Where two matrices are stored as one, and the axis along which they stand side by side: SwiGLU's gate and up
@@ -46,13 +47,13 @@ def build_optimizer(model: nn.Module, config: OptimConfig) -> Optimizer:
             eps=config.eps,
             weight_decay=config.weight_decay,
         )
-    return torch.optim.AdamW(
+    return AdamW(
         groups,
         lr=config.lr,
         betas=betas,
         eps=config.eps,
         weight_decay=config.weight_decay,
-        fused=True,  # one kernel; on the CPU too
+        moments=torch.bfloat16 if config.moments == "bfloat16" else torch.float32,
     )
 
 

@@ -17,6 +17,7 @@ from lightning.pytorch.strategies import DDPStrategy, Strategy
 from lightning.pytorch.utilities import rank_zero_only
 from tensorboard.compat.proto.summary_pb2 import Summary  # type: ignore[import-untyped]
 
+from moelm.callbacks.profile import Profile
 from moelm.callbacks.progress_bar import StepProgressBar
 from moelm.config import OWN_TRAINER_KEYS, Config, ConfigError, build
 from moelm.moe.kernels import HAS_TRITON, INTERPRETED
@@ -36,7 +37,8 @@ def build_trainer(config: Config, resume_step: int | None = None) -> pl.Trainer:
     _check_fused(config, options["accelerator"])
     strategy = _strategy(config)
     options |= {"strategy": strategy} if strategy is not None else {}
-    callbacks: list[Callback] = [build("callback", callback, config) for callback in config.callbacks]
+    callbacks: list[Callback] = [Profile(config)] if config.trainer.profile else []
+    callbacks += [build("callback", callback, config) for callback in config.callbacks]
     if progress:
         callbacks.append(StepProgressBar(config))
     torch.set_float32_matmul_precision(config.trainer.float32_matmul_precision)
@@ -62,6 +64,7 @@ def build_trainer(config: Config, resume_step: int | None = None) -> pl.Trainer:
     except (MisconfigurationException, ValueError, TypeError, RuntimeError) as error:
         raise ConfigError("trainer", f"Lightning refuses it: {' '.join(str(error).split())}") from error
     _set_intervals(trainer, config)
+    _ask_for_sigterm_at_log_steps(trainer, config.trainer.log_every_n_steps)
     return trainer
 
 
@@ -110,10 +113,24 @@ def _set_intervals(trainer: pl.Trainer, config: Config) -> None:
     trainer.val_check_interval = config.data.val_every_n_steps * trainer.accumulate_grad_batches
 
 
+def _ask_for_sigterm_at_log_steps(trainer: pl.Trainer, log_every_n_steps: int) -> None:
+    """Before every micro-batch Lightning asks the other ranks whether one was told to end, and the host waits for the
+    answer, so that the GPU runs dry. Here only where it waited just now; all ranks count the same steps."""
+    loop = trainer.fit_loop.epoch_loop
+    ask = loop._broadcast_sigterm_tensor
+
+    def ask_after_log_step() -> None:
+        if trainer.global_step % log_every_n_steps == 0:
+            ask()
+
+    loop._broadcast_sigterm_tensor = ask_after_log_step  # type: ignore[method-assign]
+
+
 def _silence_lightning() -> None:
     """Advice that does not hold here: the loader has no workers on purpose, the epoch is endless on purpose; and
     its announcements, which `moelm.train` makes in fewer lines."""
     logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)
+    logging.getLogger("torch._higher_order_ops.wrap").setLevel(logging.ERROR)  # of checkpointing and in-place ops
     for message in (
         ".*does not have many workers.*",
         ".*Checkpoint directory .* exists and is not empty.*",

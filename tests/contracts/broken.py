@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from unittest import mock
 
 import torch
 from torch import Tensor
@@ -22,6 +23,7 @@ ROUTER_FAULTS = {
     "a scale forgotten": "route_scale_multiplies_the_gates",
     "a read of the device": "compiled_equals_eager",
     "a counter in forward": "checkpointed_equals_plain",
+    "a choice made anew": "recomputation_keeps_the_choice",
     "noise of its own": "the_same_seed_gives_the_same_step",
     "noise in evaluation": "evaluation_is_free_of_noise",
     "padding that counts": "shapes_and_dtypes_are_those_of_the_seam",
@@ -68,6 +70,9 @@ class BrokenRouter(TopKRouter):
             context = context._replace(token_mask_BL=None)
         elif self.fault == "a counter in forward":
             self.usage_bias += 1
+        elif self.fault == "a choice made anew":
+            with mock.patch("moelm.moe.routing.top_k.keep_choice", lambda ids: ids):
+                return super().route(x_TD, context)
         routing, stats = super().route(x_TD, context)
         if self.fault == "a scale forgotten":
             routing = routing._replace(gates_TK=routing.gates_TK / self.route_scale)

@@ -281,7 +281,7 @@ def test_cached_logits_equal_uncached_ones(tiny_config, pieces, n_kv_heads):
 def test_a_cache_works_with_activation_checkpointing_and_gradients_on(tiny_config):
     model, tokens_BL = make_model(tiny_config()), make_tokens()
     wanted = model(tokens_BL).logits
-    model.activation_checkpointing = True
+    model.activation_checkpointing = "full"
     cache = model.init_cache(2, 12)
     parts = [model(piece, cache=cache).logits.detach() for piece in tokens_BL.split(6, dim=1)]
     torch.testing.assert_close(torch.cat(parts, 1), wanted, rtol=1e-5, atol=1e-5)
@@ -308,7 +308,7 @@ def test_activation_checkpointing_changes_no_loss_gradient_or_count(tiny_config,
     calls = []
     model.blocks[1].attention.register_forward_hook(lambda *args: calls.append(1))
     plain, plain_gradients = train_step(model, tokens_BL)
-    model.activation_checkpointing = True
+    model.activation_checkpointing = "full"
     result, gradients = train_step(model, tokens_BL)
     assert len(calls) == 3  # once plain, and twice with recomputation
     assert torch.equal(result.loss, plain.loss)

@@ -256,7 +256,7 @@ def test_activation_checkpointing_recomputes_the_modules_too_and_changes_nothing
     model, tokens_BL = make_model(with_modules(tiny_config, 2, dropout=dropout)), make_tokens()
     calls, results = [], []
     model.multi_token_prediction[1].block.attention.register_forward_hook(lambda *args: calls.append(1))
-    for model.activation_checkpointing in (False, True):
+    for model.activation_checkpointing in ("none", "full"):
         torch.manual_seed(0)
         output = model(tokens_BL[:, :-1], tokens_BL[:, 1:])
         results.append((output, gradients_of(model, total_loss(output))))

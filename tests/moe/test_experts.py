@@ -324,7 +324,7 @@ def test_recomputing_blocks_changes_no_bit_of_a_model_with_biased_experts(tiny_c
         for block in model.blocks:
             block.compile(backend="aot_eager", fullgraph=True)
     results = []
-    for recompute in (False, True):
+    for recompute in ("none", "full"):
         model.activation_checkpointing = recompute
         model.zero_grad(set_to_none=True)
         loss = model(tokens_BL[:, :-1], tokens_BL[:, 1:], token_mask_BL=mask_BL).loss

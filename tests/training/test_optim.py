@@ -94,6 +94,8 @@ WITHOUT = {"until": 0.5, "shape": "constant"}
 BAD = [  # changes, key, words
     ({"optim.optimizer": "lion"}, "optim.optimizer", "allowed: adamw, muon"),
     ({"optim.momentum": 0.9}, "optim.momentum", "0.9 has no effect with the optimizer adamw"),
+    ({"optim.moments": "bf16"}, "optim.moments", "allowed: float32, bfloat16"),
+    ({"optim.optimizer": "muon", "optim.moments": "bfloat16"}, "optim.moments", "set optimizer: adamw"),
     ({"optim.optimizer": "muon", "optim.momentum": 1.0}, "optim.momentum", "must be < 1"),
     ({"optim.schedule": {"name": "cosine", "phases": PHASES}}, "optim.schedule.phases", "set name: phases"),
     (phases(min_lr_ratio=0.2), "optim.schedule.min_lr_ratio", "set name: linear or cosine or wsd"),
@@ -134,6 +136,7 @@ def test_the_memory_of_muon_has_one_moment_for_matrices(tiny: Callable[..., Conf
     total = model_size(config.model).total
     adamw, muon = (training_memory(each).optimizer for each in (config, with_muon))
     assert adamw == 8 * total
+    assert training_memory(tiny({"optim.moments": "bfloat16"})).optimizer == 4 * total
     assert muon == 4 * (total + config.model.vocab_size * config.model.d_model)
 
 

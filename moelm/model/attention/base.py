@@ -19,6 +19,10 @@ class AttentionConfig(NamedConfig):
         """Elements that one layer keeps for backward a token, beside its input."""
         raise NotImplementedError
 
+    def products_per_token(self, d_model: int) -> int:
+        """Elements of its products' outputs a token, which selective checkpointing keeps; the last one left out."""
+        raise NotImplementedError
+
 
 class Attention(nn.Module):
     """Built with `(config, model)`: its own section, and the ModelConfig."""

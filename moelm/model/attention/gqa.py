@@ -71,6 +71,11 @@ class GQAConfig(AttentionConfig):
         attended = 4 * self.n_heads if self.sliding_window is not None else 2 * n_heads
         return (attended + norm + clip) * width
 
+    def products_per_token(self, d_model: int) -> int:
+        """q, k, v and the heads' output, which sinks widen."""
+        width = self.width(d_model)
+        return 2 * (self.n_heads + self.kv_heads) * width + (self.n_heads * (8 - width % 8) if self.sinks else 0)
+
 
 @register("attention", "gqa", GQAConfig)
 class GQA(Attention):

@@ -53,6 +53,11 @@ class MLAConfig(AttentionConfig):
         latents = 3 * ((self.q_latent_dim or 0) + self.kv_latent_dim)
         return latents + 2 * self.n_heads * (self.qk_head_dim + self.v_head_dim)
 
+    def products_per_token(self, d_model: int) -> int:
+        """q, the latents and the shared part of k, the heads' parts of k and v, and their output."""
+        latents = (self.q_latent_dim or 0) + self.kv_latent_dim + self.rope_head_dim
+        return latents + self.n_heads * (self.qk_head_dim + self.nope_head_dim + 2 * self.v_head_dim)
+
 
 @register("attention", "mla", MLAConfig)
 class MLA(Attention):

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from moelm.config import ConfigError, DispatchConfig, MoEConfig, register, setting
+from moelm.moe.choice import keep_choice
 from moelm.moe.dispatch.dropless import DroplessDispatcher
 from moelm.moe.types import TokenChoice
 
@@ -66,7 +67,8 @@ class CapacityDispatcher(DroplessDispatcher):
         T, K = routing.expert_ids_TK.shape
         capacity = expert_capacity(factor, T, K, self.n_experts)
         by_gate_T = routing.gates_TK.detach().amax(-1) if config.drop == "probability" else None
-        return drop_over_capacity(routing.expert_ids_TK, by_gate_T, capacity, self.n_experts)
+        ids_TK: Tensor = keep_choice(drop_over_capacity(routing.expert_ids_TK, by_gate_T, capacity, self.n_experts))
+        return ids_TK
 
 
 def expert_capacity(factor: float, n_tokens: int, top_k: int, n_experts: int) -> int:

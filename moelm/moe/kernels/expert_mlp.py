@@ -11,11 +11,17 @@ Choices of "none" have rows past offsets_E[-1], which are skipped everywhere: th
 from __future__ import annotations
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
-from moelm.moe.kernels.products import down_backward, up_product, weight_gradient
-from moelm.moe.kernels.rows import gather_sum, gather_sum_reference, swiglu_backward_reference, swiglu_reference
+from moelm.moe.kernels.products import product, row_tiles, up_product, weight_gradient
+from moelm.moe.kernels.rows import (
+    gather_sum,
+    gather_sum_reference,
+    spread,
+    swiglu_backward,
+    swiglu_backward_reference,
+    swiglu_reference,
+)
 
 
 def forward(
@@ -29,11 +35,13 @@ def forward(
 ) -> tuple[Tensor, Tensor]:
     """(y [T, D], gate_up [R, 2F]) in the dtype of x and of both weights; gates float32, the permutation int32.
 
-    6 R D F operations. Elements moved, without the weights and what comes again from L2: R D + 3 R F by the first
+    6 R D F operations. Elements moved, without the weights: T D + R D to spread the tokens, R D + 3 R F by the first
     product, R F + R D by the second, R D + T D by the sum over a token's rows.
     """
-    gate_up_R2F, h_RF = up_product(x_TD, gate_up_EDF, choice_of_row_R, gates_TK.shape[1], offsets_E)
-    rows_RD = F.grouped_mm(h_RF, down_EFD, offs=offsets_E)
+    rows_RD = spread(x_TD, row_of_choice_TK)
+    tiles = row_tiles(rows_RD, offsets_E)
+    gate_up_R2F, h_RF = up_product(rows_RD, gate_up_EDF, offsets_E, tiles)
+    rows_RD = product(h_RF, down_EFD, offsets_E, tiles)
     return gather_sum(rows_RD, row_of_choice_TK, offsets_E, gates_TK), gate_up_R2F
 
 
@@ -55,17 +63,20 @@ def backward(
         grad_W2^e = sum_r (gate_tk h_r)^T grad_y_t      grad_W1^e = sum_r x_t^T grad_(gate, up)_r
         grad_x_t = sum_k grad_(gate, up)_r W1^eT
 
-    12 R D F operations. Elements moved, counted as in `forward`: R D + 5 R F by the first product, 2 R D + 3 R F and
-    (in `dtype`) 3 E D F by the gradients of the weights, 2 R F + R D by the last product, R D + T D by the sum.
+    12 R D F operations. Elements moved, counted as in `forward`: T D + R D to spread grad_y, R D + R F by the first
+    product, 6 R F by SwiGLU, T D + R D to spread x again, 2 R D + 3 R F and (in `dtype`) 3 E D F by the gradients of
+    the weights, 2 R F + R D by the last product, R D + T D by the sum.
     """
-    grad_gate_up_R2F, gated_h_RF, grad_gates_TK = down_backward(
-        grad_y_TD, down_EFD, gate_up_R2F, gates_TK, choice_of_row_R, offsets_E
+    grad_rows_RD = spread(grad_y_TD, row_of_choice_TK)
+    tiles = row_tiles(grad_rows_RD, offsets_E)
+    grad_h_RF = product(grad_rows_RD, down_EFD, offsets_E, tiles, transposed=True)
+    grad_gate_up_R2F, gated_h_RF, grad_gates_TK = swiglu_backward(
+        grad_h_RF, gate_up_R2F, gates_TK, choice_of_row_R, offsets_E
     )
-    choices = (choice_of_row_R, gates_TK.shape[1], offsets_E, dtype)
-    grad_down_EFD = weight_gradient(gated_h_RF, grad_y_TD, *choices, gather_b=True)
-    del gated_h_RF  # before the next tensor of its size is made
-    grad_gate_up_EDF = weight_gradient(x_TD, grad_gate_up_R2F, *choices, gather_a=True)
-    grad_rows_RD = F.grouped_mm(grad_gate_up_R2F, gate_up_EDF.mT, offs=offsets_E)
+    grad_down_EFD = weight_gradient(gated_h_RF, grad_rows_RD, offsets_E, tiles, dtype)
+    del grad_h_RF, gated_h_RF, grad_rows_RD  # before others of their size are made
+    grad_gate_up_EDF = weight_gradient(spread(x_TD, row_of_choice_TK), grad_gate_up_R2F, offsets_E, tiles, dtype)
+    grad_rows_RD = product(grad_gate_up_R2F, gate_up_EDF, offsets_E, tiles, transposed=True)
     return gather_sum(grad_rows_RD, row_of_choice_TK, offsets_E), grad_gates_TK, grad_gate_up_EDF, grad_down_EFD
 
 

@@ -180,7 +180,8 @@ def swiglu_backward(
 
     grad_h = dy_t W^T lacks the gate. With h = silu(gate) up, rounded, and s = sigmoid(gate):
     grad_gates = <grad_h, h>, 0 for "none"; gated_h = gate_tk h, which the gradient of W needs;
-    grad_gate_up = gate_tk grad_h (up s (1 + gate (1 - s)), gate s). Unused rows are not written.
+    grad_gate_up = gate_tk grad_h (up s (1 + gate (1 - s)), gate s). Unused rows come out 0, so that a sum over rows may
+    run past the end.
 
     6 R F s bytes: a program owns whole rows, so no sum crosses programs.
     """
@@ -211,11 +212,12 @@ def swiglu_backward_reference(
 ) -> tuple[Tensor, Tensor, Tensor]:
     dtype = gate_up_RF.dtype
     gate_R1 = gates_TK.flatten()[choice_of_row_R].unsqueeze(1)
+    unused_R1 = (torch.arange(len(gate_R1), device=gate_R1.device) >= offsets_E[-1]).unsqueeze(1)
+    gate_R1, gate_up_RF, grad_h_RF = (each.masked_fill(unused_R1, 0.0) for each in (gate_R1, gate_up_RF, grad_h_RF))
     x_RF, up_RF = gate_up_RF.float().chunk(2, -1)
     s_RF = x_RF.sigmoid()
     h_RF = (x_RF * s_RF * up_RF).to(dtype).float()
     grad_gate_R = (grad_h_RF.float() * h_RF).sum(1)
-    grad_gate_R = torch.where(torch.arange(len(grad_gate_R), device=x_RF.device) < offsets_E[-1], grad_gate_R, 0.0)
     grad_RF = gate_R1 * grad_h_RF.float()
     grad_gate_up_RF = torch.cat([grad_RF * up_RF * s_RF * (1 + x_RF * (1 - s_RF)), grad_RF * x_RF * s_RF], 1)
     grad_gates_TK = torch.empty_like(grad_gate_R).scatter_(0, choice_of_row_R.long(), grad_gate_R).view_as(gates_TK)
@@ -242,16 +244,15 @@ def _swiglu_backward(
     n_used = tl.load(offsets_E + E - 1)
     r = tl.program_id(0) * BLOCK_R + tl.arange(0, BLOCK_R)
     choice = tl.load(choice_of_row_R + r, mask=r < R, other=0)
-    if tl.program_id(0) * BLOCK_R >= n_used:
-        tl.store(grad_gates_R + choice, 0.0, mask=r < R)
-        return
     used = r < n_used
     gate_r = tl.load(gates_R + choice, mask=used, other=0.0).to(tl.float32)[:, None]
     dot = tl.zeros([BLOCK_R, BLOCK_F], tl.float32)
     at_1F = r.to(tl.int64)[:, None] * F + tl.arange(0, BLOCK_F)[None, :]
     at_2F = r.to(tl.int64)[:, None] * (2 * F) + tl.arange(0, BLOCK_F)[None, :]
     for first in range(0, F, BLOCK_F):
-        inside = used[:, None] & (first + tl.arange(0, BLOCK_F) < F)[None, :]
+        within = (first + tl.arange(0, BLOCK_F) < F)[None, :]
+        inside = used[:, None] & within
+        written = (r < R)[:, None] & within
         grad_h = tl.load(grad_h_RF + at_1F + first, mask=inside, other=0.0).to(tl.float32)
         gate = tl.load(gate_up_RF + at_2F + first, mask=inside, other=0.0).to(tl.float32)
         up = tl.load(gate_up_RF + at_2F + (first + F), mask=inside, other=0.0).to(tl.float32)
@@ -259,9 +260,9 @@ def _swiglu_backward(
         silu = gate * sigmoid
         h = (silu * up).to(dtype).to(tl.float32)
         dot += grad_h * h
-        tl.store(gated_h_RF + at_1F + first, (gate_r * h).to(dtype), mask=inside)
+        tl.store(gated_h_RF + at_1F + first, (gate_r * h).to(dtype), mask=written)
         grad_h *= gate_r
         grad_gate = grad_h * up * (sigmoid + silu * (1 - sigmoid))
-        tl.store(grad_gate_up_RF + at_2F + first, grad_gate.to(dtype), mask=inside)
-        tl.store(grad_gate_up_RF + at_2F + (first + F), (grad_h * silu).to(dtype), mask=inside)
+        tl.store(grad_gate_up_RF + at_2F + first, grad_gate.to(dtype), mask=written)
+        tl.store(grad_gate_up_RF + at_2F + (first + F), (grad_h * silu).to(dtype), mask=written)
     tl.store(grad_gates_R + choice, tl.sum(dot, 1), mask=r < R)

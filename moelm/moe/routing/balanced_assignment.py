@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from moelm.config import MoEConfig, register, setting
+from moelm.moe.choice import best_ids, keep_choice
 from moelm.moe.routing.base import LearnedRouter, LearnedRouterConfig, count_tokens, token_choice_with_stats
 from moelm.moe.types import RouteContext, RouterStats, TokenChoice, count_per_sequence
 
@@ -42,7 +43,7 @@ class BalancedAssignmentRouter(LearnedRouter):
         choice_TE = logits_TE.detach()
         if context.training:
             choice_TE = choice_TE - auction_prices(choice_TE, self.top_k, self.n_iterations, context)
-        expert_ids_TK = choice_TE.topk(self.top_k, dim=-1).indices
+        expert_ids_TK = keep_choice(best_ids(choice_TE, self.top_k))
         gates_TK = logits_TE.gather(-1, expert_ids_TK).sigmoid() * self.route_scale
         return token_choice_with_stats(expert_ids_TK, gates_TK, logits_TE.softmax(-1), context, logits_TE=logits_TE)
 
@@ -62,7 +63,7 @@ def auction_prices(value_TE: Tensor, top_k: int, n_iterations: int, context: Rou
     price_E = value_TE.new_zeros(n_experts)
     for i in range(n_iterations):
         step = FIRST_STEP * (LAST_STEP / FIRST_STEP) ** (i / max(1, n_iterations - 1))
-        ids_TK = (value_TE - price_E).topk(top_k, dim=-1).indices
+        ids_TK = best_ids(value_TE - price_E, top_k)
         if mask is not None:
             ids_TK = torch.where(mask.reshape(-1, 1), ids_TK, n_experts)
         demand_E = count_per_sequence(ids_TK, 1, n_experts)[0]

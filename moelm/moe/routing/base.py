@@ -7,11 +7,15 @@ from dataclasses import dataclass
 from typing import Any, ClassVar
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from moelm.config import MoEConfig, RouterConfig, setting
+from moelm.moe.kernels import HAS_TRITON
+from moelm.moe.routing.product import float32_linear
 from moelm.moe.types import RouteContext, RouterStats, Routing, TokenChoice, count_per_sequence
+
+if HAS_TRITON:
+    from moelm.moe.kernels import counting
 
 
 class Router(nn.Module):
@@ -23,6 +27,7 @@ class Router(nn.Module):
 
     expert_bias: Tensor | None  # float32 [E], moved by a balancer between steps, never by gradient
     one_graph = True  # torch.compile takes `forward` as one graph
+    float32_tokens = True  # False: `route` takes tokens as the model computes them, and makes float32 of them itself
 
     def __init__(self, config: RouterConfig, moe: MoEConfig, d_model: int) -> None:
         super().__init__()
@@ -32,13 +37,16 @@ class Router(nn.Module):
 
     def forward(self, x_BLD: Tensor, context: RouteContext) -> tuple[Routing, RouterStats]:
         with torch.autocast(device_type=x_BLD.device.type, enabled=False):
-            x_TD = x_BLD.flatten(0, 1).float()
+            x_TD = x_BLD.flatten(0, 1)
+            if self.float32_tokens:
+                x_TD = x_TD.float()
             if context.token_mask_BL is not None:  # replaced, not multiplied: padding may hold NaN
                 x_TD = torch.where(context.token_mask_BL.reshape(-1, 1), x_TD, 0.0)
             return self.route(x_TD, context)
 
     def route(self, x_TD: Tensor, context: RouteContext) -> tuple[Routing, RouterStats]:
-        """`x_TD` float32, 0 where the mask excludes a token. Random only if `context.training`."""
+        """`x_TD` float32 unless `float32_tokens` is False, 0 where the mask excludes a token. Random only if
+        `context.training`."""
         raise NotImplementedError
 
     def loss(self, stats: RouterStats, ce_BL: Tensor, predicted_BL: Tensor) -> Tensor | None:
@@ -71,6 +79,8 @@ class LearnedRouter(Router):
     The experts see the clean tokens: jitter multiplies the router's own copy.
     """
 
+    float32_tokens = False
+
     def __init__(self, config: LearnedRouterConfig, moe: MoEConfig, d_model: int) -> None:
         super().__init__(config, moe, d_model)
         self.jitter, self.logit_soft_cap = config.jitter, config.logit_soft_cap
@@ -85,7 +95,7 @@ class LearnedRouter(Router):
 
     def project(self, x_TD: Tensor) -> Tensor:
         """[T, E] before bias and cap."""
-        return F.linear(x_TD, self.weight.float())
+        return float32_linear(x_TD, self.weight)
 
     def logits(self, x_TD: Tensor) -> Tensor:
         """float32 [T, E]."""
@@ -143,39 +153,56 @@ def token_choice_with_stats(
         if unbiased_ids_TK is not None:
             unbiased_ids_TK = torch.where(mask_T1, unbiased_ids_TK, none)
     n_tokens_B = count_tokens(context)
-    load_BE = count_per_sequence(expert_ids_TK, B, n_experts)
-    dense_TE = gates_TK.new_zeros(gates_TK.shape[0], n_experts + 1).scatter(1, expert_ids_TK, gates_TK)
-    extra = {**observe(prob_TE, logits_TE, context), **(extra or {})}
+    load_BE, first_choice_BE, gate_BE = sums_of_choices(expert_ids_TK, gates_TK, B, n_experts)
+    log_z_sq, extra = n_tokens_B.new_zeros(()), {**(extra or {})}
+    if logits_TE is not None:
+        log_z_sq, observed = means_of_tokens(prob_TE, logits_TE, context)
+        extra |= observed
     if not context.training:
         extra["expert_ids_BLK"] = expert_ids_TK.unflatten(0, context.token_ids_BL.shape)
     stats = RouterStats(
         load_BE=load_BE,
         kept_BE=load_BE,
-        first_choice_BE=count_per_sequence(expert_ids_TK[:, :1], B, n_experts),
+        first_choice_BE=first_choice_BE,
         unbiased_load_BE=load_BE if unbiased_ids_TK is None else count_per_sequence(unbiased_ids_TK, B, n_experts),
         prob_BE=sum_per_sequence(prob_TE, context) / n_tokens_B.clamp(min=1).unsqueeze(-1),
-        gate_BE=sum_per_sequence(dense_TE[:, :n_experts], context),  # no atomics: the same sum every time
+        gate_BE=gate_BE,
         n_tokens_B=n_tokens_B,
-        log_z_sq=n_tokens_B.new_zeros(())
-        if logits_TE is None
-        else mean_over_tokens(logits_TE.logsumexp(-1).square(), context),
+        log_z_sq=log_z_sq,
         extra=extra,
     )
     return TokenChoice(expert_ids_TK, gates_TK), stats
 
 
-@torch.no_grad()
-def observe(prob_TE: Tensor, logits_TE: Tensor | None, context: RouteContext) -> dict[str, Tensor]:
-    """The OBSERVED scalars of a router with logits; nothing for one without."""
-    if logits_TE is None:
-        return {}
-    best_T1 = prob_TE.argmax(-1, keepdim=True)
-    second_T = prob_TE.scatter(-1, best_T1, 0.0).amax(-1)
-    return {
-        "prob_entropy": mean_over_tokens(torch.special.entr(prob_TE).sum(-1), context),
-        "top1_margin": mean_over_tokens(prob_TE.amax(-1) - second_T, context),
-        "logit_sq": mean_over_tokens(logits_TE.square().mean(-1), context),
+def sums_of_choices(
+    expert_ids_TK: Tensor, gates_TK: Tensor, n_sequences: int, n_experts: int
+) -> tuple[Tensor, Tensor, Tensor]:
+    """float32 [B, E] each: how often an expert was chosen, how often first, the sum of its gates, with gradient. No
+    atomics in the sum: the same one every time."""
+    if HAS_TRITON and gates_TK.is_cuda:
+        sums_3BE = counting.sums_of_choices(expert_ids_TK, gates_TK, n_sequences, n_experts)
+        return sums_3BE[0].detach(), sums_3BE[1].detach(), sums_3BE[2]
+    dense_TE = gates_TK.new_zeros(gates_TK.shape[0], n_experts + 1).scatter(1, expert_ids_TK, gates_TK)
+    return (
+        count_per_sequence(expert_ids_TK, n_sequences, n_experts),
+        count_per_sequence(expert_ids_TK[:, :1], n_sequences, n_experts),
+        dense_TE[:, :n_experts].unflatten(0, (n_sequences, -1)).sum(1),
+    )
+
+
+def means_of_tokens(prob_TE: Tensor, logits_TE: Tensor, context: RouteContext) -> tuple[Tensor, dict[str, Tensor]]:
+    """Means over the counted tokens: logsumexp(logits)^2, with gradient, and the OBSERVED scalars of a router with
+    logits. All in one reduction."""
+    prob, logits = prob_TE.detach(), logits_TE.detach()
+    experts_E = torch.arange(prob.shape[1], device=prob.device)
+    second_T = torch.where(experts_E == prob.argmax(-1, keepdim=True), 0.0, prob).amax(-1)
+    observed = {
+        "prob_entropy": torch.special.entr(prob).sum(-1),
+        "top1_margin": prob.amax(-1) - second_T,
+        "logit_sq": logits.square().mean(-1),
     }
+    means = mean_over_tokens(torch.stack([logits_TE.logsumexp(-1).square(), *observed.values()]), context)
+    return means[0], dict(zip(observed, means[1:].detach(), strict=True))
 
 
 def count_tokens(context: RouteContext) -> Tensor:
@@ -194,12 +221,12 @@ def sum_per_sequence(values_TE: Tensor, context: RouteContext) -> Tensor:
     return summed_BE
 
 
-def mean_over_tokens(values_T: Tensor, context: RouteContext) -> Tensor:
-    """Scalar: the mean over the counted tokens of the batch; 0 if there is none."""
+def mean_over_tokens(values_xT: Tensor, context: RouteContext) -> Tensor:
+    """[x]: the mean over the counted tokens of the batch; 0 if there is none."""
     if context.token_mask_BL is None:
-        return values_T.mean()
+        return values_xT.mean(-1)
     mask_T = context.token_mask_BL.flatten()
-    return torch.where(mask_T, values_T, 0.0).sum() / mask_T.sum().clamp(min=1)
+    return torch.where(mask_T, values_xT, 0.0).sum(-1) / mask_T.sum().clamp(min=1)
 
 
 def mix(x: Tensor) -> Tensor:

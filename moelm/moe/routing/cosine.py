@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from moelm.config import MoEConfig, register, setting
+from moelm.moe.routing.product import float32_linear
 from moelm.moe.routing.top_k import TopKConfig, TopKRouter
 
 MAX_SCALE = 100.0  # temperature 0.01: beyond it the softmax is one-hot and the gradient gone
@@ -37,6 +38,6 @@ class CosineRouter(TopKRouter):
         self.initial = {"log_scale": -math.log(config.initial_temperature)}
 
     def project(self, x_TD: Tensor) -> Tensor:
-        projected_TP = F.normalize(F.linear(x_TD, self.projection.float()), dim=-1)
+        projected_TP = F.normalize(float32_linear(x_TD, self.projection), dim=-1)
         cosine_TE = F.linear(projected_TP, F.normalize(self.weight.float(), dim=-1))
         return cosine_TE * self.log_scale.float().exp().clamp(max=MAX_SCALE)

@@ -9,12 +9,13 @@ import torch
 from torch import Tensor
 
 from moelm.config import register
+from moelm.moe.choice import keep_choice
 from moelm.moe.routing.base import (
     LearnedRouter,
     LearnedRouterConfig,
     count_tokens,
     mean_over_tokens,
-    observe,
+    means_of_tokens,
     sum_per_sequence,
 )
 from moelm.moe.types import ExpertChoice, RouteContext, RouterStats
@@ -53,15 +54,16 @@ class ExpertChoiceRouter(LearnedRouter):
         if context.token_mask_BL is not None:
             preference_BEL = preference_BEL.masked_fill(~context.token_mask_BL.unsqueeze(1), -1.0)
         best = preference_BEL.topk(capacity, dim=-1)
-        valid_BEC = best.values >= 0
-        gates_BEC = torch.where(valid_BEC, prob_BEL.gather(-1, best.indices), 0.0) * self.route_scale
+        valid_BEC, places_BEC = best.values >= 0, keep_choice(best.indices)
+        gates_BEC = torch.where(valid_BEC, prob_BEL.gather(-1, places_BEC), 0.0) * self.route_scale
         sequence_B11 = torch.arange(B, device=x_TD.device).view(B, 1, 1)
-        token_ids_BEC = torch.where(valid_BEC, best.indices + L * sequence_B11, B * L)
+        token_ids_BEC = torch.where(valid_BEC, places_BEC + L * sequence_B11, B * L)
         routing = ExpertChoice(token_ids_BEC.transpose(0, 1).flatten(1), gates_BEC.transpose(0, 1).flatten(1))
         load_BE = valid_BEC.sum(-1, dtype=torch.float32)
         n_tokens_B = count_tokens(context)
         chosen_T = torch.zeros(B * L + 1, device=x_TD.device).scatter(0, token_ids_BEC.flatten(), 1.0)[:-1]
         unchosen = mean_over_tokens(1 - chosen_T, context)
+        log_z_sq, observed = means_of_tokens(prob_TE, logits_TE, context)
         stats = RouterStats(
             load_BE=load_BE,
             kept_BE=load_BE,
@@ -70,7 +72,7 @@ class ExpertChoiceRouter(LearnedRouter):
             prob_BE=sum_per_sequence(prob_TE, context) / n_tokens_B.clamp(min=1).unsqueeze(-1),
             gate_BE=gates_BEC.sum(-1),
             n_tokens_B=n_tokens_B,
-            log_z_sq=mean_over_tokens(logits_TE.logsumexp(-1).square(), context),
-            extra={**observe(prob_TE, logits_TE, context), "unchosen": unchosen},
+            log_z_sq=log_z_sq,
+            extra={**observed, "unchosen": unchosen},
         )
         return routing, stats

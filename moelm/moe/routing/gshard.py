@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from moelm.config import ConfigError, MoEConfig, register, setting
+from moelm.moe.choice import best_ids, keep_choice
 from moelm.moe.routing.base import LearnedRouter, LearnedRouterConfig, token_choice_with_stats
 from moelm.moe.types import RouteContext, RouterStats, TokenChoice
 
@@ -37,11 +38,11 @@ class GShardRouter(LearnedRouter):
     def route(self, x_TD: Tensor, context: RouteContext) -> tuple[TokenChoice, RouterStats]:
         logits_TE = self.logits(x_TD)
         prob_TE = logits_TE.softmax(-1)
-        expert_ids_TK = prob_TE.detach().topk(2, dim=-1).indices
+        expert_ids_TK = keep_choice(best_ids(prob_TE, 2))
         gates_TK = prob_TE.gather(-1, expert_ids_TK)
         gates_TK = gates_TK / (gates_TK.sum(-1, keepdim=True) + 1e-20)
         if self.random_second and context.training:
-            second_T = 2 * gates_TK[:, 1].detach() > torch.rand(x_TD.shape[0], device=x_TD.device)
+            second_T = keep_choice(2 * gates_TK[:, 1].detach() > torch.rand(x_TD.shape[0], device=x_TD.device))
             taken_TK = torch.stack([torch.ones_like(second_T), second_T], -1)
             expert_ids_TK = torch.where(taken_TK, expert_ids_TK, self.n_experts)
             gates_TK = torch.where(taken_TK, gates_TK, 0.0)

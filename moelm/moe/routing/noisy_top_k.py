@@ -10,7 +10,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from moelm.config import ConfigError, MoEConfig, register
+from moelm.moe.choice import keep_choice
 from moelm.moe.routing.base import LearnedRouter, LearnedRouterConfig, sum_per_sequence, token_choice_with_stats
+from moelm.moe.routing.product import float32_linear
 from moelm.moe.types import RouteContext, RouterStats, TokenChoice
 
 LEAST_DEVIATION = 0.01  # without it a router that has learned to be sure divides 0 by 0 in the gradient of its load
@@ -48,12 +50,12 @@ class NoisyTopKRouter(LearnedRouter):
 
     def route(self, x_TD: Tensor, context: RouteContext) -> tuple[TokenChoice, RouterStats]:
         logits_TE = self.logits(x_TD)
-        deviation_TE = F.softplus(F.linear(x_TD, self.noise.float())) + LEAST_DEVIATION
+        deviation_TE = F.softplus(float32_linear(x_TD, self.noise)) + LEAST_DEVIATION
         noisy_TE = logits_TE
         if context.training:
             noisy_TE = logits_TE + torch.randn_like(logits_TE) * deviation_TE
         best = noisy_TE.topk(self.top_k + 1, dim=-1)
-        expert_ids_TK = best.indices[:, : self.top_k]
+        expert_ids_TK = keep_choice(best.indices[:, : self.top_k])
         gates_TK = noisy_TE.gather(-1, expert_ids_TK).softmax(-1) * self.route_scale
         # the k-th largest of the others: for a chosen expert it is number k + 1 of all
         chosen_TE = torch.zeros_like(noisy_TE, dtype=torch.bool).scatter(-1, expert_ids_TK, True)

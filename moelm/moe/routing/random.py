@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from moelm.config import register
+from moelm.moe.choice import keep_choice
 from moelm.moe.routing.base import FixedRouter, FixedRouterConfig, mix
 from moelm.moe.types import RouteContext
 
@@ -31,4 +32,5 @@ class RandomRouter(FixedRouter):
         else:
             places_LE = torch.arange(L * self.n_experts, device=device).view(L, self.n_experts)
             keys_TE = mix(places_LE).repeat(B, 1)
-        return keys_TE.topk(self.top_k, dim=-1).indices
+        ids_TK: Tensor = keep_choice(keys_TE.topk(self.top_k, dim=-1).indices)
+        return ids_TK

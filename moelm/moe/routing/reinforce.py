@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from moelm.config import MoEConfig, register, setting
+from moelm.moe.choice import best_ids, keep_choice
 from moelm.moe.routing.base import LearnedRouter, LearnedRouterConfig, token_choice_with_stats
 from moelm.moe.types import RouteContext, RouterStats, TokenChoice
 
@@ -46,16 +47,17 @@ class ReinforceRouter(LearnedRouter):
         choice_TE = logits_TE.detach()
         if context.training:
             choice_TE = choice_TE - torch.empty_like(choice_TE).exponential_().log()
-        expert_ids_TK = choice_TE.topk(self.top_k, dim=-1).indices
+        expert_ids_TK = keep_choice(best_ids(choice_TE, self.top_k))
         log_prob_T = log_prob_of_draw(logits_TE, expert_ids_TK)
-        baseline_T = F.linear(x_TD.detach(), self.baseline.weight.float(), self.baseline.bias.float()).squeeze(-1)
+        baseline_T1 = F.linear(x_TD.detach().float(), self.baseline.weight.float(), self.baseline.bias.float())
+        baseline_T = baseline_T1.squeeze(-1)
         if context.token_mask_BL is not None:
             mask_T = context.token_mask_BL.flatten()
             log_prob_T, baseline_T = torch.where(mask_T, log_prob_T, 0.0), torch.where(mask_T, baseline_T, 0.0)
         shape = context.token_ids_BL.shape
         return token_choice_with_stats(
             expert_ids_TK,
-            x_TD.new_full(expert_ids_TK.shape, self.route_scale / self.top_k),
+            logits_TE.new_full(expert_ids_TK.shape, self.route_scale / self.top_k),
             logits_TE.softmax(-1),
             context,
             logits_TE=logits_TE,

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from moelm.config import ConfigError, MoEConfig, register, setting
+from moelm.moe.choice import best_ids, keep_choice
 from moelm.moe.routing.base import LearnedRouter, LearnedRouterConfig, sum_per_sequence, token_choice_with_stats
 from moelm.moe.types import RouteContext, RouterStats, TokenChoice
 
@@ -88,7 +89,7 @@ class TopKRouter(LearnedRouter):
         else:
             scores_TE = logits_TE.sigmoid()
             prob_TE = scores_TE / (scores_TE.sum(-1, keepdim=True) + 1e-20)
-        expert_ids_TK = self.choose(scores_TE, self.expert_bias)
+        expert_ids_TK = keep_choice(self.choose(scores_TE, self.expert_bias))
         unbiased_ids_TK = None if self.expert_bias is None else self.choose(scores_TE, None)
         source_TE = prob_TE if self.config.normalize_gates == "before_top_k" else scores_TE
         gates_TK = source_TE.gather(-1, expert_ids_TK)
@@ -110,8 +111,7 @@ class TopKRouter(LearnedRouter):
             choice_TE = scores_TE if expert_bias_E is None else scores_TE + expert_bias_E
             if self.config.n_groups > 1:
                 choice_TE = self._mask_other_groups(choice_TE)
-            ids_TK: Tensor = choice_TE.topk(self.top_k, dim=-1).indices
-            return ids_TK
+            return best_ids(choice_TE, self.top_k)
 
     def _mask_other_groups(self, choice_TE: Tensor) -> Tensor:
         """-inf outside the best groups. Not 0: with a negative bias an excluded expert could win."""
@@ -119,8 +119,8 @@ class TopKRouter(LearnedRouter):
         if self.config.group_score == "max":
             group_TG = choice_TGe.amax(-1)
         else:
-            group_TG = choice_TGe.topk(2, dim=-1).values.sum(-1)
-        best = group_TG.topk(self.config.top_k_groups, dim=-1).indices
+            group_TG = choice_TGe.gather(-1, best_ids(choice_TGe, 2)).sum(-1)
+        best = best_ids(group_TG, self.config.top_k_groups)
         excluded_TG = torch.ones_like(group_TG, dtype=torch.bool).scatter(-1, best, False)
         masked_TE: Tensor = choice_TGe.masked_fill(excluded_TG.unsqueeze(-1), -torch.inf).flatten(-2)
         return masked_TE

@@ -1,0 +1,121 @@
+"""Draw the results of `moe_layer.py` and `scaling.py` from their JSON; needs no GPU, but matplotlib (`pip install
+moelm[bench]`)."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+LIMIT, OURS = "limit", "moelm fused"
+COLOURS = {LIMIT: "#999999", OURS: "#d1495b", "sonicmoe": "#00798c", "moelm grouped": "#edae49"}
+
+
+def layer_bars(result: dict[str, Any]) -> tuple[list[str], dict[str, list[float]]]:
+    """The shapes, and by variant its share of the limit's speed in each; NaN where it was not timed."""
+    shapes = list(result["layer"])
+    names = [name for name in dict.fromkeys(n for found in result["layer"].values() for n in found) if is_a_layer(name)]
+    share = {
+        name: [result["layer"][shape].get(name, {}).get("of_limit", {}).get("median", math.nan) for shape in shapes]
+        for name in names
+    }
+    shown = {name: values for name, values in share.items() if not all(math.isnan(value) for value in values)}
+    return shapes, dict(sorted(shown.items(), key=lambda item: -_mean(item[1])))
+
+
+def is_a_layer(name: str) -> bool:
+    return not name.startswith(LIMIT) and name != "matrix products alone"
+
+
+def _mean(values: list[float]) -> float:
+    known = [value for value in values if not math.isnan(value)]
+    return sum(known) / len(known)
+
+
+def curves(sizes: dict[str, Any]) -> dict[str, tuple[list[int], list[float]]]:
+    """By variant the sizes and milliseconds of one part of a scaling result; a training step has one curve."""
+    found: dict[str, tuple[list[int], list[float]]] = {}
+    for size, variants in sizes.items():
+        for name, variant in (variants if "ms" not in variants else {OURS: variants}).items():
+            if isinstance(variant, dict) and "ms" in variant and name != "matrix products alone":
+                x, y = found.setdefault(name, ([], []))
+                x.append(int(size))
+                y.append(variant["ms"]["median"])
+    return found
+
+
+def draw_layer(result: dict[str, Any], out: Path) -> None:
+    import matplotlib.pyplot as plt
+
+    shapes, share = layer_bars(result)
+    figure, axes = plt.subplots(figsize=(9, 3.6), layout="constrained")
+    width = 0.8 / len(share)
+    for i, (name, values) in enumerate(share.items()):
+        x = [shape + (i - (len(share) - 1) / 2) * width for shape in range(len(shapes))]
+        axes.bar(x, values, width, label=name, color=COLOURS.get(name))
+    axes.axhline(1.0, color=COLOURS[LIMIT], linewidth=1)
+    axes.set_xticks(range(len(shapes)), [f"{shape}\n{_short(result['shapes'][shape])}" for shape in shapes])
+    axes.set_ylabel("speed / dense limit")
+    axes.legend(fontsize=8, loc="upper left", bbox_to_anchor=(1.0, 1.0))
+    _finish(figure, axes, f"One MoE layer, forward + backward, {result['facts']['device']}", out)
+
+
+def _short(shape: dict[str, int]) -> str:
+    return f"D {shape['D']}, {shape['K']} of {shape['E']} x {shape['F']}"
+
+
+def draw_scaling(result: dict[str, Any], out: Path) -> None:
+    import matplotlib.pyplot as plt
+
+    titles = {
+        "tokens": "layer, tokens",
+        "experts": "layer, experts",
+        "seq_len": "training step, sequence length",
+        "depth": "training step, layers",
+    }
+    parts = [part for part in titles if part in result]
+    figure, axes = plt.subplots(1, len(parts), figsize=(3.2 * len(parts), 3.2), layout="constrained", squeeze=False)
+    for panel, part in zip(axes[0], parts, strict=True):
+        for name, (x, y) in curves(result[part]).items():
+            panel.plot(x, y, marker="o", markersize=3, label=name, color=COLOURS.get(name))
+        if part == "experts":
+            traffic = [(int(size), found.get(OURS, {}).get("bytes")) for size, found in result[part].items()]
+            known = [(size, 1e3 * n_bytes / result["bandwidth"]) for size, n_bytes in traffic if n_bytes]
+            panel.plot(*zip(*known, strict=True), linestyle=":", color="#555555", label="weight traffic alone")
+        if part in ("tokens", "experts"):
+            panel.legend(fontsize=7)
+        panel.set_xscale("log", base=2)
+        panel.set_xticks(sizes := [int(size) for size in result[part]], [f"{size}" for size in sizes], fontsize=7)
+        panel.set_ylim(bottom=0)
+        panel.set_ylabel("ms")
+        panel.set_title(titles[part], fontsize=9)
+    _finish(figure, None, result["facts"]["device"], out)
+
+
+def _finish(figure: Any, axes: Any, title: str, out: Path) -> None:
+    if axes is not None:
+        for side in ("top", "right"):
+            axes.spines[side].set_visible(False)
+    figure.suptitle(title, fontsize=10)
+    out.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(out, dpi=130)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__,
+        epilog="example:\n  python benchmarks/plot.py benchmarks/results/2026-11-22_h100_moe_layer.json "
+        "--out docs/images/layer_speed.png",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("result", type=Path, help="the JSON of moe_layer.py or scaling.py")
+    parser.add_argument("--out", type=Path, required=True, help="a .png")
+    arguments = parser.parse_args()
+    result = json.loads(arguments.result.read_text(encoding="utf-8"))
+    (draw_layer if "layer" in result else draw_scaling)(result, arguments.out)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,136 @@
+"""The benchmarks' own correctness: what they accept, what loads they make, and the arithmetic of their tables."""
+
+from __future__ import annotations
+
+import math
+from functools import partial
+from typing import Any
+
+import measure
+import moe_layer
+import plot
+import pytest
+import scaling
+import torch
+import train_step
+from peers import Layer, Shape
+
+from moelm import command_line
+
+command_line.import_builtins()
+SHAPE = Shape(T=64, D=32, E=8, K=2, F=16)
+FACTS = {"device": "GPU", "date": "2026-01-01", "commit": "abc", "python": "3", "versions": {}, "command": "python x"}
+
+
+def grouped(shape: Shape) -> Layer:
+    return moe_layer.moelm_layer(shape, "grouped", compiled=False)
+
+
+def test_a_right_variant_passes_the_check_and_one_with_gate_and_up_exchanged_fails() -> None:
+    problem = moe_layer.make_problem(SHAPE, moe_layer.make_weights(SHAPE, "cpu"))
+    wanted = moe_layer.reference(problem, tokens_at_once=24)
+    layer = grouped(SHAPE)
+    layer.load(problem.weights)
+    errors = moe_layer.check(layer, problem, wanted)
+    assert set(errors) == {"y", "x", "router", "gate", "up", "down"}
+    assert all(1e-4 < error["all"] < 0.01 for error in errors.values())
+    layer.load({**problem.weights, "gate": problem.weights["up"], "up": problem.weights["gate"]})
+    with pytest.raises(moe_layer.WrongError, match="relative error of y"):
+        moe_layer.check(layer, problem, wanted)
+
+
+@pytest.mark.parametrize("load", moe_layer.LOADS)
+def test_tokens_are_routed_as_the_load_says(load: str) -> None:
+    T, _, E, K, _ = SHAPE
+    problem = moe_layer.make_problem(SHAPE, moe_layer.make_weights(SHAPE, "cpu"), load)
+    logits_TE = problem.x_TD.float() @ problem.weights["router"].float().T
+    best = logits_TE.topk(K + 1).values
+    assert (best[:, K - 1] - best[:, K]).min() > 1  # no near tie, whatever rounds
+    counts = torch.bincount(logits_TE.topk(K).indices.flatten(), minlength=E).tolist()
+    assert counts[0] == {"one": T, "same": T, "single": 1}.get(load, counts[0])
+    assert sum(counts) == T * K
+    assert sum(count == 0 for count in counts) == {"same": E - K, "half": E // 2}.get(load, 0)
+
+
+def test_an_error_counts_where_one_row_alone_is_wrong_and_where_anything_is_nan() -> None:
+    reference = torch.ones(100, 4)
+    value = reference.clone()
+    value[7] = 3.0
+    error = measure.relative_error(value, reference)
+    assert error["all"] == pytest.approx(0.2)
+    assert error["worst"] == pytest.approx(2.0)
+    value[7, 0] = math.nan
+    assert all(math.isnan(each) for each in measure.relative_error(value, reference).values())
+
+
+def test_a_variant_that_cannot_be_built_or_is_wrong_is_reported_and_not_timed(monkeypatch: pytest.MonkeyPatch) -> None:
+    def wrong(shape: Shape) -> Layer:
+        layer = grouped(shape)
+        return layer._replace(run=lambda x_TD: 2 * layer.run(x_TD))
+
+    def missing(shape: Shape) -> Layer:
+        raise ImportError("no peer")
+
+    variants = {"limit": partial(moe_layer.dense, compiled=False), "ours": grouped, "wrong": wrong, "missing": missing}
+    monkeypatch.setattr(moe_layer, "VARIANTS", variants)
+    found = moe_layer.measure_shape(SHAPE, list(variants), "cpu", rounds=2, burst_ms=0.1)
+    assert found["ours"]["of_limit"]["n"] == 2
+    assert "ms" not in found["wrong"]
+    assert found["wrong"]["error"].startswith("FAILED: relative error of y")
+    assert found["missing"]["error"] == "not installed: no peer"
+    text = moe_layer.markdown({"facts": FACTS, "shapes": {"tiny": SHAPE._asdict()}, "layer": {"tiny": found}})
+    assert "| wrong | - |" in text
+    assert "| ours | fp32, bf16 compute |" in text
+    assert plot.layer_bars({"layer": {"tiny": found}}) == (["tiny"], {"ours": [found["ours"]["of_limit"]["median"]]})
+
+
+def a_run(variant: str, repeat: int, *rates: float) -> dict[str, Any]:
+    sizes = {"batch_tokens": 1000, "flops_per_token": 10, "recompiled": 0, "peak_gib": 1.0 + repeat}
+    return {"variant": variant, "accumulation": 1, "repeat": repeat, "tokens_per_s": list(rates), **sizes}
+
+
+def test_the_step_is_compared_with_the_dense_twin_and_the_bare_loop_within_a_repeat() -> None:
+    runs = [
+        a_run("dense", 0, 100.0, 102.0, 104.0),
+        a_run("moelm", 0, 81.6, 40.0, 81.6),
+        a_run("moelm bare", 0, 85.0),
+        a_run("dense", 1, 200.0),
+        a_run("moelm", 1, 180.0),
+        {"variant": "torchtitan", "accumulation": 1, "repeat": 0, "error": "not installed"},
+    ]
+    rows = {row["variant"]: row for row in train_step.summarise(runs, "NVIDIA H100")}
+    assert rows["moelm"]["of_limit"] == pytest.approx({"median": 0.85, "q1": 0.825, "q3": 0.875, "n": 2})
+    seconds = 2 / 81.6 + 1 / 40  # the slow interval counts
+    assert rows["moelm"]["over_bare"]["median"] == pytest.approx(seconds / 3 * 85 - 1)
+    assert rows["moelm"]["peak_gib"] == 2.0
+    assert rows["moelm"]["ms"] == pytest.approx(1e6 / 81.6)
+    text = train_step.markdown(
+        {"facts": FACTS, "models": {"moe": "A", "dense": "B"}, "what": "", "rows": [*rows.values()]}
+    )
+    assert "| torchtitan | 1 | - |" in text
+    assert "torchtitan: not installed" in text
+
+
+def test_weight_traffic_is_shown_beside_the_time_over_experts() -> None:
+    ms = {"median": 2.0, "q1": 2.0, "q3": 2.0, "n": 1}
+    sizes = {"8": {"moelm fused": {"ms": ms, "bytes": 3e9}}, "16": {"moelm fused": {"error": "FAILED"}}}
+    step = {"ms": ms, "mfu": 0.5, "tokens_per_s": ms, "peak_gib": 1.0}
+    result = {"facts": FACTS, "bandwidth": 3e12, "experts": sizes, "depth": {"2": step}, "what": "A"}
+    text = scaling.markdown(result)
+    assert "| 8 | 2.00 (2.00 to 2.00) | - | 1.000 | 3.00 | 1.00 |" in text
+    assert "moelm fused: FAILED (E = 16)" in text
+    assert "| 2 | 2 (2 to 2) | 2.0 (2.0 to 2.0) | 0.500 | 1.0 |" in text
+    assert plot.curves(sizes) == {"moelm fused": ([8], [2.0])}
+    assert plot.curves({"2": step}) == {"moelm fused": ([2], [2.0])}
+
+
+@pytest.mark.parametrize("benchmark", [moe_layer, train_step, scaling])
+def test_without_a_gpu_a_benchmark_says_so_and_ends_with_exit_code_2(
+    benchmark: Any, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr("sys.argv", ["benchmark"])
+    with pytest.raises(SystemExit) as ended:
+        benchmark.main()
+    assert ended.value.code == 2
+    assert "measures an NVIDIA GPU" in capsys.readouterr().err
