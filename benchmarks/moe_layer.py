@@ -130,6 +130,7 @@ def moelm_layer(shape: Shape, backend: str, weights: str = "fp32", compiled: boo
         x_BLD = x_TD.view(-1, min(SEQ_LEN, x_TD.shape[0]), shape.D)
         context = RouteContext(_token_ids(*x_BLD.shape[:2], x_TD.device), None, True)
         with torch.autocast(x_TD.device.type, torch.bfloat16, enabled=weights == "fp32"):
+            layer.experts.refresh()  # as GPT does
             y_BLD: Tensor = layer(x_BLD, context)[0]
         return y_BLD.flatten(0, 1)
 

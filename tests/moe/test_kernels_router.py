@@ -10,13 +10,15 @@ from torch import Tensor
 
 pytest.importorskip("triton")
 
-from moelm.moe.kernels import counting, router_logits, top_k
-from moelm.moe.routing import base, choice, product
+from moelm.moe import choice
+from moelm.moe.kernels import counting, top_k
+from moelm.moe.kernels import router_logits as kernel
+from moelm.moe.routing import base, product
 from moelm.moe.routing import top_k as top_k_router
 from moelm.moe.types import RouteContext, count_per_sequence
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
-BF16 = (
+TOKENS = (
     torch.bfloat16 if torch.cuda.is_available() else torch.float32
 )  # the interpreter multiplies bf16 bits as integers
 
@@ -35,36 +37,51 @@ def rms(x: Tensor) -> float:
 @pytest.mark.parametrize(("T", "D", "E"), [(150, 256, 12), (1030, 128, 64), (70, 128, 130)])
 def test_the_product_of_bf16_parts_is_as_near_to_float64_as_that_of_float32(T, D, E):
     """The three results, each against float64; the gradient of x after its rounding to bf16."""
-    x_TD, grad_TE = normal(T, D).bfloat16(), normal(T, E, seed=1)
-    weight_ED = (0.02 * normal(E, D, seed=2)).requires_grad_()
-    kernel_x_TD = x_TD.to(BF16).requires_grad_()
-    logits_TE = router_logits.router_logits(kernel_x_TD, weight_ED)
-    logits_TE.backward(grad_TE)
-    got = [logits_TE, kernel_x_TD.grad.bfloat16(), weight_ED.grad]
-    weight_ED = weight_ED.detach()
-    plain = [F.linear(x_TD.float(), weight_ED), (grad_TE @ weight_ED).bfloat16(), grad_TE.T @ x_TD.float()]
+    x_TD, weight_ED, grad_TE = normal(T, D).bfloat16(), 0.02 * normal(E, D, seed=2), normal(T, E, seed=1)
     x, w, g = x_TD.double(), weight_ED.double(), grad_TE.double()
-    for name, ours, theirs, exact in zip(("logits", "x", "weight"), got, plain, (x @ w.T, g @ w, g.T @ x), strict=True):
-        assert ours.dtype == theirs.dtype
-        assert 0 < rms(ours - exact) <= 1.02 * rms(theirs - exact), name
+    results = []
+    for tokens_TD, forward, backward in (
+        (x_TD.to(TOKENS), kernel.router_logits, kernel.router_logits_backward),
+        (x_TD, kernel.router_logits_reference, kernel.router_logits_backward_reference),
+    ):
+        grad_x_TD, grad_weight_ED = backward(grad_TE, tokens_TD, weight_ED)
+        results.append((forward(tokens_TD, weight_ED), grad_x_TD.bfloat16(), grad_weight_ED))
+    for name, ours, plain, exact in zip(("y", "x", "weight"), *results, (x @ w.T, g @ w, g.T @ x), strict=True):
+        assert ours.dtype == plain.dtype
+        assert 0 < rms(ours - exact) <= 1.02 * rms(plain - exact), name
 
 
 def test_three_parts_make_the_weight_without_an_error():
     weight_ED = normal(20, 128) * torch.logspace(-20, 10, 128, device=DEVICE)
-    parts_3ED = router_logits._split_weight(normal(1, 128).to(BF16), weight_ED)
+    parts_3ED = kernel._split_weight(normal(1, 128).to(TOKENS), weight_ED, 32)
     assert parts_3ED.shape == (3, 32, 128)
-    assert torch.equal(parts_3ED.bfloat16().to(BF16), parts_3ED)
+    assert torch.equal(parts_3ED.bfloat16().to(TOKENS), parts_3ED)
     assert torch.equal(parts_3ED[:, :20].double().sum(0), weight_ED.double())
     assert (parts_3ED[:, 20:] == 0).all()
 
 
-def test_the_product_is_an_operator_that_compile_and_autograd_understand():
-    x_TD, weight_ED = normal(3, 128).to(BF16).requires_grad_(), normal(5, 128).requires_grad_()
+@pytest.mark.parametrize("width", [128, 96])  # one that the kernels take and one that they do not
+def test_the_product_is_an_operator_that_compile_and_autograd_understand(width):
+    x_TD, weight_ED, grad_TE = normal(3, width).to(TOKENS), normal(5, width, seed=1), normal(3, 5, seed=2)
     checks = ("test_schema", "test_autograd_registration", "test_faketensor")
-    torch.library.opcheck(router_logits.router_logits, (x_TD, weight_ED), test_utils=checks)
+    inputs = (x_TD.requires_grad_(), weight_ED.requires_grad_())
+    torch.library.opcheck(product.router_logits, inputs, test_utils=checks)
     torch.library.opcheck(
-        router_logits.router_logits_backward, (normal(3, 5), x_TD.detach(), weight_ED.detach()), test_utils=checks
+        product.router_logits_backward, (grad_TE, x_TD.detach(), weight_ED.detach()), test_utils=checks
     )
+    results = []
+    for function in (product.router_logits, lambda x, w: F.linear(x.float(), w)):
+        y_TE = function(x_TD, weight_ED)
+        results.append((y_TE, *torch.autograd.grad(y_TE, (x_TD, weight_ED), grad_TE)))
+    for ours, plain in zip(*results, strict=True):
+        torch.testing.assert_close(ours, plain, rtol=2**-7, atol=1e-4)
+
+
+def test_a_width_that_the_kernels_do_not_take_is_said_once(caplog):
+    product._say_that_float32_is_used.cache_clear()
+    assert [product.kernel_takes(normal(1, width)) for width in (96, 96, 128)] == [False, False, True]
+    said = [record.message for record in caplog.records if record.name == product.log.name]
+    assert said == ["router: products in float32, since its width 96 is no multiple of 128"]
 
 
 # ------------------------------------------------------------------------------------------ the choice
@@ -119,7 +136,7 @@ def force_kernels(monkeypatch: pytest.MonkeyPatch) -> None:
         sums_3BE = counting.sums_of_choices(*args)
         return sums_3BE[0].detach(), sums_3BE[1].detach(), sums_3BE[2]
 
-    monkeypatch.setattr(base, "float32_linear", lambda x, w: router_logits.router_logits(x.float(), w))
+    monkeypatch.setattr(base, "float32_linear", lambda x, w: product.router_logits(x.float(), w))
     monkeypatch.setattr(base, "sums_of_choices", sums_of_choices)
     monkeypatch.setattr(top_k_router, "best_ids", best_ids)
 
@@ -152,6 +169,7 @@ def test_a_router_with_kernels_decides_and_learns_as_without(monkeypatch, option
             routing, stats = router(x_BLD, RouteContext(ids_BL, mask_BL, True))
             loss = (routing.gates_TK**2).sum() + (stats.prob_BE**2).sum() + (stats.gate_BE**2).sum() + stats.log_z_sq
             loss.backward()
+        assert not any(value.requires_grad for value in stats.extra.values())
         values = {**routing._asdict(), **stats._asdict(), **stats.extra, "x": x_BLD.grad, "weight": router.weight.grad}
         values.pop("extra")
         results.append(values)

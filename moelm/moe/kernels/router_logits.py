@@ -7,7 +7,7 @@ towards zero, so their sums are kept short (`BLOCK_D` or `BLOCK_T` terms) and ad
 
 from __future__ import annotations
 
-from typing import Any
+from functools import cache
 
 import torch
 import triton
@@ -18,47 +18,48 @@ BLOCK_D = 64  # terms of a short sum over D
 BLOCK_T = 64  # terms of a short sum over T
 CHUNK_T = 1024  # tokens, at least, whose share of the weight's gradient one program sums
 MAX_CHUNKS = 32
+WIDTH_MULTIPLE = 128  # of D: the widest block of it
+LITTLE, ENOUGH = 96 * 1024, 200 * 1024  # bytes of a block's shared memory: for 64 experts at a time, for 128
 
 
-def takes(d_model: int) -> bool:
-    """Whether the kernels have a tile for this width."""
-    return d_model % 128 == 0
+def takes(x_TD: Tensor) -> bool:
+    """Whether the width divides into the kernels' blocks, and the device has bf16 products and memory for them."""
+    return x_TD.shape[1] % WIDTH_MULTIPLE == 0 and _shared_memory(x_TD.device) >= LITTLE
 
 
-@torch.library.custom_op("moelm::router_logits", mutates_args=())
 def router_logits(x_TD: Tensor, weight_ED: Tensor) -> Tensor:
     """float32 [T, E] = x W^T for bf16 x (or float32 that holds bf16 values) and float32 W.
 
-    2 T D + 4 T E bytes, and 6 E D for each block of tokens from the cache; 6 T D E operations. Backward keeps x and W
-    only.
+    2 T D + 4 T E bytes, and 6 E D for each block of tokens from the cache; 6 T D E operations.
     """
     T, D = x_TD.shape
     E = weight_ED.shape[0]
-    x_TD, parts_3ED, block_E = x_TD.contiguous(), _split_weight(x_TD, weight_ED), _block_of_experts(E)
+    block_E, stages = _block_of_experts(x_TD, E), _stages(x_TD)
+    x_TD, parts_3ED = x_TD.contiguous(), _split_weight(x_TD, weight_ED, block_E)
     logits_TE = x_TD.new_empty(T, E, dtype=torch.float32)
     _logits[(parts_3ED.shape[1] // block_E, triton.cdiv(T, 128))](
-        x_TD, parts_3ED, logits_TE, T, E, D, 128, block_E, BLOCK_D, num_warps=8, num_stages=3
+        x_TD, parts_3ED, logits_TE, T, E, D, 128, block_E, BLOCK_D, num_warps=8, num_stages=stages
     )
     return logits_TE
 
 
-@router_logits.register_fake
-def _(x_TD: Tensor, weight_ED: Tensor) -> Tensor:
-    return x_TD.new_empty(x_TD.shape[0], weight_ED.shape[0], dtype=torch.float32)
+def router_logits_reference(x_TD: Tensor, weight_ED: Tensor) -> Tensor:
+    return torch.nn.functional.linear(x_TD.float(), weight_ED)
 
 
-@torch.library.custom_op("moelm::router_logits_backward", mutates_args=())
 def router_logits_backward(grad_TE: Tensor, x_TD: Tensor, weight_ED: Tensor) -> tuple[Tensor, Tensor]:
     """(grad_x in x's dtype = grad W, grad_W float32 = grad^T x) from a float32 gradient.
 
-    grad_x takes two parts of either factor and leaves low x low out, which is 2^-17 of it, a 256th of its rounding to
+    grad_x takes two parts of either factor and leaves low x low out: an error of 2^-17, a 256th of its rounding to
     bf16. grad_W takes three parts, as forward, and its chunks of tokens are added in order.
-    4 T D + 4 T E (1 + D / 128) bytes, most of the gradient's from the cache; 12 T D E operations.
+    4 T D + 8 T E bytes, and 4 T E for each 128 of D and 4 E D for each block of tokens from the cache; 12 T D E
+    operations.
     """
     T, D = x_TD.shape
     E = weight_ED.shape[0]
-    grad_TE, x_TD, parts_3ED = grad_TE.contiguous(), x_TD.contiguous(), _split_weight(x_TD, weight_ED)
-    n_padded, block_E = parts_3ED.shape[1], _block_of_experts(E)
+    block_E, stages = _block_of_experts(x_TD, E), _stages(x_TD)
+    grad_TE, x_TD, parts_3ED = grad_TE.contiguous(), x_TD.contiguous(), _split_weight(x_TD, weight_ED, block_E)
+    n_padded = parts_3ED.shape[1]
     grad_x_TD = x_TD.new_empty(T, D)
     _grad_x[(triton.cdiv(T, 128),)](
         grad_TE, parts_3ED, grad_x_TD, T, E, n_padded, D, 128, block_E, 64, num_warps=8, num_stages=2
@@ -67,38 +68,38 @@ def router_logits_backward(grad_TE: Tensor, x_TD: Tensor, weight_ED: Tensor) -> 
     sums_cED = weight_ED.new_empty(triton.cdiv(T, chunk_T), E, D)
     warps = 8 if block_E == 128 else 4
     _grad_weight[(D // 128, n_padded // block_E, len(sums_cED))](
-        grad_TE, x_TD, sums_cED, T, E, D, chunk_T, BLOCK_T, block_E, 128, num_warps=warps, num_stages=3
+        grad_TE, x_TD, sums_cED, T, E, D, chunk_T, BLOCK_T, block_E, 128, num_warps=warps, num_stages=stages
     )
     return grad_x_TD, sums_cED.sum(0)
 
 
-@router_logits_backward.register_fake
-def _(grad_TE: Tensor, x_TD: Tensor, weight_ED: Tensor) -> tuple[Tensor, Tensor]:
-    return x_TD.new_empty(x_TD.shape), weight_ED.new_empty(weight_ED.shape)
+def router_logits_backward_reference(grad_TE: Tensor, x_TD: Tensor, weight_ED: Tensor) -> tuple[Tensor, Tensor]:
+    return (grad_TE @ weight_ED).to(x_TD.dtype), grad_TE.T @ x_TD.float()
 
 
-def _save_for_backward(ctx: Any, inputs: tuple[Tensor, Tensor], output: Tensor) -> None:
-    ctx.save_for_backward(*inputs)
+@cache
+def _shared_memory(device: torch.device) -> int:
+    """Bytes a block may have; 0 where there are no bf16 products. An interpreter has no limit."""
+    if device.type != "cuda":
+        return ENOUGH
+    properties = torch.cuda.get_device_properties(device)
+    return int(getattr(properties, "shared_memory_per_block_optin", 0)) if properties.major >= 8 else 0
 
 
-def _backward(ctx: Any, grad_TE: Tensor) -> tuple[Tensor, Tensor]:
-    grads: tuple[Tensor, Tensor] = router_logits_backward(grad_TE, *ctx.saved_tensors)
-    return grads
+def _block_of_experts(x_TD: Tensor, n_experts: int) -> int:
+    largest = 128 if _shared_memory(x_TD.device) >= ENOUGH else 64
+    return min(largest, max(16, 1 << (n_experts - 1).bit_length()))
 
 
-router_logits.register_autograd(_backward, setup_context=_save_for_backward)
+def _stages(x_TD: Tensor) -> int:
+    return 3 if _shared_memory(x_TD.device) >= ENOUGH else 2
 
 
-def _block_of_experts(n_experts: int) -> int:
-    return min(128, max(16, 1 << (n_experts - 1).bit_length()))
-
-
-def _split_weight(x_TD: Tensor, weight_ED: Tensor) -> Tensor:
+def _split_weight(x_TD: Tensor, weight_ED: Tensor, block_E: int) -> Tensor:
     """[3, E', D] in x's dtype: high, middle and low parts; rows of zeros fill the last block of experts."""
     E, D = weight_ED.shape
-    n_padded = triton.cdiv(E, _block_of_experts(E)) * _block_of_experts(E)
-    parts_3ED = x_TD.new_empty(3, n_padded, D)
-    n_all = n_padded * D
+    parts_3ED = x_TD.new_empty(3, triton.cdiv(E, block_E) * block_E, D)
+    n_all = parts_3ED[0].numel()
     _write_parts[(triton.cdiv(n_all, 512),)](weight_ED.contiguous(), parts_3ED, E * D, n_all, 512)
     return parts_3ED
 

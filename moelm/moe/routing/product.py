@@ -1,9 +1,10 @@
-"""The products of a router: float32 accuracy, whatever the tokens' dtype."""
+"""The product of a router: float32 accuracy, whatever the tokens' dtype."""
 
 from __future__ import annotations
 
 import logging
 from functools import cache
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -18,16 +19,61 @@ log = logging.getLogger(__name__)
 
 
 def float32_linear(x_TD: Tensor, weight_ED: Tensor) -> Tensor:
-    """float32 [T, E] = x W^T as a float32 product has it. bf16 tokens on CUDA are multiplied, and kept for backward, as
-    they are; all others as float32."""
-    if HAS_TRITON and x_TD.is_cuda and x_TD.dtype == torch.bfloat16:
-        if kernel.takes(x_TD.shape[1]):
-            logits_TE: Tensor = kernel.router_logits(x_TD, weight_ED.float())
-            return logits_TE
-        _say_that_float32_is_used(x_TD.shape[1])
+    """float32 [T, E] = x W^T as a float32 product has it. bf16 tokens on CUDA are kept for backward as they are."""
+    if x_TD.is_cuda and x_TD.dtype == torch.bfloat16:
+        logits_TE: Tensor = router_logits(x_TD, weight_ED.float())
+        return logits_TE
     return F.linear(x_TD.float(), weight_ED.float())
+
+
+@torch.library.custom_op("moelm::router_logits", mutates_args=())
+def router_logits(x_TD: Tensor, weight_ED: Tensor) -> Tensor:
+    """float32 [T, E] = x W^T of bf16 x and float32 W. Backward keeps these two and nothing else."""
+    if kernel_takes(x_TD):
+        return kernel.router_logits(x_TD, weight_ED)
+    return F.linear(x_TD.float(), weight_ED)
+
+
+@router_logits.register_fake
+def _(x_TD: Tensor, weight_ED: Tensor) -> Tensor:
+    return x_TD.new_empty(x_TD.shape[0], weight_ED.shape[0], dtype=torch.float32)
+
+
+@torch.library.custom_op("moelm::router_logits_backward", mutates_args=())
+def router_logits_backward(grad_TE: Tensor, x_TD: Tensor, weight_ED: Tensor) -> tuple[Tensor, Tensor]:
+    """(grad W in bf16, grad^T x in float32)."""
+    if kernel_takes(x_TD):
+        return kernel.router_logits_backward(grad_TE, x_TD, weight_ED)
+    return (grad_TE @ weight_ED).to(x_TD.dtype), grad_TE.T @ x_TD.float()
+
+
+@router_logits_backward.register_fake
+def _(grad_TE: Tensor, x_TD: Tensor, weight_ED: Tensor) -> tuple[Tensor, Tensor]:
+    return x_TD.new_empty(x_TD.shape), weight_ED.new_empty(weight_ED.shape)
+
+
+def _save_for_backward(ctx: Any, inputs: tuple[Tensor, Tensor], output: Tensor) -> None:
+    ctx.save_for_backward(*inputs)
+
+
+def _backward(ctx: Any, grad_TE: Tensor) -> tuple[Tensor, Tensor]:
+    grads: tuple[Tensor, Tensor] = router_logits_backward(grad_TE, *ctx.saved_tensors)
+    return grads
+
+
+router_logits.register_autograd(_backward, setup_context=_save_for_backward)
+
+
+def kernel_takes(x_TD: Tensor) -> bool:
+    takes = HAS_TRITON and kernel.takes(x_TD)
+    if not takes:
+        _say_that_float32_is_used(x_TD.shape[1])
+    return takes
 
 
 @cache  # one line for all layers
 def _say_that_float32_is_used(d_model: int) -> None:
-    log.warning("router: a float32 product, since its width %d is no multiple of 128", d_model)
+    reason = "no bf16 products or too little shared memory on this device"
+    if d_model % 128:
+        reason = f"its width {d_model} is no multiple of 128"
+    log.warning("router: products in float32, since %s", reason if HAS_TRITON else "triton is not installed")
