@@ -51,8 +51,8 @@ class FeedForwardConfig:
 class ExpertsConfig:
     """Of the routed experts alone; dense and shared feed-forwards stay SwiGLU without biases."""
 
-    # loop: one expert after the other. grouped: one product for all. fused: with dispatch, activation and combine in
-    # the kernels, on CUDA in bf16. auto: the last of them that the device, the router and the experts allow
+    # loop: one expert after the other. grouped: one product for all. fused: dispatch, products, activation and combine
+    # as one op, on CUDA in bf16. auto: the last of these that device, precision, router and experts allow
     backend: str = setting("auto", allowed=("auto", "fused", "grouped", "loop"))
     activation: str = setting("swiglu", allowed=("swiglu", "clamped_swiglu"))
     clamp_limit: float = setting(7.0, gt=0)  # clamped_swiglu: gate at most this, up within +- this

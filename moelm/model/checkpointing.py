@@ -18,6 +18,7 @@ EXPENSIVE = {
     "aten::_scaled_dot_product_efficient_attention",
     "aten::_scaled_dot_product_cudnn_attention",
     "aten::sort.stable",  # of the rows by expert
+    "moelm::counting_sort",
     "moelm::grouped_mm",
     "moelm::expert_mlp",
     "moelm::router_logits",

@@ -185,8 +185,8 @@ def _activation_bytes(model: ModelConfig, layer: int, tokens: int, mixed: bool, 
     expert_hidden = hidden
     if moe.experts.activation == "clamped_swiglu" and not compiled:
         expert_hidden = 7  # gate and up; clamped gate, its sigmoid, their product, up + 1; and the product of all
-    if mixed and moe.experts.backend in ("auto", "fused") and not why_not_fused(moe, d // n_chunks):
-        row = 2 * 2 * moe.d_expert + 3 * 4  # gate and up in bf16; its gate and both ways of the permutation
+    if _is_fused(model, mixed):
+        row = c * 2 * moe.d_expert + 3 * 4  # gate and up; its gate and both ways of the permutation
     else:
         row = c * (2 * d // n_chunks + expert_hidden * moe.d_expert)  # input and output rows, hidden
     rows = moe.choices_per_token * row
@@ -194,6 +194,14 @@ def _activation_bytes(model: ModelConfig, layer: int, tokens: int, mixed: bool, 
     if moe.router.mixes_chunks:
         router += c * 2 * d  # what split and merge read
     return tokens * (norms + attended + rows + router + c * hidden * moe.shared_width)
+
+
+def _is_fused(model: ModelConfig, mixed: bool) -> bool:
+    """Are the experts one op on a GPU? It keeps neither rows that come in nor rows that go out."""
+    moe = model.moe
+    if moe is None or not mixed or moe.experts.backend not in ("auto", "fused"):
+        return False
+    return not why_not_fused(moe, model.d_model // moe.router.n_chunks)
 
 
 def _kept_bytes(model: ModelConfig, layer: int, tokens: int, mixed: bool, mode: str) -> int:
@@ -208,7 +216,8 @@ def _kept_bytes(model: ModelConfig, layer: int, tokens: int, mixed: bool, mode: 
     if routed is None:
         return tokens * (attended + c * 2 * model.feed_forward.d_ff)
     n_chunks = routed.router.n_chunks
-    rows = routed.choices_per_token * c * (2 * routed.d_expert + d // n_chunks)
+    out = 0 if _is_fused(model, mixed) else d // n_chunks  # of an expert; the op of fused ones adds them up itself
+    rows = routed.choices_per_token * c * (2 * routed.d_expert + out)
     split = c * d if routed.router.mixes_chunks else 0
     logits = 4 * routed.n_experts * n_chunks
     return tokens * (2 * choices + attended + rows + split + logits + c * 2 * routed.shared_width)

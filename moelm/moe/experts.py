@@ -1,7 +1,7 @@
 """The routed experts: stacked weights, and the three ways to multiply rows by them.
 
-`loop` is the reference that nobody can doubt; `grouped` is one product for all experts; `fused` is `grouped` with
-dispatch, activation and combine inside the kernels. All are tested equal.
+`loop` is the reference that nobody can doubt; `grouped` is one product for all experts; `fused` is that with
+dispatch, activation and combine in one op. All are tested equal.
 Weights are `[E, in, out]`, gate and up side by side in one tensor, so that one product serves both.
 """
 

@@ -146,6 +146,20 @@ def test_compiled_blocks_heed_the_policy_and_keep_what_the_estimate_says(tiny_co
     assert kept["selective"] < 0.7 * kept["none"]
 
 
+def test_selective_keeps_of_fused_experts_what_the_estimate_says(tiny_config):
+    pytest.importorskip("triton")
+    L, kept, ops = 16, {}, {}
+    config = tiny_config(n_layers=1, moe={"n_experts": 4, "d_expert": 64, "experts": {"backend": "fused"}})
+    with torch.autocast("cpu", torch.bfloat16):
+        for mode in ("selective", "full"):
+            kept[mode], ops[mode] = compiled_parts(config, mode, L)
+    assert [ops[mode]["moelm.expert_mlp.default"] for mode in ops] == [0, 1]
+    kept["full"] -= 2 * 3 * 4 * 32 * 64  # the bf16 copies of the experts, beside the float32 weights of their shapes
+    block_input = 4 * 2 * L * config.d_model
+    for mode, found in kept.items():
+        assert found == pytest.approx(block_input + _kept_bytes(config, 0, 2 * L, True, mode), rel=0.01), mode
+
+
 MLA = {"name": "mla", "q_latent_dim": 8, "v_head_dim": 48}  # as wide as q and k, which flash attention wants
 
 

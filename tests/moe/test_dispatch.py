@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from moelm.config import MoEConfig, build, make_named
-from moelm.moe.dispatch.dropless import sort_by_expert
+from moelm.moe.dispatch.dropless import counting_sort, sort_by_expert, stable_argsort
 from moelm.moe.types import TokenChoice
 
 NONE = 4  # the id n_experts of the cases below
@@ -68,6 +68,15 @@ def test_the_two_permutations_are_inverse():
     for expert, (start, end) in enumerate(zip([0, *plan.offsets_E.tolist()], plan.offsets_E.tolist(), strict=False)):
         assert (sorted_ids[start:end] == expert).all()
     assert (sorted_ids[plan.offsets_E[-1] :] == 6).all()
+
+
+def test_the_sort_of_the_gpu_is_the_stable_one(kernel_device):
+    pytest.importorskip("triton")
+    ids_TK = random_routing(masked=(3, 19)).expert_ids_TK.to(kernel_device)
+    for found, wanted in zip(counting_sort(ids_TK, 6), stable_argsort(ids_TK, 6), strict=True):
+        assert found.dtype == wanted.dtype == torch.int32
+        assert torch.equal(found, wanted)
+    torch.library.opcheck(counting_sort, (ids_TK, 6), test_utils=("test_schema", "test_faketensor"))
 
 
 def test_dispatch_gives_each_row_the_vector_of_its_token():

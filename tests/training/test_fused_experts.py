@@ -33,6 +33,8 @@ def test_a_run_with_fused_experts_follows_the_one_with_grouped_and_saves_the_sam
         "trainer.max_steps": 3,
         "trainer.limit_val_batches": 1,
         "trainer.precision": "bf16-mixed",
+        "trainer.accelerator": "auto",
+        "trainer.compile": False,
     }
     losses, saved = [], []
     for backend in ("grouped", "fused"):
