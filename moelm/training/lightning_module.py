@@ -127,6 +127,11 @@ class MoELightningModule(pl.LightningModule):
         self.accumulator.add(output.loss, loss, output.extra_losses, losses, output.stats)
         return loss
 
+    def backward(self, loss: Tensor, *args: Any, **kwargs: Any) -> None:
+        """On this thread: from one of the engine's own, what Python launches would wait for the interpreter's lock."""
+        with torch.autograd.set_multithreading_enabled(False):
+            super().backward(loss, *args, **kwargs)
+
     @torch.no_grad()
     def on_before_optimizer_step(self, optimizer: Optimizer) -> None:
         self.last_step = self.accumulator.finish()
