@@ -6,12 +6,13 @@ import torch
 from torch import Tensor
 
 from moelm.moe.kernels import HAS_TRITON
+from moelm.moe.ops import op
 
 if HAS_TRITON:
     from moelm.moe.kernels import top_k as kernel
 
 
-@torch.library.custom_op("moelm::keep_choice", mutates_args=())
+@op("moelm::keep_choice", fake=torch.empty_like)
 def keep_choice(ids: Tensor) -> Tensor:
     """A copy of `ids`, which `model/checkpointing.py` saves instead of making it anew.
 
@@ -20,11 +21,6 @@ def keep_choice(ids: Tensor) -> Tensor:
     through this before anything depends on it; what follows, gates too, is then a function of the kept choice.
     """
     return ids.clone()
-
-
-@keep_choice.register_fake
-def _(ids: Tensor) -> Tensor:
-    return torch.empty_like(ids)
 
 
 @torch.no_grad()

@@ -45,7 +45,7 @@ def _watch_optimizers() -> None:
 
 
 def _age(optimizer: Optimizer, *_: Any) -> None:
-    """torch's fused optimizers count no version: a weight with a gradient whose version stood still may have changed."""
+    """torch's fused optimizers count no version: a weight with gradient whose version stood still may have changed."""
     for group in optimizer.param_groups:
         for weight in group["params"]:
             if hasattr(weight, "working_copy"):
