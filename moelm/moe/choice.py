@@ -23,13 +23,34 @@ def keep_choice(ids: Tensor) -> Tensor:
     return ids.clone()
 
 
-@torch.no_grad()
+def choose(scores: Tensor, k: int) -> Tensor:
+    """`best_ids`, kept as by `keep_choice`, in one op."""
+    return _choose(scores.detach(), k)
+
+
 def best_ids(scores: Tensor, k: int) -> Tensor:
     """int64 [..., k]: where the k largest of the last axis are, best first. No gradient.
 
     Of equals the lower index comes first on CUDA; elsewhere torch.topk decides.
     """
+    return _best_ids(scores.detach(), k)
+
+
+def _empty_ids(scores: Tensor, k: int) -> Tensor:
+    return scores.new_empty(*scores.shape[:-1], k, dtype=torch.int64)
+
+
+@op("moelm::best_ids", fake=_empty_ids)
+def _best_ids(scores: Tensor, k: int) -> Tensor:
+    return _top_k(scores, k)
+
+
+@op("moelm::choose", fake=_empty_ids)
+def _choose(scores: Tensor, k: int) -> Tensor:
+    return _top_k(scores, k)
+
+
+def _top_k(scores: Tensor, k: int) -> Tensor:
     if HAS_TRITON and scores.is_cuda and kernel.takes(scores.shape[-1], k):
-        ids: Tensor = kernel.top_k(scores.flatten(0, -2), k).view(*scores.shape[:-1], k)
-        return ids
+        return kernel.top_k(scores.flatten(0, -2), k).view(*scores.shape[:-1], k)
     return scores.topk(k, dim=-1).indices

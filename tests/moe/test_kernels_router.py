@@ -14,7 +14,6 @@ from moelm.moe import choice
 from moelm.moe.kernels import counting, top_k
 from moelm.moe.kernels import router_logits as kernel
 from moelm.moe.routing import base, product
-from moelm.moe.routing import top_k as top_k_router
 from moelm.moe.types import RouteContext, count_per_sequence
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -128,7 +127,7 @@ def force_kernels(monkeypatch: pytest.MonkeyPatch) -> None:
     """What a router on CUDA does, on the CPU."""
 
     def best_ids(scores: Tensor, k: int) -> Tensor:
-        return top_k.top_k(scores.detach().flatten(0, -2), k).view(*scores.shape[:-1], k)
+        return top_k.top_k(scores.flatten(0, -2), k).view(*scores.shape[:-1], k)
 
     def sums_of_choices(*args: Tensor) -> tuple[Tensor, ...]:
         sums_3BE = counting.sums_of_choices(*args)
@@ -136,7 +135,7 @@ def force_kernels(monkeypatch: pytest.MonkeyPatch) -> None:
 
     monkeypatch.setattr(base, "float32_linear", lambda x, w: product.router_logits(x.float(), w))
     monkeypatch.setattr(base, "sums_of_choices", sums_of_choices)
-    monkeypatch.setattr(top_k_router, "best_ids", best_ids)
+    monkeypatch.setattr(choice, "_top_k", best_ids)
 
 
 def forbid_kernels(monkeypatch: pytest.MonkeyPatch) -> None:

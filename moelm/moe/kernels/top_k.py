@@ -7,15 +7,12 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from moelm.moe.ops import op
-
 
 def takes(n_experts: int, k: int) -> bool:
     """Whether a row fits into registers and K rounds over it are few."""
     return n_experts <= 1024 and k <= 16
 
 
-@op("moelm::top_k", fake=lambda scores_TE, k: scores_TE.new_empty(scores_TE.shape[0], k, dtype=torch.int64))
 def top_k(scores_TE: Tensor, k: int) -> Tensor:
     """int64 [T, K]: where the k largest float32 scores of each row are, best first, of equals the lower index first.
     NaN is larger than all else, as in torch.sort. No gradient.
