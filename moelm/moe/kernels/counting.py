@@ -10,6 +10,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from moelm.moe.kernels.launch import Kernel, cdiv, next_power_of_2
 from moelm.moe.ops import op
 
 SPAN = 512  # choices a program
@@ -20,12 +21,12 @@ def _sums_of_choices(expert_ids_TK: Tensor, gates_TK: Tensor | None, n_sequences
     """12 T K (1 + 2 E / SPAN) bytes, T K E comparisons; one order of summation."""
     T, K = expert_ids_TK.shape
     n_choices = T * K // n_sequences
-    n_spans = triton.cdiv(n_choices, SPAN)
+    n_spans = cdiv(n_choices, SPAN)
     gates_TK = None if gates_TK is None else gates_TK.contiguous()
     sums_s3BE = expert_ids_TK.new_empty(n_spans, 3, n_sequences, n_experts, dtype=torch.float32)
-    block_E = triton.next_power_of_2(n_experts)
+    block_E = next_power_of_2(n_experts)
     block = min(SPAN, max(1, 4096 // block_E))
-    _sums[(n_spans, n_sequences)](
+    _sums[n_spans, n_sequences, 1](
         expert_ids_TK.contiguous(), gates_TK, sums_s3BE, n_choices, n_experts, K, SPAN, block, block_E
     )
     return sums_s3BE.sum(0)
@@ -64,6 +65,7 @@ def sums_of_choices_reference(expert_ids_TK: Tensor, gates_TK: Tensor, n_sequenc
     return sums_3BE
 
 
+@Kernel
 @triton.jit(do_not_specialize=["n_choices"])
 def _sums(
     ids_TK,

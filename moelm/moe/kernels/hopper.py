@@ -11,10 +11,9 @@ Written in Gluon, the part of Triton in which layouts and barriers are explicit;
 
 from __future__ import annotations
 
-from functools import cache
+from functools import cache, lru_cache
 
 import torch
-import triton
 from torch import Tensor
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
@@ -26,6 +25,8 @@ from triton.experimental.gluon.language.nvidia.hopper import (
     warpgroup_mma_wait,
 )
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
+
+from moelm.moe.kernels.launch import Kernel, cdiv
 
 ROWS = 128  # of a tile: 64 for each group of warps
 COLUMNS = 256  # of a tile, in SwiGLU 128 of the gate and as many of up
@@ -176,6 +177,7 @@ def _multiply_rows(
                 _store(out_ptr, right, row, stop, column * BN + BN // 2, N, N)
 
 
+@Kernel
 @gluon.jit(do_not_specialize=["n_row_tiles"])
 def _rows_product(
     rows_desc,
@@ -306,6 +308,7 @@ def _multiply_pairs(
         gl.store(out_ptr + expert.to(gl.int64) * (M * N) + i * N + j, acc, mask=(i < M) & (j < N))
 
 
+@Kernel
 @gluon.jit
 def _weight_gradient(
     a_desc,
@@ -346,13 +349,13 @@ def rows_product(
     out = rows_RK.new_empty(R, 2 * n if swiglu else n)
     hidden = rows_RK.new_empty(R, n) if swiglu else out
     columns = COLUMNS // 2 if swiglu else COLUMNS
-    _rows_product[_blocks(len(tiles) * triton.cdiv(n, columns), rows_RK.device)](
+    _rows_product[_blocks(tiles.shape[0] * cdiv(n, columns), rows_RK.device)](
         _blocks_of(rows_RK, ROWS // 2, DEPTH),
-        _blocks_of(w.flatten(0, 1), *((columns, DEPTH) if transposed else (DEPTH, columns))),
+        _blocks_of(w, *((columns, DEPTH) if transposed else (DEPTH, columns))),
         out,
         hidden,
         tiles,
-        len(tiles),
+        tiles.shape[0],
         K,
         n,
         w.shape[1],
@@ -370,19 +373,25 @@ def weight_gradient(a_RM: Tensor, b_RN: Tensor, offsets_E: Tensor) -> Tensor:
     """`products.weight_gradient`."""
     E, M, N = offsets_E.numel(), a_RM.shape[1], b_RN.shape[1]
     out_EMN = a_RM.new_empty(E, M, N, dtype=torch.float32)
-    n_tiles = E * triton.cdiv(M, ROWS) * triton.cdiv(N, COLUMNS)
+    n_tiles = E * cdiv(M, ROWS) * cdiv(N, COLUMNS)
     a, b = _blocks_of(a_RM, DEPTH, ROWS // 2), _blocks_of(b_RN, DEPTH, COLUMNS)
     _weight_gradient[_blocks(n_tiles, a_RM.device)](a, b, out_EMN, offsets_E, E, M, N, COLUMNS, STAGES, **OPTIONS)
     return out_EMN
 
 
 def _blocks_of(matrix: Tensor, rows: int, columns: int) -> TensorDescriptor:
-    return TensorDescriptor.from_tensor(matrix.contiguous(), [rows, columns], _layout(rows, columns))
+    """A matrix, or a stack of them below each other, in blocks for the copy engine."""
+    blocks = object.__new__(TensorDescriptor)
+    blocks.__dict__.update(_blocks_of_shape(matrix.shape, rows, columns).__dict__, base=matrix.contiguous())
+    return blocks
 
 
-@cache
-def _layout(rows: int, columns: int) -> gl.NVMMASharedLayout:
-    return gl.NVMMASharedLayout.get_default_for([rows, columns], gl.bfloat16)
+@lru_cache(1024)
+def _blocks_of_shape(shape: torch.Size, rows: int, columns: int) -> TensorDescriptor:
+    """The same without memory: what its constructor checks takes longer than a launch."""
+    matrix = torch.empty(shape, dtype=torch.bfloat16, device="meta").flatten(0, -2)
+    layout = gl.NVMMASharedLayout.get_default_for([rows, columns], gl.bfloat16)
+    return TensorDescriptor.from_tensor(matrix, [rows, columns], layout)
 
 
 @cache
@@ -390,5 +399,5 @@ def _n_processors(device: torch.device) -> int:
     return torch.cuda.get_device_properties(device).multi_processor_count
 
 
-def _blocks(n_tiles: int, device: torch.device) -> tuple[int]:
-    return (min(n_tiles, _n_processors(device)),)
+def _blocks(n_tiles: int, device: torch.device) -> tuple[int, int, int]:
+    return min(n_tiles, _n_processors(device)), 1, 1

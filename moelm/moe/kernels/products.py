@@ -15,6 +15,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from moelm.moe.kernels.launch import Kernel, next_power_of_2
 from moelm.moe.kernels.rows import swiglu
 
 log = logging.getLogger(__name__)
@@ -63,7 +64,7 @@ def row_tiles(rows_RD: Tensor, offsets_E: Tensor) -> Tensor | None:
         return None
     block = _hopper().ROWS
     tiles = offsets_E.new_empty(min(R, R // block + E), 3)
-    _row_tiles[(len(tiles),)](offsets_E, tiles, E, triton.next_power_of_2(E), block)
+    _row_tiles[tiles.shape[0], 1, 1](offsets_E, tiles, E, next_power_of_2(E), block)
     return tiles
 
 
@@ -104,6 +105,7 @@ def _hopper_works(device: torch.device) -> bool:
     return True
 
 
+@Kernel
 @triton.jit
 def _row_tiles(offsets_E, tiles_N3, E, EXPERTS: tl.constexpr, BLOCK: tl.constexpr):
     tile = tl.program_id(0)

@@ -14,6 +14,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from moelm.moe.kernels.launch import Kernel, cdiv, next_power_of_2
+
 BLOCK_D = 64  # terms of a short sum over D
 BLOCK_T = 64  # terms of a short sum over T
 CHUNK_T = 1024  # tokens, at least, whose share of the weight's gradient one program sums
@@ -37,7 +39,7 @@ def router_logits(x_TD: Tensor, weight_ED: Tensor) -> Tensor:
     block_E, stages = _block_of_experts(x_TD, E), _stages(x_TD)
     x_TD, parts_3ED = x_TD.contiguous(), _split_weight(x_TD, weight_ED, block_E)
     logits_TE = x_TD.new_empty(T, E, dtype=torch.float32)
-    _logits[(parts_3ED.shape[1] // block_E, triton.cdiv(T, 128))](
+    _logits[parts_3ED.shape[1] // block_E, cdiv(T, 128), 1](
         x_TD, parts_3ED, logits_TE, T, E, D, 128, block_E, BLOCK_D, num_warps=8, num_stages=stages
     )
     return logits_TE
@@ -61,13 +63,13 @@ def router_logits_backward(grad_TE: Tensor, x_TD: Tensor, weight_ED: Tensor) -> 
     grad_TE, x_TD, parts_3ED = grad_TE.contiguous(), x_TD.contiguous(), _split_weight(x_TD, weight_ED, block_E)
     n_padded = parts_3ED.shape[1]
     grad_x_TD = x_TD.new_empty(T, D)
-    _grad_x[(triton.cdiv(T, 128),)](
+    _grad_x[cdiv(T, 128), 1, 1](
         grad_TE, parts_3ED, grad_x_TD, T, E, n_padded, D, 128, block_E, 64, num_warps=8, num_stages=2
     )
-    chunk_T = max(CHUNK_T, triton.next_power_of_2(triton.cdiv(T, MAX_CHUNKS)))
-    sums_cED = weight_ED.new_empty(triton.cdiv(T, chunk_T), E, D)
+    chunk_T = max(CHUNK_T, next_power_of_2(cdiv(T, MAX_CHUNKS)))
+    sums_cED = weight_ED.new_empty(cdiv(T, chunk_T), E, D)
     warps = 8 if block_E == 128 else 4
-    _grad_weight[(D // 128, n_padded // block_E, len(sums_cED))](
+    _grad_weight[D // 128, n_padded // block_E, sums_cED.shape[0]](
         grad_TE, x_TD, sums_cED, T, E, D, chunk_T, BLOCK_T, block_E, 128, num_warps=warps, num_stages=stages
     )
     return grad_x_TD, sums_cED.sum(0)
@@ -98,9 +100,9 @@ def _stages(x_TD: Tensor) -> int:
 def _split_weight(x_TD: Tensor, weight_ED: Tensor, block_E: int) -> Tensor:
     """[3, E', D] in x's dtype: high, middle and low parts; rows of zeros fill the last block of experts."""
     E, D = weight_ED.shape
-    parts_3ED = x_TD.new_empty(3, triton.cdiv(E, block_E) * block_E, D)
+    parts_3ED = x_TD.new_empty(3, cdiv(E, block_E) * block_E, D)
     n_all = parts_3ED[0].numel()
-    _write_parts[(triton.cdiv(n_all, 512),)](weight_ED.contiguous(), parts_3ED, E * D, n_all, 512)
+    _write_parts[cdiv(n_all, 512), 1, 1](weight_ED.contiguous(), parts_3ED, E * D, n_all, 512)
     return parts_3ED
 
 
@@ -114,6 +116,7 @@ def _split(value):
     return high, middle, low
 
 
+@Kernel
 @triton.jit
 def _write_parts(weight, parts, n, n_all: tl.constexpr, BLOCK: tl.constexpr):
     at = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
@@ -125,6 +128,7 @@ def _write_parts(weight, parts, n, n_all: tl.constexpr, BLOCK: tl.constexpr):
     tl.store(parts + 2 * n_all + at, low.to(dtype), mask=inside)
 
 
+@Kernel
 @triton.jit(do_not_specialize=["T"])
 def _logits(
     x_TD,
@@ -162,6 +166,7 @@ def _grad_parts(grad_TE, t, e, T, E: tl.constexpr, dtype: tl.constexpr):
     return high.to(dtype), middle.to(dtype)
 
 
+@Kernel
 @triton.jit(do_not_specialize=["T"])
 def _grad_x(
     grad_TE,
@@ -196,6 +201,7 @@ def _grad_x(
         tl.store(grad_x_TD + t[:, None] * D + d[None, :], grad_x.to(dtype), mask=(t < T)[:, None])
 
 
+@Kernel
 @triton.jit(do_not_specialize=["T"])
 def _grad_weight(
     grad_TE,

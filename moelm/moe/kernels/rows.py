@@ -13,6 +13,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from moelm.moe.kernels.launch import Kernel, cdiv, next_power_of_2
+
 BLOCK = 2048  # elements of a tile: 16 a thread of 4 warps, two 16-byte loads in bfloat16
 
 
@@ -23,9 +25,9 @@ def spread(x_TD: Tensor, row_of_choice_TK: Tensor) -> Tensor:
     """
     (T, D), K = x_TD.shape, row_of_choice_TK.shape[1]
     rows_RD = x_TD.new_empty(T * K, D)
-    block_d = min(BLOCK, triton.next_power_of_2(D))
+    block_d = min(BLOCK, next_power_of_2(D))
     block_t = BLOCK // block_d
-    grid = (triton.cdiv(T, block_t), triton.cdiv(D, block_d))
+    grid = cdiv(T, block_t), cdiv(D, block_d), 1
     _spread[grid](x_TD.contiguous(), row_of_choice_TK.contiguous(), rows_RD, T, K, D, block_t, block_d)
     return rows_RD
 
@@ -35,6 +37,7 @@ def spread_reference(x_TD: Tensor, row_of_choice_TK: Tensor) -> Tensor:
     return x_TD.index_select(0, token_of_row_R)
 
 
+@Kernel
 @triton.jit(do_not_specialize=["T"])
 def _spread(
     x_TD,
@@ -68,9 +71,9 @@ def gather_sum(
     """
     (T, K), D = row_of_choice_TK.shape, rows_RD.shape[1]
     y_TD = rows_RD.new_empty(T, D)
-    block_d = min(BLOCK // 2, triton.next_power_of_2(D))
+    block_d = min(BLOCK // 2, next_power_of_2(D))
     block_t = BLOCK // 2 // block_d
-    grid = (triton.cdiv(T, block_t), triton.cdiv(D, block_d))
+    grid = cdiv(T, block_t), cdiv(D, block_d), 1
     _gather_sum[grid](
         rows_RD.contiguous(),
         row_of_choice_TK.contiguous(),
@@ -103,6 +106,7 @@ def gather_sum_reference(
     return (y_TD if add_TD is None else y_TD + add_TD).to(rows_RD.dtype)
 
 
+@Kernel
 @triton.jit(do_not_specialize=["T"])
 def _gather_sum(
     rows_RD,
@@ -146,7 +150,7 @@ def swiglu(gate_up_RF: Tensor, offsets_E: Tensor) -> Tensor:
     R, F2 = gate_up_RF.shape
     h_RF = gate_up_RF.new_empty(R, F2 // 2)
     block_r, block_f = 8, 256  # of wider rows a power of two would leave more lanes idle
-    grid = (triton.cdiv(R, block_r), triton.cdiv(F2 // 2, block_f))
+    grid = cdiv(R, block_r), cdiv(F2 // 2, block_f), 1
     _swiglu[grid](gate_up_RF.contiguous(), offsets_E, h_RF, F2 // 2, offsets_E.numel(), block_r, block_f)
     return h_RF
 
@@ -156,6 +160,7 @@ def swiglu_reference(gate_up_RF: Tensor, offsets_E: Tensor) -> Tensor:
     return (F.silu(gate_RF) * up_RF).to(gate_up_RF.dtype)
 
 
+@Kernel
 @triton.jit
 def _swiglu(
     gate_up_RF, offsets_E, h_RF, F: tl.constexpr, E: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_F: tl.constexpr
@@ -189,7 +194,7 @@ def swiglu_backward(
     grad_gate_up_RF, gated_h_RF = gate_up_RF.new_empty(R, 2 * n_wide), grad_h_RF.new_empty(R, n_wide)
     grad_gates_TK = gates_TK.new_empty(gates_TK.shape, dtype=torch.float32)
     block_r, block_f = 4, 256
-    _swiglu_backward[(triton.cdiv(R, block_r),)](
+    _swiglu_backward[cdiv(R, block_r), 1, 1](
         grad_h_RF.contiguous(),
         gate_up_RF.contiguous(),
         gates_TK.contiguous(),
@@ -224,6 +229,7 @@ def swiglu_backward_reference(
     return grad_gate_up_RF.to(dtype), (gate_R1 * h_RF).to(dtype), grad_gates_TK
 
 
+@Kernel
 @triton.jit(do_not_specialize=["R"])
 def _swiglu_backward(
     grad_h_RF,

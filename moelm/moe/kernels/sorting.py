@@ -11,6 +11,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from moelm.moe.kernels.launch import Kernel, cdiv, next_power_of_2
+
 BLOCK = 1024  # choices a program
 SUMMED = 256  # blocks whose counts are summed at once
 
@@ -24,17 +26,18 @@ def sort_by_expert(expert_ids_TK: Tensor, n_experts: int) -> tuple[Tensor, Tenso
     24 R bytes (the ids are read twice), 12 bytes a block and expert; log^2(BLOCK) / 2 compare-and-swaps a choice.
     """
     ids_TK = expert_ids_TK.contiguous()
-    R, n_bins = ids_TK.numel(), triton.next_power_of_2(n_experts + 1)
-    n_blocks = max(1, triton.cdiv(R, BLOCK))  # one even without a choice: it writes the offsets
+    R, n_bins = ids_TK.numel(), next_power_of_2(n_experts + 1)
+    n_blocks = max(1, cdiv(R, BLOCK))  # one even without a choice: it writes the offsets
     row_of_choice_TK = torch.empty_like(ids_TK, dtype=torch.int32)
     choice_of_row_R = ids_TK.new_empty(R, dtype=torch.int32)
     offsets_E = ids_TK.new_empty(n_experts, dtype=torch.int32)
-    counts_bE, before_bE = ids_TK.new_empty(2, n_blocks, n_bins, dtype=torch.int32)
+    counts_bE = ids_TK.new_empty(n_blocks, n_bins, dtype=torch.int32)
+    before_bE = torch.empty_like(counts_bE)
     total_E = ids_TK.new_empty(n_bins, dtype=torch.int32)
-    _count[(n_blocks,)](ids_TK, counts_bE, R, n_experts, n_bins, BLOCK)
+    _count[n_blocks, 1, 1](ids_TK, counts_bE, R, n_experts, n_bins, BLOCK)
     block_e = min(16, n_bins)
-    _sum_blocks[(n_bins // block_e,)](counts_bE, before_bE, total_E, n_blocks, n_bins, block_e, SUMMED)
-    _place[(n_blocks,)](
+    _sum_blocks[n_bins // block_e, 1, 1](counts_bE, before_bE, total_E, n_blocks, n_bins, block_e, SUMMED)
+    _place[n_blocks, 1, 1](
         ids_TK, counts_bE, before_bE, total_E, row_of_choice_TK, choice_of_row_R, offsets_E, R, n_experts, n_bins, BLOCK
     )
     return row_of_choice_TK, choice_of_row_R, offsets_E
@@ -48,6 +51,7 @@ def sort_by_expert_reference(expert_ids_TK: Tensor, n_experts: int) -> tuple[Ten
     return row_of_choice_TK.int(), choice_of_row_R.int(), offsets_E.int()
 
 
+@Kernel
 @triton.jit(do_not_specialize=["R"])
 def _count(ids_R, counts_bE, R, n_experts: tl.constexpr, BINS: tl.constexpr, BLOCK: tl.constexpr):
     choice = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
@@ -55,6 +59,7 @@ def _count(ids_R, counts_bE, R, n_experts: tl.constexpr, BINS: tl.constexpr, BLO
     tl.store(counts_bE + tl.program_id(0) * BINS + tl.arange(0, BINS), tl.histogram(ids, BINS))
 
 
+@Kernel
 @triton.jit(do_not_specialize=["n_blocks"])
 def _sum_blocks(
     counts_bE, before_bE, total_E, n_blocks, BINS: tl.constexpr, BLOCK_E: tl.constexpr, BLOCK_B: tl.constexpr
@@ -74,6 +79,7 @@ def _sum_blocks(
     tl.store(total_E + e, total)
 
 
+@Kernel
 @triton.jit(do_not_specialize=["R"])
 def _place(
     ids_R,

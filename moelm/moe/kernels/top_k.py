@@ -7,6 +7,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from moelm.moe.kernels.launch import Kernel, cdiv, next_power_of_2
+
 
 def takes(n_experts: int, k: int) -> bool:
     """Whether a row fits into registers and K rounds over it are few."""
@@ -21,9 +23,9 @@ def top_k(scores_TE: Tensor, k: int) -> Tensor:
     """
     T, E = scores_TE.shape
     ids_TK = scores_TE.new_empty(T, k, dtype=torch.int64)
-    block_E = triton.next_power_of_2(E)
+    block_E = next_power_of_2(E)
     block_T = max(1, 2048 // block_E)
-    _top_k[(triton.cdiv(T, block_T),)](scores_TE.contiguous(), ids_TK, T, E, k, block_T, block_E, num_warps=4)
+    _top_k[cdiv(T, block_T), 1, 1](scores_TE.contiguous(), ids_TK, T, E, k, block_T, block_E, num_warps=4)
     return ids_TK
 
 
@@ -31,6 +33,7 @@ def top_k_reference(scores_TE: Tensor, k: int) -> Tensor:
     return scores_TE.sort(dim=-1, stable=True, descending=True).indices[:, :k]
 
 
+@Kernel
 @triton.jit(do_not_specialize=["T"])
 def _top_k(scores_TE, ids_TK, T, E: tl.constexpr, K: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_E: tl.constexpr):
     """Each score becomes an integer of its order, followed by its index from behind, so no two are equal."""
