@@ -70,7 +70,6 @@ def test_the_steps_are_free_of_logging_validation_and_saving(
 
 KERNELS = {
     "_rows_product": "expert products",
-    "_row_tiles": "expert products",
     "_weight_gradient": "expert products",
     "void cutlass::device_kernel<at::cuda::detail::enable_3x_kernel_for_sm9x<GemmUniversal<GroupProblemShape<": (
         "expert products"

@@ -43,10 +43,18 @@ class Case:
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_spread_copies_each_token_into_its_rows(case, dtype):
+@pytest.mark.parametrize("tile", [0, 4])  # 4: more tiles than blocks of tokens
+def test_spread_copies_each_token_into_its_rows_and_cuts_these_into_tiles(case, dtype, tile):
     x_TD = case.random(case.D, case.T, dtype=dtype).T  # strided, as a gradient may be
-    found_RD = rows.spread(x_TD, case.row_of_choice_TK)
-    assert torch.equal(found_RD, rows.spread_reference(x_TD, case.row_of_choice_TK))
+    inputs = x_TD, case.row_of_choice_TK, case.offsets_E, tile
+    (found_RD, tiles), (wanted_RD, wanted_tiles) = rows.spread(*inputs), rows.spread_reference(*inputs)
+    assert torch.equal(found_RD, wanted_RD)
+    if tile:
+        assert torch.equal(tiles[:, 0], wanted_tiles[:, 0])
+        used = tiles[:, 0] >= 0
+        assert torch.equal(tiles[used], wanted_tiles[used])
+    else:
+        assert tiles is wanted_tiles is None
 
 
 @pytest.mark.parametrize("dtype", DTYPES)

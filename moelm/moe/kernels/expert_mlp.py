@@ -13,7 +13,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from moelm.moe.kernels.products import product, row_tiles, up_product, weight_gradient
+from moelm.moe.kernels.products import product, tile_rows, up_product, weight_gradient
 from moelm.moe.kernels.rows import (
     gather_sum,
     gather_sum_reference,
@@ -38,8 +38,7 @@ def forward(
     6 R D F operations. Elements moved, without the weights: T D + R D to spread the tokens, R D + 3 R F by the first
     product, R F + R D by the second, R D + T D by the sum over a token's rows.
     """
-    rows_RD = spread(x_TD, row_of_choice_TK)
-    tiles = row_tiles(rows_RD, offsets_E)
+    rows_RD, tiles = spread(x_TD, row_of_choice_TK, offsets_E, tile_rows(x_TD))
     gate_up_R2F, h_RF = up_product(rows_RD, gate_up_EDF, offsets_E, tiles)
     rows_RD = product(h_RF, down_EFD, offsets_E, tiles)
     return gather_sum(rows_RD, row_of_choice_TK, offsets_E, gates_TK), gate_up_R2F
@@ -67,15 +66,16 @@ def backward(
     product, 6 R F by SwiGLU, T D + R D to spread x again, 2 R D + 3 R F and (in `dtype`) 3 E D F by the gradients of
     the weights, 2 R F + R D by the last product, R D + T D by the sum.
     """
-    grad_rows_RD = spread(grad_y_TD, row_of_choice_TK)
-    tiles = row_tiles(grad_rows_RD, offsets_E)
+    grad_rows_RD, tiles = spread(grad_y_TD, row_of_choice_TK, offsets_E, tile_rows(x_TD))
     grad_h_RF = product(grad_rows_RD, down_EFD, offsets_E, tiles, transposed=True)
     grad_gate_up_R2F, gated_h_RF, grad_gates_TK = swiglu_backward(
         grad_h_RF, gate_up_R2F, gates_TK, choice_of_row_R, offsets_E
     )
     grad_down_EFD = weight_gradient(gated_h_RF, grad_rows_RD, offsets_E, tiles, dtype)
     del grad_h_RF, gated_h_RF, grad_rows_RD  # before others of their size are made
-    grad_gate_up_EDF = weight_gradient(spread(x_TD, row_of_choice_TK), grad_gate_up_R2F, offsets_E, tiles, dtype)
+    rows_RD, _ = spread(x_TD, row_of_choice_TK)
+    grad_gate_up_EDF = weight_gradient(rows_RD, grad_gate_up_R2F, offsets_E, tiles, dtype)
+    del rows_RD
     grad_rows_RD = product(grad_gate_up_R2F, gate_up_EDF, offsets_E, tiles, transposed=True)
     return gather_sum(grad_rows_RD, row_of_choice_TK, offsets_E), grad_gates_TK, grad_gate_up_EDF, grad_down_EFD
 

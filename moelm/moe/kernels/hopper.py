@@ -27,9 +27,10 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
 from moelm.moe.kernels.launch import Kernel, cdiv
+from moelm.moe.kernels.products import ROWS
 
-ROWS = 128  # of a tile: 64 for each group of warps
 COLUMNS = 256  # of a tile, in SwiGLU 128 of the gate and as many of up
+assert ROWS == 128  # 64 for each group of warps
 DEPTH = 64  # summed at a time
 STAGES = 4  # tiles in flight: 4 x 48 KiB of the 227 that a block may have
 GROUP = 16  # row tiles that go through all columns together, so that both operands stay in L2

@@ -12,13 +12,13 @@ from types import ModuleType
 import torch
 import torch.nn.functional as F
 import triton
-import triton.language as tl
 from torch import Tensor
 
-from moelm.moe.kernels.launch import Kernel, next_power_of_2
 from moelm.moe.kernels.rows import swiglu
 
 log = logging.getLogger(__name__)
+
+ROWS = 128  # of a tile of `hopper.py`
 
 
 def up_product(rows_RD: Tensor, gate_up_EDF: Tensor, offsets_E: Tensor, tiles: Tensor | None) -> tuple[Tensor, Tensor]:
@@ -53,19 +53,9 @@ def weight_gradient(a_RM: Tensor, b_RN: Tensor, offsets_E: Tensor, tiles: Tensor
     return grad_EMN.to(dtype)
 
 
-def row_tiles(rows_RD: Tensor, offsets_E: Tensor) -> Tensor | None:
-    """The tiles of rows that the products of `hopper.py` go through; None where torch's are used.
-
-    int32 [n, 3]: expert, first row and end of the expert's rows; expert -1 for a tile without rows. As many as R rows
-    can need whatever the load, which the host does not know.
-    """
-    R, E = rows_RD.shape[0], offsets_E.numel()
-    if rows_RD.dtype != torch.bfloat16 or R == 0 or not (rows_RD.is_cuda and _hopper_works(rows_RD.device)):
-        return None
-    block = _hopper().ROWS
-    tiles = offsets_E.new_empty(min(R, R // block + E), 3)
-    _row_tiles[tiles.shape[0], 1, 1](offsets_E, tiles, E, next_power_of_2(E), block)
-    return tiles
+def tile_rows(x: Tensor) -> int:
+    """How many rows a tile of `spread` has, if the products of `hopper.py` are used for rows like `x`; else 0."""
+    return ROWS if x.dtype == torch.bfloat16 and x.is_cuda and x.numel() and _hopper_works(x.device) else 0
 
 
 def _hopper() -> ModuleType:
@@ -103,20 +93,3 @@ def _hopper_works(device: torch.device) -> bool:
         )
         return False
     return True
-
-
-@Kernel
-@triton.jit
-def _row_tiles(offsets_E, tiles_N3, E, EXPERTS: tl.constexpr, BLOCK: tl.constexpr):
-    tile = tl.program_id(0)
-    e = tl.arange(0, EXPERTS)
-    end = tl.load(offsets_E + e, mask=e < E, other=0)
-    start = tl.load(offsets_E + e - 1, mask=(e > 0) & (e < E), other=0)
-    n = tl.where(e < E, tl.cdiv(end - start, BLOCK), 0)
-    last = tl.cumsum(n, 0)
-    expert = tl.sum((last <= tile).to(tl.int32))
-    row = tl.sum(tl.where(e == expert, start + (tile - last + n) * BLOCK, 0))
-    stop = tl.sum(tl.where(e == expert, end, 0))
-    tl.store(tiles_N3 + 3 * tile, tl.where(expert < E, expert, -1))
-    tl.store(tiles_N3 + 3 * tile + 1, row)
-    tl.store(tiles_N3 + 3 * tile + 2, stop)
