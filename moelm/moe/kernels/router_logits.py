@@ -29,45 +29,49 @@ def takes(x_TD: Tensor) -> bool:
     return x_TD.shape[1] % WIDTH_MULTIPLE == 0 and _shared_memory(x_TD.device) >= LITTLE
 
 
-def router_logits(x_TD: Tensor, weight_ED: Tensor) -> Tensor:
-    """float32 [T, E] = x W^T for bf16 x (or float32 that holds bf16 values) and float32 W.
+def router_logits(x_TD: Tensor, weight_ED: Tensor) -> tuple[Tensor, Tensor]:
+    """(float32 [T, E] = x W^T, the parts of W) for bf16 x (or float32 that holds bf16 values) and float32 W.
+
+    The parts, high, middle and low, are [3, E', D] in x's dtype, with E' >= E rows.
 
     2 T D + 4 T E bytes, and 6 E D for each block of tokens from the cache; 6 T D E operations.
     """
     T, D = x_TD.shape
     E = weight_ED.shape[0]
     block_E, stages = _block_of_experts(x_TD, E), _stages(x_TD)
-    x_TD, parts_3ED = x_TD.contiguous(), _split_weight(x_TD, weight_ED, block_E)
+    x_TD, parts_3ED = x_TD.contiguous(), _split_weight(x_TD, weight_ED)
     logits_TE = x_TD.new_empty(T, E, dtype=torch.float32)
     _logits[parts_3ED.shape[1] // block_E, cdiv(T, 128), 1](
         x_TD, parts_3ED, logits_TE, T, E, D, 128, block_E, BLOCK_D, num_warps=8, num_stages=stages
     )
-    return logits_TE
+    return logits_TE, parts_3ED
 
 
-def router_logits_reference(x_TD: Tensor, weight_ED: Tensor) -> Tensor:
-    return torch.nn.functional.linear(x_TD.float(), weight_ED)
+def router_logits_reference(x_TD: Tensor, weight_ED: Tensor) -> tuple[Tensor, Tensor]:
+    high_ED = weight_ED.bfloat16().float()
+    middle_ED = (weight_ED - high_ED).bfloat16().float()
+    parts_3ED = torch.stack([high_ED, middle_ED, weight_ED - high_ED - middle_ED])
+    return torch.nn.functional.linear(x_TD.float(), weight_ED), parts_3ED.to(x_TD.dtype)
 
 
-def router_logits_backward(grad_TE: Tensor, x_TD: Tensor, weight_ED: Tensor) -> tuple[Tensor, Tensor]:
-    """(grad_x in x's dtype = grad W, grad_W float32 = grad^T x) from a float32 gradient.
+def router_logits_backward(grad_TE: Tensor, x_TD: Tensor, parts_3ED: Tensor) -> tuple[Tensor, Tensor]:
+    """(grad_x in x's dtype = grad W, grad_W float32 = grad^T x) from a float32 gradient and the parts of W.
 
     grad_x takes two parts of either factor and leaves low x low out: an error of 2^-17, a 256th of its rounding to
     bf16. grad_W takes three parts, as forward, and its chunks of tokens are added in order.
     4 T D + 8 T E bytes, and 4 T E for each 128 of D and 4 E D for each block of tokens from the cache; 12 T D E
     operations.
     """
-    T, D = x_TD.shape
-    E = weight_ED.shape[0]
+    (T, D), E = x_TD.shape, grad_TE.shape[1]
     block_E, stages = _block_of_experts(x_TD, E), _stages(x_TD)
-    grad_TE, x_TD, parts_3ED = grad_TE.contiguous(), x_TD.contiguous(), _split_weight(x_TD, weight_ED, block_E)
+    grad_TE, x_TD = grad_TE.contiguous(), x_TD.contiguous()
     n_padded = parts_3ED.shape[1]
     grad_x_TD = x_TD.new_empty(T, D)
     _grad_x[cdiv(T, 128), 1, 1](
         grad_TE, parts_3ED, grad_x_TD, T, E, n_padded, D, 128, block_E, 64, num_warps=8, num_stages=2
     )
     chunk_T = max(CHUNK_T, next_power_of_2(cdiv(T, MAX_CHUNKS)))
-    sums_cED = weight_ED.new_empty(cdiv(T, chunk_T), E, D)
+    sums_cED = grad_TE.new_empty(cdiv(T, chunk_T), E, D)
     warps = 8 if block_E == 128 else 4
     _grad_weight[D // 128, n_padded // block_E, sums_cED.shape[0]](
         grad_TE, x_TD, sums_cED, T, E, D, chunk_T, BLOCK_T, block_E, 128, num_warps=warps, num_stages=stages
@@ -75,7 +79,8 @@ def router_logits_backward(grad_TE: Tensor, x_TD: Tensor, weight_ED: Tensor) -> 
     return grad_x_TD, sums_cED.sum(0)
 
 
-def router_logits_backward_reference(grad_TE: Tensor, x_TD: Tensor, weight_ED: Tensor) -> tuple[Tensor, Tensor]:
+def router_logits_backward_reference(grad_TE: Tensor, x_TD: Tensor, parts_3ED: Tensor) -> tuple[Tensor, Tensor]:
+    weight_ED = parts_3ED[:, : grad_TE.shape[1]].float().sum(0)
     return (grad_TE @ weight_ED).to(x_TD.dtype), grad_TE.T @ x_TD.float()
 
 
@@ -88,6 +93,11 @@ def _shared_memory(device: torch.device) -> int:
     return int(getattr(properties, "shared_memory_per_block_optin", 0)) if properties.major >= 8 else 0
 
 
+def empty_parts(x_TD: Tensor, n_experts: int) -> Tensor:
+    block_E = _block_of_experts(x_TD, n_experts)
+    return x_TD.new_empty(3, cdiv(n_experts, block_E) * block_E, x_TD.shape[1])
+
+
 def _block_of_experts(x_TD: Tensor, n_experts: int) -> int:
     largest = 128 if _shared_memory(x_TD.device) >= ENOUGH else 64
     return min(largest, max(16, 1 << (n_experts - 1).bit_length()))
@@ -97,12 +107,11 @@ def _stages(x_TD: Tensor) -> int:
     return 3 if _shared_memory(x_TD.device) >= ENOUGH else 2
 
 
-def _split_weight(x_TD: Tensor, weight_ED: Tensor, block_E: int) -> Tensor:
+def _split_weight(x_TD: Tensor, weight_ED: Tensor) -> Tensor:
     """[3, E', D] in x's dtype: high, middle and low parts; rows of zeros fill the last block of experts."""
-    E, D = weight_ED.shape
-    parts_3ED = x_TD.new_empty(3, cdiv(E, block_E) * block_E, D)
-    n_all = parts_3ED[0].numel()
-    _write_parts[cdiv(n_all, 512), 1, 1](weight_ED.contiguous(), parts_3ED, E * D, n_all, 512)
+    parts_3ED = empty_parts(x_TD, weight_ED.shape[0])
+    n_all = parts_3ED.numel() // 3
+    _write_parts[cdiv(n_all, 512), 1, 1](weight_ED.contiguous(), parts_3ED, weight_ED.numel(), n_all, 512)
     return parts_3ED
 
 

@@ -28,30 +28,40 @@ def float32_linear(x_TD: Tensor, weight_ED: Tensor) -> Tensor:
     return F.linear(x_TD.float(), weight_ED.float())
 
 
-@op("moelm::router_logits", fake=lambda x_TD, W_ED: W_ED.new_empty(x_TD.shape[0], W_ED.shape[0]))
-def _router_logits(x_TD: Tensor, weight_ED: Tensor) -> Tensor:
+def _empty_logits(x_TD: Tensor, weight_ED: Tensor) -> tuple[Tensor, Tensor]:
+    E = weight_ED.shape[0]
+    parts = kernel.empty_parts(x_TD, E) if kernel_takes(x_TD) else weight_ED.new_empty(weight_ED.shape)
+    return weight_ED.new_empty(x_TD.shape[0], E), parts
+
+
+@op("moelm::router_logits", fake=_empty_logits)
+def _router_logits(x_TD: Tensor, weight_ED: Tensor) -> tuple[Tensor, Tensor]:
+    """(float32 [T, E], W as backward multiplies by it: the kernel's parts, or a copy)."""
     if kernel_takes(x_TD):
         return kernel.router_logits(x_TD, weight_ED)
-    return F.linear(x_TD.float(), weight_ED)
+    return F.linear(x_TD.float(), weight_ED), weight_ED.clone()
 
 
-@op(
-    "moelm::router_logits_backward", fake=lambda _, x_TD, W_ED: (x_TD.new_empty(x_TD.shape), W_ED.new_empty(W_ED.shape))
-)
-def _router_logits_backward(grad_TE: Tensor, x_TD: Tensor, weight_ED: Tensor) -> tuple[Tensor, Tensor]:
-    """(grad W in bf16, grad^T x in float32)."""
+def _empty_gradients(grad_TE: Tensor, x_TD: Tensor, parts: Tensor) -> tuple[Tensor, Tensor]:
+    return x_TD.new_empty(x_TD.shape), grad_TE.new_empty(grad_TE.shape[1], x_TD.shape[1])
+
+
+@op("moelm::router_logits_backward", fake=_empty_gradients)
+def _router_logits_backward(grad_TE: Tensor, x_TD: Tensor, parts: Tensor) -> tuple[Tensor, Tensor]:
+    """(grad W in x's dtype, grad^T x in float32)."""
     if kernel_takes(x_TD):
-        return kernel.router_logits_backward(grad_TE, x_TD, weight_ED)
-    return (grad_TE @ weight_ED).to(x_TD.dtype), grad_TE.T @ x_TD.float()
+        return kernel.router_logits_backward(grad_TE, x_TD, parts)
+    return (grad_TE @ parts).to(x_TD.dtype), grad_TE.T @ x_TD.float()
 
 
 class _RouterLogits(torch.autograd.Function):
-    """float32 [T, E] = x W^T of bf16 x and float32 W. Backward keeps these two and nothing else."""
+    """float32 [T, E] = x W^T of bf16 x and float32 W. Backward keeps x, which others keep too, and a copy of W."""
 
     @staticmethod
     def forward(ctx: Any, x_TD: Tensor, weight_ED: Tensor) -> Tensor:
-        ctx.save_for_backward(x_TD, weight_ED)
-        return _router_logits(x_TD, weight_ED)
+        logits_TE, parts = _router_logits(x_TD, weight_ED)
+        ctx.save_for_backward(x_TD, parts)
+        return logits_TE
 
     @staticmethod
     @once_differentiable
