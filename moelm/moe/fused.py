@@ -11,7 +11,11 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from moelm.moe.kernels import HAS_TRITON
 from moelm.moe.ops import op
+
+if HAS_TRITON:
+    from moelm.moe.kernels import expert_mlp as kernels
 
 
 def _empty_results(x_TD: Tensor, *others: Tensor) -> tuple[Tensor, Tensor]:
@@ -30,8 +34,6 @@ def _expert_mlp(
     down_EFD: Tensor,
 ) -> tuple[Tensor, Tensor]:
     """(y [T, D], gate_up [R, 2F], which backward needs), in the dtype of x and of both weights."""
-    from moelm.moe.kernels import expert_mlp as kernels  # here, since triton need not be installed
-
     return kernels.forward(x_TD, gates_TK, row_of_choice_TK, choice_of_row_R, offsets_E, gate_up_EDF, down_EFD)
 
 
@@ -57,8 +59,6 @@ def _expert_mlp_backward(
     dtype: torch.dtype,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Gradients of x, gates, and of both weights in `dtype`."""
-    from moelm.moe.kernels import expert_mlp as kernels
-
     permutation = row_of_choice_TK, choice_of_row_R, offsets_E
     return kernels.backward(grad_y_TD, x_TD, gates_TK, *permutation, gate_up_EDF, down_EFD, gate_up_R2F, dtype)
 

@@ -18,6 +18,9 @@ from moelm.moe.kernels import HAS_TRITON
 from moelm.moe.ops import op
 from moelm.moe.types import ExpertChoice, Routing, TokenChoice
 
+if HAS_TRITON:
+    from moelm.moe.kernels import sorting
+
 
 @dataclass
 class DroplessConfig(DispatchConfig):
@@ -58,8 +61,6 @@ def _empty_permutation(expert_ids_TK: Tensor, n_experts: int) -> tuple[Tensor, T
 @op("moelm::counting_sort", fake=_empty_permutation)
 def counting_sort(expert_ids_TK: Tensor, n_experts: int) -> tuple[Tensor, Tensor, Tensor]:
     """The same in three kernels without atomics."""
-    from moelm.moe.kernels import sorting  # here, since triton need not be installed
-
     return sorting.sort_by_expert(expert_ids_TK, n_experts)
 
 

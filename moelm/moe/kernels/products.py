@@ -58,6 +58,7 @@ def tile_rows(x: Tensor) -> int:
     return ROWS if x.dtype == torch.bfloat16 and x.is_cuda and x.numel() and _hopper_works(x.device) else 0
 
 
+@cache
 def _hopper() -> ModuleType:
     from moelm.moe.kernels import hopper  # here, since other Tritons may lack what it imports
 
