@@ -1,0 +1,707 @@
+"""The grouped products on Hopper GPUs: what `products.py` uses there.
+
+One warp of a block fetches tiles by the bulk copy engine, two groups of four warps multiply, and each block goes on to
+its next tile while the last one is being stored. The tensor cores then work 65 to 75 % of the time, more than in
+torch's grouped product, since results reach memory in whole cache lines and the gradients of the weights come out in
+float32 at no cost. Everything is summed in one order: the same bits every time.
+
+Sizes: rows [R, K] and weights [E, ...] in bfloat16, contiguous, widths a multiple of 8 (16 bytes for the copy engine).
+Written in Gluon, the part of Triton in which layouts and barriers are explicit; it has no interpreter.
+"""
+
+from __future__ import annotations
+
+from functools import cache
+
+import torch
+import triton
+from torch import Tensor
+from triton.experimental import gluon
+from triton.experimental.gluon import language as gl
+from triton.experimental.gluon.language.nvidia.ampere import async_copy
+from triton.experimental.gluon.language.nvidia.hopper import (
+    fence_async_shared,
+    mbarrier,
+    tma,
+    warpgroup_mma,
+    warpgroup_mma_wait,
+)
+from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
+
+ROWS = 128  # of a tile: 64 for each group of warps
+COLUMNS = 256  # of a tile, in SwiGLU 128 of the gate and as many of up
+DEPTH = 64  # summed at a time
+STAGES = 4  # tiles in flight: 4 x 48 KiB of the 227 that a block may have
+GROUP = 16  # row tiles that go through all columns together, so that both operands stay in L2
+OPTIONS = {"num_warps": 4, "maxnreg": 168}  # 65,536 registers for 12 warps; 240 a thread where products are summed
+
+load = getattr(tma, "async_load", None) or tma.async_copy_global_to_shared  # its name from Triton 3.8 on, and before
+
+
+@gluon.jit
+def _tile(index, tiles_ptr, n_row_tiles, n_columns: gl.constexpr, GROUP: gl.constexpr):
+    """Expert, first row, end of the expert's rows and column block of a tile; expert -1 for none."""
+    first = index // (GROUP * n_columns) * GROUP
+    size = gl.minimum(n_row_tiles - first, GROUP)
+    index = index % (GROUP * n_columns)
+    at = tiles_ptr + 3 * (first + index % size)
+    return gl.load(at), gl.load(at + 1), gl.load(at + 2), index // size
+
+
+@gluon.jit
+def _fetch_rows(
+    rows_desc,
+    weights_desc,
+    rows,
+    weights,
+    full,
+    empty,
+    tiles_ptr,
+    n_row_tiles,
+    K: gl.constexpr,
+    N: gl.constexpr,
+    PER_EXPERT: gl.constexpr,
+    SWIGLU: gl.constexpr,
+    TRANSPOSED: gl.constexpr,
+    BN: gl.constexpr,
+    BK: gl.constexpr,
+    STAGES: gl.constexpr,
+    GROUP: gl.constexpr,
+    BYTES: gl.constexpr,
+):
+    n_columns: gl.constexpr = (N + BN - 1) // BN
+    stage = 0
+    phase = 1
+    for index in range(gl.program_id(0), n_row_tiles * n_columns, gl.num_programs(0)):
+        expert, row, _, column = _tile(index, tiles_ptr, n_row_tiles, n_columns, GROUP)
+        if expert >= 0:
+            for k in range(0, K, BK):
+                mbarrier.wait(empty.index(stage), phase)
+                barrier = full.index(stage)
+                mbarrier.expect(barrier, BYTES)
+                load(rows_desc, [row, k], barrier, rows.index(2 * stage))
+                load(rows_desc, [row + 64, k], barrier, rows.index(2 * stage + 1))
+                if SWIGLU:
+                    load(weights_desc, [expert * PER_EXPERT + k, column * BN], barrier, weights.index(2 * stage))
+                    load(
+                        weights_desc, [expert * PER_EXPERT + k, N + column * BN], barrier, weights.index(2 * stage + 1)
+                    )
+                elif TRANSPOSED:
+                    load(weights_desc, [expert * PER_EXPERT + column * BN, k], barrier, weights.index(stage))
+                else:
+                    load(weights_desc, [expert * PER_EXPERT + k, column * BN], barrier, weights.index(stage))
+                stage += 1
+                if stage == STAGES:
+                    stage = 0
+                    phase ^= 1
+
+
+@gluon.jit
+def _gather_rows(
+    x_ptr, weights_desc, rows, weights, full, empty, tiles_ptr, choice_ptr, n_row_tiles,
+    TOP_K: gl.constexpr, K: gl.constexpr, N: gl.constexpr, PER_EXPERT: gl.constexpr, SWIGLU: gl.constexpr, TRANSPOSED: gl.constexpr,
+    BN: gl.constexpr, BK: gl.constexpr, STAGES: gl.constexpr, GROUP: gl.constexpr, BYTES: gl.constexpr,
+):
+    """As `_fetch_rows`, for rows that are found by token: four warps copy them, 16 bytes a thread at a time."""
+    n_columns: gl.constexpr = (N + BN - 1) // BN
+    lines: gl.constexpr = gl.BlockedLayout([1, 8], [4, 8], [4, 1], [1, 0])
+    r = gl.arange(0, 64, gl.SliceLayout(1, lines))
+    c = gl.arange(0, BK, gl.SliceLayout(0, lines))[None, :]
+    stage = 0
+    phase = 1
+    for index in range(gl.program_id(0), n_row_tiles * n_columns, gl.num_programs(0)):
+        expert, row, stop, column = _tile(index, tiles_ptr, n_row_tiles, n_columns, GROUP)
+        if expert >= 0:
+            upper = gl.load(choice_ptr + row + r, mask=row + r < stop, other=0) // TOP_K
+            lower = gl.load(choice_ptr + row + 64 + r, mask=row + 64 + r < stop, other=0) // TOP_K
+            upper_ptrs = x_ptr + upper.to(gl.int64)[:, None] * K + c
+            lower_ptrs = x_ptr + lower.to(gl.int64)[:, None] * K + c
+            for k in range(0, K, BK):
+                mbarrier.wait(empty.index(stage), phase)
+                barrier = full.index(stage)
+                if K % BK == 0:
+                    async_copy.async_copy_global_to_shared(rows.index(2 * stage), upper_ptrs + k)
+                    async_copy.async_copy_global_to_shared(rows.index(2 * stage + 1), lower_ptrs + k)
+                else:
+                    async_copy.async_copy_global_to_shared(rows.index(2 * stage), upper_ptrs + k, mask=k + c < K)
+                    async_copy.async_copy_global_to_shared(rows.index(2 * stage + 1), lower_ptrs + k, mask=k + c < K)
+                async_copy.mbarrier_arrive(barrier, increment_count=False)
+                mbarrier.expect(barrier, BYTES)
+                if SWIGLU:
+                    load(weights_desc, [expert * PER_EXPERT + k, column * BN], barrier, weights.index(2 * stage))
+                    load(weights_desc, [expert * PER_EXPERT + k, N + column * BN], barrier, weights.index(2 * stage + 1))
+                elif TRANSPOSED:
+                    load(weights_desc, [expert * PER_EXPERT + column * BN, k], barrier, weights.index(stage))
+                else:
+                    load(weights_desc, [expert * PER_EXPERT + k, column * BN], barrier, weights.index(stage))
+                stage += 1
+                if stage == STAGES:
+                    stage = 0
+                    phase ^= 1
+
+
+@gluon.jit
+def _store(out_ptr, tile, row, stop, column, N: gl.constexpr, STRIDE: gl.constexpr):
+    """A [64, W] tile, in whole cache lines: as the tensor cores leave it, a thread has four bytes of a row."""
+    W: gl.constexpr = tile.shape[1]
+    lines: gl.constexpr = gl.BlockedLayout([1, 8], [256 // W, W // 8], [4, 1], [1, 0])
+    tile = gl.convert_layout(tile, lines)
+    i = gl.arange(0, 64, gl.SliceLayout(1, lines))[:, None]
+    j = gl.arange(0, W, gl.SliceLayout(0, lines))[None, :]
+    at = out_ptr + row.to(gl.int64) * STRIDE + column + (i * STRIDE + j)
+    gl.store(at, tile, mask=(row + i < stop) & (column + j < N))
+
+
+@gluon.jit
+def _multiply_rows(
+    HALF: gl.constexpr,
+    rows,
+    weights,
+    full,
+    empty,
+    tiles_ptr,
+    n_row_tiles,
+    out_ptr,
+    hidden_ptr,
+    K: gl.constexpr,
+    N: gl.constexpr,
+    SWIGLU: gl.constexpr,
+    TRANSPOSED: gl.constexpr,
+    BN: gl.constexpr,
+    BK: gl.constexpr,
+    STAGES: gl.constexpr,
+    GROUP: gl.constexpr,
+):
+    n_columns: gl.constexpr = (N + BN - 1) // BN
+    layout: gl.constexpr = gl.NVMMADistributedLayout(version=[3, 0], warps_per_cta=[4, 1], instr_shape=[16, BN, 16])
+    stage = 0
+    phase = 0
+    for index in range(gl.program_id(0), n_row_tiles * n_columns, gl.num_programs(0)):
+        expert, row, stop, column = _tile(index, tiles_ptr, n_row_tiles, n_columns, GROUP)
+        if expert >= 0:
+            acc = gl.zeros([64, BN], gl.float32, layout)
+            acc_up = gl.zeros([64, BN], gl.float32, layout)
+            for k in range(0, K, BK):
+                mbarrier.wait(full.index(stage), phase)
+                fence_async_shared()  # what threads copied, for the tensor cores
+                a = rows.index(2 * stage + HALF)
+                if SWIGLU:
+                    acc = warpgroup_mma(a, weights.index(2 * stage), acc, is_async=True)
+                    acc_up = warpgroup_mma(a, weights.index(2 * stage + 1), acc_up, is_async=True)
+                    acc, acc_up = warpgroup_mma_wait(2, deps=[acc, acc_up])
+                elif TRANSPOSED:
+                    acc = warpgroup_mma(a, weights.index(stage).permute((1, 0)), acc, is_async=True)
+                    acc = warpgroup_mma_wait(1, deps=[acc])
+                else:
+                    acc = warpgroup_mma(a, weights.index(stage), acc, is_async=True)
+                    acc = warpgroup_mma_wait(1, deps=[acc])
+                # one product stays in flight, so it is the stage before whose tiles have been read
+                mbarrier.arrive(empty.index((stage + STAGES - 1) % STAGES), pred=k > 0)
+                stage += 1
+                if stage == STAGES:
+                    stage = 0
+                    phase ^= 1
+            if SWIGLU:
+                acc, acc_up = warpgroup_mma_wait(0, deps=[acc, acc_up])
+            else:
+                acc = warpgroup_mma_wait(0, deps=[acc])
+            mbarrier.arrive(empty.index((stage + STAGES - 1) % STAGES))
+            row += 64 * HALF
+            if SWIGLU:
+                gate16 = acc.to(gl.bfloat16)
+                up16 = acc_up.to(gl.bfloat16)
+                gate = gate16.to(gl.float32)  # as backward will find it
+                hidden = gate / (1 + gl.exp(-gate)) * up16.to(gl.float32)
+                _store(out_ptr, gate16, row, stop, column * BN, N, 2 * N)
+                _store(out_ptr + N, up16, row, stop, column * BN, N, 2 * N)
+                _store(hidden_ptr, hidden.to(gl.bfloat16), row, stop, column * BN, N, N)
+            else:  # in two halves: their way through shared memory then leaves room for the stages
+                tile = acc.to(gl.bfloat16).reshape(64, 2, BN // 2).permute(0, 2, 1)
+                left, right = tile.split()
+                _store(out_ptr, left, row, stop, column * BN, N, N)
+                _store(out_ptr, right, row, stop, column * BN + BN // 2, N, N)
+
+
+@gluon.jit(do_not_specialize=["n_row_tiles"])
+def _gathered_product(
+    x_ptr,
+    choice_ptr,
+    weights_desc,
+    out_ptr,
+    hidden_ptr,
+    tiles_ptr,
+    n_row_tiles,
+    TOP_K: gl.constexpr,
+    BK: gl.constexpr,
+    PRODUCER: gl.constexpr,
+    ROWS_LAYOUT: gl.constexpr,
+    K: gl.constexpr,
+    N: gl.constexpr,
+    PER_EXPERT: gl.constexpr,
+    SWIGLU: gl.constexpr,
+    TRANSPOSED: gl.constexpr,
+    BN: gl.constexpr,
+    STAGES: gl.constexpr,
+    GROUP: gl.constexpr,
+):
+    EACH: gl.constexpr = 2 if SWIGLU else 1
+    rows = gl.allocate_shared_memory(weights_desc.dtype, [STAGES * 2, 64, BK], ROWS_LAYOUT)
+    DOWN: gl.constexpr = weights_desc.block_type.shape[0]
+    ACROSS: gl.constexpr = weights_desc.block_type.shape[1]
+    weights = gl.allocate_shared_memory(weights_desc.dtype, [STAGES * EACH, DOWN, ACROSS], weights_desc.layout)
+    full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
+    empty = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
+    for i in gl.static_range(STAGES):
+        mbarrier.init(full.index(i), count=129)
+        mbarrier.init(empty.index(i), count=2)
+    BYTES: gl.constexpr = EACH * weights_desc.block_type.nbytes
+    # fmt: off
+    gl.warp_specialize([
+        (_multiply_rows, (0, rows, weights, full, empty, tiles_ptr, n_row_tiles, out_ptr, hidden_ptr,
+                          K, N, SWIGLU, TRANSPOSED, BN, BK, STAGES, GROUP)),
+        (_multiply_rows, (1, rows, weights, full, empty, tiles_ptr, n_row_tiles, out_ptr, hidden_ptr,
+                          K, N, SWIGLU, TRANSPOSED, BN, BK, STAGES, GROUP)),
+        (_gather_rows, (x_ptr, weights_desc, rows, weights, full, empty, tiles_ptr, choice_ptr, n_row_tiles, TOP_K,
+                       K, N, PER_EXPERT, SWIGLU, TRANSPOSED, BN, BK, STAGES, GROUP, BYTES)),
+    ], [4, 4], [PRODUCER, 64])
+    # fmt: on
+
+
+@gluon.jit
+def _gradient_tile(index, offsets_ptr, n_m: gl.constexpr, n_n: gl.constexpr):
+    """Expert, first and last row of it, and the tile of its matrix."""
+    expert = index // (n_m * n_n)
+    index = index % (n_m * n_n)
+    begin = gl.load(offsets_ptr + expert - 1, mask=expert > 0, other=0)
+    return expert, begin, gl.load(offsets_ptr + expert), index % n_m, index // n_m
+
+
+@gluon.jit
+def _fetch_pairs(
+    a_desc,
+    b_desc,
+    a,
+    b,
+    full,
+    empty,
+    offsets_ptr,
+    E,
+    n_m: gl.constexpr,
+    n_n: gl.constexpr,
+    BN: gl.constexpr,
+    BK: gl.constexpr,
+    STAGES: gl.constexpr,
+    BYTES: gl.constexpr,
+):
+    stage = 0
+    phase = 1
+    for index in range(gl.program_id(0), E * n_m * n_n, gl.num_programs(0)):
+        _, begin, end, m, n = _gradient_tile(index, offsets_ptr, n_m, n_n)
+        for row in range(begin, end, BK):
+            mbarrier.wait(empty.index(stage), phase)
+            barrier = full.index(stage)
+            mbarrier.expect(barrier, BYTES)
+            load(a_desc, [row, m * 128], barrier, a.index(2 * stage))
+            load(a_desc, [row, m * 128 + 64], barrier, a.index(2 * stage + 1))
+            load(b_desc, [row, n * BN], barrier, b.index(stage))
+            stage += 1
+            if stage == STAGES:
+                stage = 0
+                phase ^= 1
+
+
+@gluon.jit
+def _multiply_pairs(
+    HALF: gl.constexpr,
+    a,
+    b,
+    full,
+    empty,
+    offsets_ptr,
+    out_ptr,
+    E,
+    M: gl.constexpr,
+    N: gl.constexpr,
+    n_m: gl.constexpr,
+    n_n: gl.constexpr,
+    BN: gl.constexpr,
+    BK: gl.constexpr,
+    STAGES: gl.constexpr,
+):
+    layout: gl.constexpr = gl.NVMMADistributedLayout(version=[3, 0], warps_per_cta=[4, 1], instr_shape=[16, BN, 16])
+    lines: gl.constexpr = gl.BlockedLayout([1, 8], [4, 8], [4, 1], [1, 0])
+    stage = 0
+    phase = 0
+    for index in range(gl.program_id(0), E * n_m * n_n, gl.num_programs(0)):
+        expert, begin, end, m, n = _gradient_tile(index, offsets_ptr, n_m, n_n)
+        acc = gl.zeros([64, BN], gl.float32, layout)
+        for row in range(begin, end, BK):
+            mbarrier.wait(full.index(stage), phase)
+            a_tile = a.index(2 * stage + HALF)
+            if row + BK > end:  # what follows are rows of the next expert
+                r = row + gl.arange(0, BK, gl.SliceLayout(1, lines))[:, None]
+                a_tile.store(gl.where(r < end, a_tile.load(lines), 0.0))
+                fence_async_shared()
+            acc = warpgroup_mma(a_tile.permute((1, 0)), b.index(stage), acc, is_async=True)
+            acc = warpgroup_mma_wait(1, deps=[acc])
+            mbarrier.arrive(empty.index((stage + STAGES - 1) % STAGES), pred=row > begin)
+            stage += 1
+            if stage == STAGES:
+                stage = 0
+                phase ^= 1
+        acc = warpgroup_mma_wait(0, deps=[acc])
+        mbarrier.arrive(empty.index((stage + STAGES - 1) % STAGES), pred=end > begin)
+        i = m * 128 + 64 * HALF + gl.arange(0, 64, gl.SliceLayout(1, layout))[:, None]
+        j = n * BN + gl.arange(0, BN, gl.SliceLayout(0, layout))[None, :]
+        gl.store(out_ptr + expert.to(gl.int64) * (M * N) + i * N + j, acc, mask=(i < M) & (j < N))
+
+
+@gluon.jit
+def _weight_gradient(
+    a_desc,
+    b_desc,
+    out_ptr,
+    offsets_ptr,
+    E,
+    M: gl.constexpr,
+    N: gl.constexpr,
+    BN: gl.constexpr,
+    STAGES: gl.constexpr,
+):
+    BK: gl.constexpr = a_desc.block_type.shape[0]
+    n_m: gl.constexpr = (M + 127) // 128
+    n_n: gl.constexpr = (N + BN - 1) // BN
+    a = gl.allocate_shared_memory(a_desc.dtype, [STAGES * 2, BK, 64], a_desc.layout)
+    b = gl.allocate_shared_memory(b_desc.dtype, [STAGES, BK, BN], b_desc.layout)
+    full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
+    empty = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
+    for i in gl.static_range(STAGES):
+        mbarrier.init(full.index(i), count=1)
+        mbarrier.init(empty.index(i), count=2)
+    BYTES: gl.constexpr = 2 * a_desc.block_type.nbytes + b_desc.block_type.nbytes
+    # fmt: off
+    gl.warp_specialize([
+        (_multiply_pairs, (0, a, b, full, empty, offsets_ptr, out_ptr, E, M, N, n_m, n_n, BN, BK, STAGES)),
+        (_multiply_pairs, (1, a, b, full, empty, offsets_ptr, out_ptr, E, M, N, n_m, n_n, BN, BK, STAGES)),
+        (_fetch_pairs, (a_desc, b_desc, a, b, full, empty, offsets_ptr, E, n_m, n_n, BN, BK, STAGES, BYTES)),
+    ], [4, 1], [240, 24])
+    # fmt: on
+
+
+def rows_product(
+    rows_RK: Tensor, w: Tensor, tiles: Tensor, n: int, *, swiglu: bool = False, transposed: bool = False
+) -> tuple[Tensor, Tensor]:
+    """`products.product` and `products.up_product` (then n = F and the second is h, else it is the first again)."""
+    R, K = rows_RK.shape
+    out = rows_RK.new_empty(R, 2 * n if swiglu else n)
+    hidden = rows_RK.new_empty(R, n) if swiglu else out
+    columns = COLUMNS // 2 if swiglu else COLUMNS
+    _rows_product[_blocks(len(tiles) * triton.cdiv(n, columns), rows_RK.device)](
+        _blocks_of(rows_RK, ROWS // 2, DEPTH),
+        _blocks_of(w.flatten(0, 1), *((columns, DEPTH) if transposed else (DEPTH, columns))),
+        out,
+        hidden,
+        tiles,
+        len(tiles),
+        K,
+        n,
+        w.shape[1],
+        swiglu,
+        transposed,
+        columns,
+        STAGES,
+        GROUP,
+        **OPTIONS,
+    )
+    return out, hidden
+
+
+def weight_gradient(a_RM: Tensor, b_RN: Tensor, offsets_E: Tensor) -> Tensor:
+    """`products.weight_gradient`."""
+    E, M, N = offsets_E.numel(), a_RM.shape[1], b_RN.shape[1]
+    out_EMN = a_RM.new_empty(E, M, N, dtype=torch.float32)
+    n_tiles = E * triton.cdiv(M, ROWS) * triton.cdiv(N, COLUMNS)
+    a, b = _blocks_of(a_RM, DEPTH, ROWS // 2), _blocks_of(b_RN, DEPTH, COLUMNS)
+    _weight_gradient[_blocks(n_tiles, a_RM.device)](a, b, out_EMN, offsets_E, E, M, N, COLUMNS, STAGES, **OPTIONS)
+    return out_EMN
+
+
+def _blocks_of(matrix: Tensor, rows: int, columns: int) -> TensorDescriptor:
+    return TensorDescriptor.from_tensor(matrix.contiguous(), [rows, columns], _layout(rows, columns))
+
+
+@cache
+def _layout(rows: int, columns: int) -> gl.NVMMASharedLayout:
+    return gl.NVMMASharedLayout.get_default_for([rows, columns], gl.bfloat16)
+
+
+@cache
+def _n_processors(device: torch.device) -> int:
+    return torch.cuda.get_device_properties(device).multi_processor_count
+
+
+def _blocks(n_tiles: int, device: torch.device) -> tuple[int]:
+    return (min(n_tiles, _n_processors(device)),)
+
+
+@gluon.jit
+def _gather_pairs(
+    a_desc, b_desc, x_ptr, choice_ptr, a, b, full, empty, offsets_ptr, E,
+    GATHER_A: gl.constexpr, TOP_K: gl.constexpr, M: gl.constexpr, N: gl.constexpr,
+    n_m: gl.constexpr, n_n: gl.constexpr, BN: gl.constexpr, BK: gl.constexpr, STAGES: gl.constexpr, BYTES: gl.constexpr,
+):
+    wide: gl.constexpr = gl.BlockedLayout([1, 8], [4, 8] if GATHER_A else [1, 32], [4, 1], [1, 0])
+    WIDTH: gl.constexpr = 64 if GATHER_A else BN
+    STRIDE: gl.constexpr = M if GATHER_A else N
+    r = gl.arange(0, BK, gl.SliceLayout(1, wide))
+    c = gl.arange(0, WIDTH, gl.SliceLayout(0, wide))[None, :]
+    stage = 0
+    phase = 1
+    for index in range(gl.program_id(0), E * n_m * n_n, gl.num_programs(0)):
+        _, begin, end, m, n = _gradient_tile(index, offsets_ptr, n_m, n_n)
+        token = gl.load(choice_ptr + begin + r, mask=begin + r < end, other=0) // TOP_K
+        for row in range(begin, end, BK):
+            # those of the next step, so that this one need not wait for memory twice
+            after = gl.load(choice_ptr + row + BK + r, mask=row + BK + r < end, other=0) // TOP_K
+            inside = (row + r < end)[:, None]
+            first = m * 128 if GATHER_A else n * BN
+            ptrs = x_ptr + token.to(gl.int64)[:, None] * STRIDE + (first + c)
+            mbarrier.wait(empty.index(stage), phase)
+            barrier = full.index(stage)
+            if GATHER_A:
+                async_copy.async_copy_global_to_shared(a.index(2 * stage), ptrs, mask=inside & (first + c < STRIDE))
+                async_copy.async_copy_global_to_shared(a.index(2 * stage + 1), ptrs + 64, mask=inside & (first + 64 + c < STRIDE))
+            else:
+                async_copy.async_copy_global_to_shared(b.index(stage), ptrs, mask=inside & (first + c < STRIDE))
+            async_copy.mbarrier_arrive(barrier, increment_count=False)
+            mbarrier.expect(barrier, BYTES)
+            if GATHER_A:
+                load(b_desc, [row, n * BN], barrier, b.index(stage))
+            else:
+                load(a_desc, [row, m * 128], barrier, a.index(2 * stage))
+                load(a_desc, [row, m * 128 + 64], barrier, a.index(2 * stage + 1))
+            token = after
+            stage += 1
+            if stage == STAGES:
+                stage = 0
+                phase ^= 1
+
+
+@gluon.jit
+def _multiply_gathered(
+    HALF: gl.constexpr, a, b, full, empty, offsets_ptr, out_ptr, E, M: gl.constexpr, N: gl.constexpr,
+    n_m: gl.constexpr, n_n: gl.constexpr, BN: gl.constexpr, BK: gl.constexpr, STAGES: gl.constexpr,
+):
+    layout: gl.constexpr = gl.NVMMADistributedLayout(version=[3, 0], warps_per_cta=[4, 1], instr_shape=[16, BN, 16])
+    stage = 0
+    phase = 0
+    for index in range(gl.program_id(0), E * n_m * n_n, gl.num_programs(0)):
+        expert, begin, end, m, n = _gradient_tile(index, offsets_ptr, n_m, n_n)
+        acc = gl.zeros([64, BN], gl.float32, layout)
+        for row in range(begin, end, BK):
+            mbarrier.wait(full.index(stage), phase)
+            fence_async_shared()
+            acc = warpgroup_mma(a.index(2 * stage + HALF).permute((1, 0)), b.index(stage), acc, is_async=True)
+            acc = warpgroup_mma_wait(1, deps=[acc])
+            mbarrier.arrive(empty.index((stage + STAGES - 1) % STAGES), pred=row > begin)
+            stage += 1
+            if stage == STAGES:
+                stage = 0
+                phase ^= 1
+        acc = warpgroup_mma_wait(0, deps=[acc])
+        mbarrier.arrive(empty.index((stage + STAGES - 1) % STAGES), pred=end > begin)
+        i = m * 128 + 64 * HALF + gl.arange(0, 64, gl.SliceLayout(1, layout))[:, None]
+        j = n * BN + gl.arange(0, BN, gl.SliceLayout(0, layout))[None, :]
+        gl.store(out_ptr + expert.to(gl.int64) * (M * N) + i * N + j, acc, mask=(i < M) & (j < N))
+
+
+@gluon.jit
+def _gathered_gradient(
+    a_desc, b_desc, x_ptr, choice_ptr, out_ptr, offsets_ptr, E,
+    GATHER_A: gl.constexpr, TOP_K: gl.constexpr, A_LAYOUT: gl.constexpr, B_LAYOUT: gl.constexpr, PRODUCER: gl.constexpr, MINE: gl.constexpr,
+    M: gl.constexpr, N: gl.constexpr, BN: gl.constexpr, STAGES: gl.constexpr,
+):
+    BK: gl.constexpr = 64
+    n_m: gl.constexpr = (M + 127) // 128
+    n_n: gl.constexpr = (N + BN - 1) // BN
+    a = gl.allocate_shared_memory(a_desc.dtype, [STAGES * 2, BK, 64], A_LAYOUT)
+    b = gl.allocate_shared_memory(b_desc.dtype, [STAGES, BK, BN], B_LAYOUT)
+    full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
+    empty = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
+    for i in gl.static_range(STAGES):
+        mbarrier.init(full.index(i), count=129)
+        mbarrier.init(empty.index(i), count=2)
+    BYTES: gl.constexpr = BK * BN * 2 if GATHER_A else 2 * BK * 64 * 2
+    gl.warp_specialize([
+        (_multiply_gathered, (0, a, b, full, empty, offsets_ptr, out_ptr, E, M, N, n_m, n_n, BN, BK, STAGES)),
+        (_multiply_gathered, (1, a, b, full, empty, offsets_ptr, out_ptr, E, M, N, n_m, n_n, BN, BK, STAGES)),
+        (_gather_pairs, (a_desc, b_desc, x_ptr, choice_ptr, a, b, full, empty, offsets_ptr, E, GATHER_A, TOP_K, M, N, n_m, n_n, BN, BK, STAGES, BYTES)),
+    ], [4, 4], [PRODUCER, MINE])
+
+
+def gathered_product(x_TK, w, tiles, choice, top_k, n, swiglu=False, transposed=False, stages=STAGES, group=GROUP):
+    K = x_TK.shape[1]; R = choice.numel()
+    out = x_TK.new_empty(R, 2 * n if swiglu else n); hidden = x_TK.new_empty(R, n) if swiglu else out
+    columns = COLUMNS // 2 if swiglu else COLUMNS
+    _gathered_product[_blocks(len(tiles) * triton.cdiv(n, columns), x_TK.device)](
+        x_TK, choice, _blocks_of(w.flatten(0, 1), *((columns, DEPTH) if transposed else (DEPTH, columns))), out, hidden, tiles, len(tiles),
+        top_k, DEPTH, 216, _layout(64, 64), K, n, w.shape[1], swiglu, transposed, columns, stages, group, **OPTIONS)
+    return out, hidden
+
+
+def gathered_gradient(a, b, choice, top_k, offsets, gather_a, stages=STAGES):
+    E, M, N = offsets.numel(), a.shape[1], b.shape[1]
+    out = torch.empty(E, M, N, device=a.device, dtype=torch.float32)
+    n_tiles = E * triton.cdiv(M, ROWS) * triton.cdiv(N, COLUMNS)
+    _gathered_gradient[_blocks(n_tiles, a.device)](
+        _blocks_of(a, DEPTH, 64), _blocks_of(b, DEPTH, COLUMNS), a if gather_a else b, choice, out, offsets, E,
+        gather_a, top_k, _layout(DEPTH, 64), _layout(DEPTH, COLUMNS), 208, 88, M, N, COLUMNS, stages, **OPTIONS)
+    return out
+
+
+@gluon.jit
+def _split(tile):
+    return tile.reshape(tile.shape[0], 2, tile.shape[1] // 2).permute(0, 2, 1).split()
+
+
+@gluon.jit
+def _stage(staging, first: gl.constexpr, tile):
+    left, right = _split(tile)
+    a, b = _split(left)
+    c, d = _split(right)
+    staging.index(first).store(a)
+    staging.index(first + 1).store(b)
+    staging.index(first + 2).store(c)
+    staging.index(first + 3).store(d)
+
+
+@gluon.jit
+def _multiply_and_hand_over(
+    HALF: gl.constexpr, rows, weights, staging, full, empty, ready, taken, tiles_ptr, n_row_tiles,
+    K: gl.constexpr, N: gl.constexpr, BN: gl.constexpr, BK: gl.constexpr, STAGES: gl.constexpr, GROUP: gl.constexpr,
+):
+    n_columns: gl.constexpr = (N + BN - 1) // BN
+    layout: gl.constexpr = gl.NVMMADistributedLayout(version=[3, 0], warps_per_cta=[4, 1], instr_shape=[16, 128, 16])
+    stage = 0
+    phase = 0
+    handed = 1
+    for index in range(gl.program_id(0), n_row_tiles * n_columns, gl.num_programs(0)):
+        expert, row, stop, column = _tile(index, tiles_ptr, n_row_tiles, n_columns, GROUP)
+        if expert >= 0:
+            acc = gl.zeros([64, BN], gl.float32, layout)
+            for k in range(0, K, BK):
+                mbarrier.wait(full.index(stage), phase)
+                fence_async_shared()
+                acc = warpgroup_mma(rows.index(2 * stage + HALF), weights.index(stage).permute((1, 0)), acc, is_async=True)
+                acc = warpgroup_mma_wait(1, deps=[acc])
+                mbarrier.arrive(empty.index((stage + STAGES - 1) % STAGES), pred=k > 0)
+                stage += 1
+                if stage == STAGES:
+                    stage = 0
+                    phase ^= 1
+            acc = warpgroup_mma_wait(0, deps=[acc])
+            mbarrier.arrive(empty.index((stage + STAGES - 1) % STAGES))
+            mbarrier.wait(taken.index(HALF), handed)
+            left, right = _split(acc.to(gl.bfloat16))
+            _stage(staging, 8 * HALF, left)
+            _stage(staging, 8 * HALF + 4, right)
+            mbarrier.arrive(ready.index(HALF))
+            handed ^= 1
+
+
+@gluon.jit
+def _swiglu_backward_tiles(
+    staging, ready, taken, tiles_ptr, gates_ptr, choice_ptr, gate_up_ptr, grad_gate_up_ptr, gated_h_ptr, grad_gates_ptr, n_row_tiles, n_choices,
+    N: gl.constexpr, BN: gl.constexpr, GROUP: gl.constexpr,
+):
+    """The epilogue of other warps: the tensor cores go on meanwhile."""
+    n_columns: gl.constexpr = (N + BN - 1) // BN
+    lines: gl.constexpr = gl.BlockedLayout([1, 8], [8, 4], [4, 1], [1, 0])
+    r = gl.arange(0, 64, gl.SliceLayout(1, lines))
+    i = r[:, None]
+    j = gl.arange(0, 32, gl.SliceLayout(0, lines))[None, :]
+    phase = 0
+    for index in range(gl.program_id(0), n_row_tiles * n_columns, gl.num_programs(0)):
+        expert, row, stop, column = _tile(index, tiles_ptr, n_row_tiles, n_columns, GROUP)
+        if expert >= 0:
+            for half in range(2):
+                first = row + 64 * half
+                choice = gl.load(choice_ptr + first + r, mask=first + r < stop, other=0)
+                scale = gl.load(gates_ptr + choice, mask=first + r < stop, other=0.0)[:, None]
+                dot = gl.zeros([64], gl.float32, gl.SliceLayout(1, lines))
+                base = gate_up_ptr + first.to(gl.int64) * (2 * N) + column * BN
+                grad_base = grad_gate_up_ptr + first.to(gl.int64) * (2 * N) + column * BN
+                hidden_base = gated_h_ptr + first.to(gl.int64) * N + column * BN
+                mask = (first + i < stop) & (column * BN + j < N)
+                g16 = gl.load(base + i * (2 * N) + j, mask=mask, other=0.0)
+                u16 = gl.load(base + N + i * (2 * N) + j, mask=mask, other=0.0)
+                mbarrier.wait(ready.index(half), phase)
+                for q in range(BN // 32):
+                    at = 32 * q + j
+                    mask = (first + i < stop) & (column * BN + at < N)
+                    g = g16.to(gl.float32)
+                    u = u16.to(gl.float32)
+                    # the next ones, so that they are there when their turn comes
+                    after = (first + i < stop) & (column * BN + 32 + at < N) & (q + 1 < BN // 32)
+                    g16 = gl.load(base + i * (2 * N) + (32 + at), mask=after, other=0.0)
+                    u16 = gl.load(base + N + i * (2 * N) + (32 + at), mask=after, other=0.0)
+                    grad = staging.index(8 * half + q).load(lines).to(gl.float32)
+                    s = 1 / (1 + gl.exp(-g))
+                    silu = g * s
+                    h = (silu * u).to(gl.bfloat16).to(gl.float32)
+                    dot += gl.sum(grad * h, 1)
+                    gl.store(hidden_base + i * N + at, (scale * h).to(gl.bfloat16), mask=mask)
+                    grad = grad * scale
+                    gl.store(grad_base + i * (2 * N) + at, (grad * u * (s + silu * (1 - s))).to(gl.bfloat16), mask=mask)
+                    gl.store(grad_base + N + i * (2 * N) + at, (grad * silu).to(gl.bfloat16), mask=mask)
+                mbarrier.arrive(taken.index(half))
+                gl.store(grad_gates_ptr + column * n_choices + choice, dot, mask=first + r < stop)
+            phase ^= 1
+
+
+@gluon.jit(do_not_specialize=["n_row_tiles", "n_choices"])
+def _down_backward(
+    rows_desc, x_ptr, weights_desc, tiles_ptr, gates_ptr, choice_ptr, gate_up_ptr, grad_gate_up_ptr, gated_h_ptr, grad_gates_ptr,
+    n_row_tiles, n_choices, GATHER: gl.constexpr, TOP_K: gl.constexpr, K: gl.constexpr, N: gl.constexpr, PER_EXPERT: gl.constexpr,
+    BN: gl.constexpr, STAGES: gl.constexpr, GROUP: gl.constexpr, MMA: gl.constexpr, EPILOGUE: gl.constexpr, STAGING: gl.constexpr,
+):
+    BK: gl.constexpr = rows_desc.block_type.shape[1]
+    rows = gl.allocate_shared_memory(rows_desc.dtype, [STAGES * 2, 64, BK], rows_desc.layout)
+    weights = gl.allocate_shared_memory(weights_desc.dtype, [STAGES, BN, BK], weights_desc.layout)
+    staging = gl.allocate_shared_memory(rows_desc.dtype, [16, 64, BN // 8], STAGING)
+    full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
+    empty = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
+    ready = gl.allocate_shared_memory(gl.int64, [2, 1], mbarrier.MBarrierLayout())
+    taken = gl.allocate_shared_memory(gl.int64, [2, 1], mbarrier.MBarrierLayout())
+    for i in gl.static_range(STAGES):
+        mbarrier.init(full.index(i), count=129 if GATHER else 1)
+        mbarrier.init(empty.index(i), count=2)
+    for i in gl.static_range(2):
+        mbarrier.init(ready.index(i), count=1)
+        mbarrier.init(taken.index(i), count=1)
+    if GATHER:
+        gl.warp_specialize([
+            (_multiply_and_hand_over, (0, rows, weights, staging, full, empty, ready, taken, tiles_ptr, n_row_tiles, K, N, BN, BK, STAGES, GROUP)),
+            (_multiply_and_hand_over, (1, rows, weights, staging, full, empty, ready, taken, tiles_ptr, n_row_tiles, K, N, BN, BK, STAGES, GROUP)),
+            (_swiglu_backward_tiles, (staging, ready, taken, tiles_ptr, gates_ptr, choice_ptr, gate_up_ptr, grad_gate_up_ptr, gated_h_ptr, grad_gates_ptr, n_row_tiles, n_choices, N, BN, GROUP)),
+            (_gather_rows, (x_ptr, weights_desc, rows, weights, full, empty, tiles_ptr, choice_ptr, n_row_tiles, TOP_K, K, N, PER_EXPERT, False, True, BN, BK, STAGES, GROUP, BN * BK * 2)),
+        ], [4, 4, 4], [MMA, EPILOGUE, 56])
+    else:
+        gl.warp_specialize([
+            (_multiply_and_hand_over, (0, rows, weights, staging, full, empty, ready, taken, tiles_ptr, n_row_tiles, K, N, BN, BK, STAGES, GROUP)),
+            (_multiply_and_hand_over, (1, rows, weights, staging, full, empty, ready, taken, tiles_ptr, n_row_tiles, K, N, BN, BK, STAGES, GROUP)),
+            (_swiglu_backward_tiles, (staging, ready, taken, tiles_ptr, gates_ptr, choice_ptr, gate_up_ptr, grad_gate_up_ptr, gated_h_ptr, grad_gates_ptr, n_row_tiles, n_choices, N, BN, GROUP)),
+            (_fetch_rows, (rows_desc, weights_desc, rows, weights, full, empty, tiles_ptr, n_row_tiles, K, N, PER_EXPERT, False, True, BN, BK, STAGES, GROUP, (128 + BN) * BK * 2)),
+        ], [4, 4, 1], [MMA, EPILOGUE, 24])
+
+
+def down_backward(rows_or_x, w, tiles, gate_up, gates, choice, top_k, gather, group=GROUP, epilogue=136):
+    """rows [R, K] sorted, or with `gather` tokens [T, K]; w [E, N, K]."""
+    K, N, R = rows_or_x.shape[1], w.shape[1], choice.numel()
+    ggu, gh = torch.empty_like(gate_up), gate_up.new_empty(R, N)
+    dots = torch.empty(triton.cdiv(N, 256), R, device=w.device)
+    mma = 160
+    _down_backward[_blocks(len(tiles) * triton.cdiv(N, 256), w.device)](
+        _blocks_of(rows_or_x, 64, 64), rows_or_x, _blocks_of(w.flatten(0, 1), 256, 64), tiles, gates, choice, gate_up, ggu, gh, dots,
+        len(tiles), R, gather, top_k, K, N, w.shape[1], 256, 3, group, mma, 120 if gather else epilogue, _layout(64, 32), num_warps=4, maxnreg=128)
+    return ggu, gh, dots.sum(0).view(gates.shape)
