@@ -141,6 +141,9 @@ def _check_optim(config: Config) -> None:
     if optim.optimizer == "muon" and optim.moments != "float32":
         problem = f"{optim.moments!r} has no effect with the optimizer muon, whose moments are float32"
         raise ConfigError("optim.moments", problem, "remove it, or set optimizer: adamw")
+    if optim.optimizer == "muon" and config.trainer.strategy == "fsdp":
+        problem = "muon needs whole matrices, of which fsdp gives each device a part"
+        raise ConfigError("optim.optimizer", problem, "use adamw, or trainer.strategy=ddp")
     for key, names in _ONLY_WITH.items():
         if schedule.name not in names and getattr(schedule, key) != getattr(ScheduleConfig(), key):
             problem = f"{show(to_dict(schedule)[key])} has no effect with the schedule {schedule.name}"
@@ -199,3 +202,6 @@ def _check_trainer(trainer: TrainerConfig) -> None:
     if isinstance(share, float) and share > 1:
         remedy = "give a whole number of batches, or a share of at most 1.0"
         raise ConfigError("trainer.limit_val_batches", f"{share} is not allowed", remedy)
+    if trainer.accumulate_unreduced and trainer.strategy != "fsdp":
+        problem = f"has no effect with strategy = {trainer.strategy}, which always sends gradients once a step"
+        raise ConfigError("trainer.accumulate_unreduced", problem, "remove it, or set trainer.strategy=fsdp")

@@ -249,7 +249,7 @@ class TrainerConfig:
     accelerator: str = setting("auto", allowed=("auto", "cpu", "gpu", "cuda"))
     devices: int | str | list[int] = "auto"  # how many (-1: all), or the indices of some
     num_nodes: int = setting(1, ge=1)
-    strategy: str = setting("auto", allowed=("auto", "ddp"))
+    strategy: str = setting("auto", allowed=("auto", "ddp", "fsdp"))  # auto: ddp on several devices; fsdp: FSDP2
     precision: str = setting("32-true", allowed=("32-true", "bf16-mixed"))
     gradient_clip_val: float | None = setting(1.0, gt=0)
     log_every_n_steps: int = setting(10, ge=1)
@@ -265,10 +265,14 @@ class TrainerConfig:
     compile: bool | str = setting("auto", allowed=("auto", True, False))  # per block; auto: on CUDA only
     float32_matmul_precision: str = setting("highest", allowed=("highest", "high", "medium"))
     expert_parallel: int = setting(1, ge=1, le=1)
+    accumulate_unreduced: bool = False  # fsdp: a device sums its own gradients of all weights, sent once a step
     profile: bool = False  # trace a few steps after warm-up; the run's folder gets profile/
 
 
-OWN_TRAINER_KEYS = ("activation_checkpointing", "compile", "float32_matmul_precision", "expert_parallel", "profile")
+OWN_TRAINER_KEYS = (
+    *("activation_checkpointing", "compile", "float32_matmul_precision", "expert_parallel", "accumulate_unreduced"),
+    "profile",
+)
 MANAGED_TRAINER_ARGUMENTS = {
     "accumulate_grad_batches": "it follows from optim.batch_tokens and optim.micro_batch_size; set those",
     "max_epochs": "a run is measured in optimizer steps; set trainer.max_steps",

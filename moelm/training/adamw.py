@@ -11,6 +11,8 @@ from torch import Tensor
 from torch.autograd.graph import increment_version
 from torch.optim.adamw import adamw
 
+from moelm.training.shards import local
+
 HAS_TRITON = importlib.util.find_spec("triton") is not None
 if HAS_TRITON:
     from moelm.training.adamw_kernel import adamw_kernel
@@ -87,10 +89,10 @@ class AdamW(torch.optim.AdamW):
             state, copy = self.state[parameter], getattr(parameter, "working_copy", None)
             update = adamw_kernel if has_kernel(parameter) else adamw_reference
             update(
-                parameter,
-                parameter.grad.contiguous(),
-                state["exp_avg"],
-                state["exp_avg_sq"],
+                local(parameter),
+                local(parameter.grad).contiguous(),
+                local(state["exp_avg"]),
+                local(state["exp_avg_sq"]),
                 copy,
                 state["step"],
                 self.gradient_scale,
@@ -105,15 +107,15 @@ class AdamW(torch.optim.AdamW):
     def _update_together(self, parameters: list[Tensor], **options: Any) -> None:
         if not parameters:
             return
-        gradients = [parameter.grad for parameter in parameters if parameter.grad is not None]
+        gradients = [local(parameter.grad) for parameter in parameters if parameter.grad is not None]
         states = [self.state[parameter] for parameter in parameters]
         if self.gradient_scale is not None:
             torch._foreach_mul_(gradients, self.gradient_scale)
         adamw(
-            parameters,
+            [local(parameter) for parameter in parameters],
             gradients,
-            [state["exp_avg"] for state in states],
-            [state["exp_avg_sq"] for state in states],
+            [local(state["exp_avg"]) for state in states],
+            [local(state["exp_avg_sq"]) for state in states],
             [],
             [state["step"] for state in states],
             fused=True,

@@ -1,0 +1,144 @@
+"""How a run is spread over devices: DDP, or FSDP2 under Lightning's ModelParallelStrategy."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from functools import partial
+from typing import Any
+
+import torch
+from lightning.pytorch.core.optimizer import LightningOptimizer
+from lightning.pytorch.strategies import DDPStrategy, ModelParallelStrategy, Strategy
+from lightning.pytorch.strategies.parallel import ParallelStrategy
+from torch import nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard, register_fsdp_forward_method
+from torch.distributed.tensor import Shard
+from torch.optim import Optimizer
+
+from moelm.config import Config, TrainerConfig
+from moelm.model.gpt import GPT
+from moelm.training.shards import gathered, like
+
+
+def build_strategy(config: Config) -> Strategy | None:
+    """None: Lightning's choice for one device."""
+    options = config.trainer
+    single = options.num_nodes == 1 and options.devices in (1, "1", "auto") and options.strategy == "auto"
+    if single and (options.devices != "auto" or options.accelerator == "cpu" or torch.cuda.device_count() <= 1):
+        return None
+    backend = "gloo" if options.accelerator == "cpu" or not torch.cuda.is_available() else "nccl"
+    if options.strategy == "fsdp":
+        return ShardedStrategy(options, backend)
+    # counters are no buffers, so none is broadcast
+    return DDPStrategy(process_group_backend=backend, broadcast_buffers=False, gradient_as_bucket_view=True)
+
+
+class ShardedStrategy(ModelParallelStrategy):
+    """FSDP2: each rank keeps its part of every parameter, gradient and moment.
+
+    One mesh ("fsdp", "ep") over all ranks, ep = `trainer.expert_parallel`. The experts are sharded over "fsdp", what
+    else has parameters over both axes flattened. Checkpoints are those of one device: the whole tensors are gathered,
+    one after the other, and rank 0 writes them.
+    """
+
+    def __init__(self, options: TrainerConfig, process_group_backend: str) -> None:
+        super().__init__(process_group_backend=process_group_backend, save_distributed_checkpoint=False)
+        self.options = options
+
+    def setup_environment(self) -> None:
+        self._setup_distributed()
+        n_experts_ranks = self.options.expert_parallel
+        shape = (self.world_size // n_experts_ranks, n_experts_ranks)
+        self._device_mesh = init_device_mesh(self.root_device.type, shape, mesh_dim_names=("fsdp", "ep"))
+
+    @property
+    def distributed_sampler_kwargs(self) -> dict[str, Any]:
+        return {"num_replicas": self.world_size, "rank": self.global_rank}
+
+    # ---------------------------------------------------------------------------------------- the model
+
+    def shard(self, model: GPT) -> None:
+        """In place, before the model has memory. Units: each router, each layer's experts, each block, the rest.
+
+        Under bf16-mixed the weights of blocks and experts are sent as bfloat16, those of routers and of the rest, where
+        the residual stream begins and ends, as float32. Autocast goes on choosing what is computed in which dtype, as
+        it does on one device, so no unit casts its inputs. Gradients are summed in float32.
+        """
+        float32 = MixedPrecisionPolicy(reduce_dtype=torch.float32, cast_forward_inputs=False)
+        mixed = float32
+        if self.options.precision == "bf16-mixed":
+            mixed = MixedPrecisionPolicy(torch.bfloat16, torch.float32, cast_forward_inputs=False)
+        everywhere, among_experts = self.device_mesh._flatten("data"), self.device_mesh["fsdp"]
+        placement = partial(expert_placement, n_ranks=among_experts.size())
+        for layer in model.moe_layers:
+            if any(True for _ in layer.router.parameters()):
+                fully_shard(layer.router, mesh=everywhere, mp_policy=float32)
+            fully_shard(layer.experts, mesh=among_experts, mp_policy=mixed, shard_placement_fn=placement)
+            register_fsdp_forward_method(layer.experts, "mix")
+            layer.experts.keeps_copies = False  # what it is sent has the dtype that is multiplied
+        for block in model.all_blocks:
+            fully_shard(block, mesh=everywhere, mp_policy=mixed)
+        fully_shard(model, mesh=everywhere, mp_policy=float32)
+
+    @contextmanager
+    def block_backward_sync(self) -> Iterator[None]:
+        """Around the micro-batches of an optimizer step but its last."""
+        assert self.lightning_module is not None
+        model = self.lightning_module.model
+        assert isinstance(model, FSDPModule)
+        if not self.options.accumulate_unreduced:
+            yield
+            return
+        model.set_requires_gradient_sync(False)
+        try:
+            yield
+        finally:
+            model.set_requires_gradient_sync(True)
+
+    # ------------------------------------------------------------------------------------- checkpoints
+
+    @property
+    def lightning_restore_optimizer(self) -> bool:
+        return True
+
+    def lightning_module_state_dict(self) -> dict[str, Any]:
+        assert self.lightning_module is not None
+        return self._gather(self.lightning_module.state_dict())
+
+    def optimizer_state(self, optimizer: Optimizer) -> dict[str, Any]:
+        state = (optimizer._optimizer if isinstance(optimizer, LightningOptimizer) else optimizer).state_dict()
+        return {**state, "state": {i: self._gather(values) for i, values in state["state"].items()}}
+
+    def _gather(self, values: Mapping[str, Any]) -> dict[str, Any]:
+        return {name: gathered(value, keep=self.is_global_zero) for name, value in values.items()}
+
+    def save_checkpoint(self, checkpoint: dict[str, Any], filepath: Any, storage_options: Any | None = None) -> None:
+        ParallelStrategy.save_checkpoint(self, checkpoint, filepath, storage_options)
+
+    def load_checkpoint(self, checkpoint_path: Any, weights_only: bool | None = None) -> dict[str, Any]:
+        return ParallelStrategy.load_checkpoint(self, checkpoint_path, weights_only)
+
+    def load_model_state_dict(self, checkpoint: Mapping[str, Any], strict: bool = True) -> None:
+        assert self.lightning_module is not None
+        own = self.lightning_module.state_dict()
+        state = {name: like(full, own.get(name)) for name, full in checkpoint["state_dict"].items()}
+        self.lightning_module.load_state_dict(state, strict=strict)
+
+    def load_optimizer_state_dict(self, checkpoint: Mapping[str, Any]) -> None:
+        states = []
+        for optimizer, saved in zip(self.optimizers, checkpoint["optimizer_states"], strict=True):
+            parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+            parts = {
+                i: {key: like(value, parameters[i]) for key, value in values.items()}
+                for i, values in saved["state"].items()
+            }
+            states.append({**saved, "state": parts})
+        ParallelStrategy.load_optimizer_state_dict(self, {"optimizer_states": states})
+
+
+def expert_placement(parameter: nn.Parameter, n_ranks: int) -> Shard:
+    """Whole experts, unless only the next axis can be cut evenly: then every rank holds a part of each."""
+    uneven = parameter.shape[0] % n_ranks != 0
+    return Shard(1) if uneven and parameter.shape[1] % n_ranks == 0 else Shard(0)
