@@ -34,16 +34,23 @@ def gradient_norm(gradients: list[Tensor]) -> Tensor:
     """Euclidean norm of all together, summed in float32 whatever their dtypes.
 
     Of sharded gradients each rank holds a part, and no two the same, on whatever mesh: the norms of the parts are joined
-    by one all-reduce. Others are whole on every rank.
+    by one all-reduce. Plain ones are whole on every rank.
     """
+    parts = [local(gradient) for gradient in gradients if isinstance(gradient, DTensor)]
+    whole = [gradient for gradient in gradients if not isinstance(gradient, DTensor)]
+    if not parts:
+        return _norm(whole)
+    squared = _norm(parts).double().square()
+    dist.all_reduce(squared)
+    if whole:
+        squared += _norm(whole).double().square()
+    return squared.sqrt().float()
+
+
+def _norm(tensors: list[Tensor]) -> Tensor:
     by_dtype: dict[torch.dtype, list[Tensor]] = {}
-    for gradient in gradients:
-        by_dtype.setdefault(gradient.dtype, []).append(local(gradient))
+    for tensor in tensors:
+        by_dtype.setdefault(tensor.dtype, []).append(tensor)
     norms = [norm for group in by_dtype.values() for norm in torch._foreach_norm(group, 2, dtype=torch.float32)]
     norm: Tensor = torch.linalg.vector_norm(torch.stack(norms))
-    if not any(isinstance(gradient, DTensor) for gradient in gradients):
-        return norm
-    assert all(isinstance(gradient, DTensor) for gradient in gradients)
-    squared = norm.double().square()
-    dist.all_reduce(squared)
-    return squared.sqrt().float()
+    return norm

@@ -11,15 +11,16 @@ import torch
 from lightning.pytorch.core.optimizer import LightningOptimizer
 from lightning.pytorch.strategies import DDPStrategy, ModelParallelStrategy, Strategy
 from lightning.pytorch.strategies.parallel import ParallelStrategy
-from torch import nn
+from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard, register_fsdp_forward_method
+from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import Shard
 from torch.optim import Optimizer
 
 from moelm.config import Config, TrainerConfig
 from moelm.model.gpt import GPT
 from moelm.training.shards import gathered, like
+from moelm.training.statistics import all_reduce_sums
 
 
 def build_strategy(config: Config) -> Strategy | None:
@@ -36,16 +37,17 @@ def build_strategy(config: Config) -> Strategy | None:
 
 
 class ShardedStrategy(ModelParallelStrategy):
-    """FSDP2: each rank keeps its part of every parameter, gradient and moment.
+    """FSDP2: each rank keeps its part of the parameters, gradients and moments.
 
-    One mesh ("fsdp", "ep") over all ranks, ep = `trainer.expert_parallel`. The experts are sharded over "fsdp", what
-    else has parameters over both axes flattened. Checkpoints are those of one device: the whole tensors are gathered,
-    one after the other, and rank 0 writes them.
+    One mesh ("fsdp", "ep") over all ranks, ep = `trainer.expert_parallel`; parameters are sharded over both axes,
+    flattened. Checkpoints are those of one device: whole tensors are gathered, one after the other, and rank 0 writes
+    them.
     """
 
     def __init__(self, options: TrainerConfig, process_group_backend: str) -> None:
         super().__init__(process_group_backend=process_group_backend, save_distributed_checkpoint=False)
         self.options = options
+        self._is_last_micro_batch = True
 
     def setup_environment(self) -> None:
         self._setup_distributed()
@@ -60,42 +62,55 @@ class ShardedStrategy(ModelParallelStrategy):
     # ---------------------------------------------------------------------------------------- the model
 
     def shard(self, model: GPT) -> None:
-        """In place, before the model has memory. Units: each router, each layer's experts, each block, the rest.
+        """In place, before the model has memory. Units are the blocks, experts included, and the rest; no hook of FSDP2
+        lies inside a block, where it would break up what is compiled and disturb what is recomputed.
 
-        Under bf16-mixed the weights of blocks and experts are sent as bfloat16, those of routers and of the rest, where
-        the residual stream begins and ends, as float32. Autocast goes on choosing what is computed in which dtype, as
-        it does on one device, so no unit casts its inputs. Gradients are summed in float32.
+        Routers stay whole on every rank: float32, however the rest is sent, and small (experts x d_model a layer). Under
+        bf16-mixed the weights of blocks are sent as bfloat16; those of the rest, where the residual stream begins and
+        ends, as float32. Autocast chooses what is computed in which dtype, as on one device, so no unit casts its
+        inputs. Gradients are averaged in float32.
         """
         float32 = MixedPrecisionPolicy(reduce_dtype=torch.float32, cast_forward_inputs=False)
         mixed = float32
         if self.options.precision == "bf16-mixed":
             mixed = MixedPrecisionPolicy(torch.bfloat16, torch.float32, cast_forward_inputs=False)
-        everywhere, among_experts = self.device_mesh._flatten("data"), self.device_mesh["fsdp"]
-        placement = partial(expert_placement, n_ranks=among_experts.size())
+        mesh = self.device_mesh._flatten("data")
+        placement = partial(placement_of, n_ranks=mesh.size())
         for layer in model.moe_layers:
-            if any(True for _ in layer.router.parameters()):
-                fully_shard(layer.router, mesh=everywhere, mp_policy=float32)
-            fully_shard(layer.experts, mesh=among_experts, mp_policy=mixed, shard_placement_fn=placement)
-            register_fsdp_forward_method(layer.experts, "mix")
             layer.experts.keeps_copies = False  # what it is sent has the dtype that is multiplied
+        whole = set(router_parameters(model))
         for block in model.all_blocks:
-            fully_shard(block, mesh=everywhere, mp_policy=mixed)
-        fully_shard(model, mesh=everywhere, mp_policy=float32)
+            fully_shard(block, mesh=mesh, mp_policy=mixed, shard_placement_fn=placement, ignored_params=whole)
+        fully_shard(model, mesh=mesh, mp_policy=float32)
+
+    @property
+    def _gpt(self) -> Any:
+        """The GPT, which is an FSDPModule now."""
+        assert self.lightning_module is not None
+        return self.lightning_module.model
 
     @contextmanager
     def block_backward_sync(self) -> Iterator[None]:
         """Around the micro-batches of an optimizer step but its last."""
-        assert self.lightning_module is not None
-        model = self.lightning_module.model
-        assert isinstance(model, FSDPModule)
-        if not self.options.accumulate_unreduced:
-            yield
-            return
-        model.set_requires_gradient_sync(False)
+        self._set_last_micro_batch(False)
         try:
             yield
         finally:
-            model.set_requires_gradient_sync(True)
+            self._set_last_micro_batch(True)
+
+    def _set_last_micro_batch(self, is_last: bool) -> None:
+        self._is_last_micro_batch = is_last
+        if self.options.accumulate_unreduced:
+            self._gpt.set_requires_gradient_sync(is_last)
+
+    def post_backward(self, closure_loss: Tensor) -> None:
+        """The routers' gradients become the means over ranks, in one all-reduce an optimizer step."""
+        if not self._is_last_micro_batch:
+            return
+        gradients = [each.grad for each in router_parameters(self._gpt) if each.grad is not None]
+        sums = all_reduce_sums({str(i): gradient for i, gradient in enumerate(gradients)}) if gradients else {}
+        for gradient, summed in zip(gradients, sums.values(), strict=True):
+            gradient.copy_(summed / self.world_size)
 
     # ------------------------------------------------------------------------------------- checkpoints
 
@@ -138,7 +153,11 @@ class ShardedStrategy(ModelParallelStrategy):
         ParallelStrategy.load_optimizer_state_dict(self, {"optimizer_states": states})
 
 
-def expert_placement(parameter: nn.Parameter, n_ranks: int) -> Shard:
-    """Whole experts, unless only the next axis can be cut evenly: then every rank holds a part of each."""
-    uneven = parameter.shape[0] % n_ranks != 0
+def router_parameters(model: GPT) -> list[nn.Parameter]:
+    return [parameter for layer in model.moe_layers for parameter in layer.router.parameters()]
+
+
+def placement_of(parameter: nn.Parameter, n_ranks: int) -> Shard:
+    """Rows, or whole experts. Where the experts cannot be dealt out evenly, a part of each, if that can."""
+    uneven = parameter.ndim == 3 and parameter.shape[0] % n_ranks != 0
     return Shard(1) if uneven and parameter.shape[1] % n_ranks == 0 else Shard(0)
