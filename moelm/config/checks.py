@@ -141,9 +141,6 @@ def _check_optim(config: Config) -> None:
     if optim.optimizer == "muon" and optim.moments != "float32":
         problem = f"{optim.moments!r} has no effect with the optimizer muon, whose moments are float32"
         raise ConfigError("optim.moments", problem, "remove it, or set optimizer: adamw")
-    if optim.optimizer == "muon" and config.trainer.strategy == "fsdp":
-        problem = "muon needs whole matrices, of which fsdp gives each device a part"
-        raise ConfigError("optim.optimizer", problem, "use adamw, or trainer.strategy=ddp")
     for key, names in _ONLY_WITH.items():
         if schedule.name not in names and getattr(schedule, key) != getattr(ScheduleConfig(), key):
             problem = f"{show(to_dict(schedule)[key])} has no effect with the schedule {schedule.name}"

@@ -33,8 +33,8 @@ def clip_gradients(optimizer: Optimizer, parameters: Iterable[nn.Parameter], lim
 def gradient_norm(gradients: list[Tensor]) -> Tensor:
     """Euclidean norm of all together, summed in float32 whatever their dtypes.
 
-    Of sharded gradients each rank holds a part, and no two the same, on whatever mesh: the norms of the parts are joined
-    by one all-reduce. Plain ones are whole on every rank.
+    Of sharded gradients each rank holds a part, and no two the same: the norms of the parts are joined by one
+    all-reduce, whatever their meshes. Plain ones are whole on every rank.
     """
     parts = [local(gradient) for gradient in gradients if isinstance(gradient, DTensor)]
     whole = [gradient for gradient in gradients if not isinstance(gradient, DTensor)]

@@ -24,7 +24,7 @@ from moelm.training.evaluation import Evaluation, EvaluationSums, forward_batch
 from moelm.training.gradient_clipping import clip_gradients
 from moelm.training.optim import build_optimizer, lr_factor
 from moelm.training.rng import rng_state, seed_rank, set_rng_state
-from moelm.training.shards import held_part
+from moelm.training.shards import held_part, local
 from moelm.training.statistics import RecentLoad, StepAccumulator, StepStatistics, world_size
 from moelm.training.strategies import ShardedStrategy
 
@@ -77,7 +77,7 @@ class MoELightningModule(pl.LightningModule):
         try:
             model.to_empty(device=device)
         except (RuntimeError, MemoryError):
-            n_bytes = 4 * sum(parameter.numel() for parameter in model.parameters())
+            n_bytes = 4 * sum(local(parameter).numel() for parameter in model.parameters())
             problem = f"its weights take {n_bytes / 2**30:,.1f} GiB, which {device} does not have"
             raise ConfigError("model", problem, "a smaller model; see python -m moelm.info --config") from None
         initialize(model, self.config.run.seed, held_part)

@@ -1,4 +1,4 @@
-"""Tensors of which each rank holds a part: DTensors, as FSDP2 makes them of parameters, and plain tensors beside them."""
+"""Tensors of which each rank holds a part: DTensors, as FSDP2 makes them of parameters. Plain tensors pass as whole."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.distributed.tensor import DTensor
+from torch.distributed.tensor import DTensor, Shard
 from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 
 from moelm.model.init import whole
@@ -42,7 +42,20 @@ def like(full: Any, own: Any) -> Any:
     """The part of `full` that this rank holds of `own`; `full` itself if `own` is not sharded or of another shape."""
     if not isinstance(own, DTensor) or not isinstance(full, Tensor) or full.shape != own.shape:
         return full
-    _, part = held_part(own)
+    return _sharded(full[held_part(own)[1]], own)
+
+
+def with_whole_matrices(part: Tensor, own: Tensor) -> tuple[Tensor, tuple[slice, ...]]:
+    """From what this rank holds of something as `own` is: the matrices of which that is a part, and which part.
+
+    Whole experts are not sent; anything else is gathered, so all ranks must call it in one order.
+    """
+    if not isinstance(own, DTensor) or (own.ndim == 3 and all(each == Shard(0) for each in own.placements)):
+        return whole(part)
+    return _sharded(part, own).full_tensor(), held_part(own)[1]
+
+
+def _sharded(part: Tensor, own: DTensor) -> DTensor:
     return DTensor.from_local(
-        full[part], own.device_mesh, own.placements, run_check=False, shape=own.shape, stride=own.stride()
+        part, own.device_mesh, own.placements, run_check=False, shape=own.shape, stride=own.stride()
     )

@@ -65,10 +65,10 @@ class ShardedStrategy(ModelParallelStrategy):
         """In place, before the model has memory. Units are the blocks, experts included, and the rest; no hook of FSDP2
         lies inside a block, where it would break up what is compiled and disturb what is recomputed.
 
-        Routers stay whole on every rank: float32, however the rest is sent, and small (experts x d_model a layer). Under
-        bf16-mixed the weights of blocks are sent as bfloat16; those of the rest, where the residual stream begins and
-        ends, as float32. Autocast chooses what is computed in which dtype, as on one device, so no unit casts its
-        inputs. Gradients are averaged in float32.
+        Routers stay whole on every rank: small (experts x d_model a layer), and float32 however the rest is sent.
+        Under bf16-mixed the weights of blocks are sent as bfloat16; those of the rest, where the residual stream
+        begins and ends, as float32. Autocast chooses what is computed in which dtype, as on one device, so no unit
+        casts its inputs. Gradients are averaged in float32.
         """
         float32 = MixedPrecisionPolicy(reduce_dtype=torch.float32, cast_forward_inputs=False)
         mixed = float32

@@ -29,7 +29,7 @@ class Tape(Callback):
         self.run_folder = run.run_folder
         self.steps: list[dict[str, Any]] = []
         self.router_dtypes: set[Any] = set()
-        self.token_ids: list[Any] = []
+        self.samples: list[Any] = []
 
     def on_fit_start(self, trainer: Any, pl_module: Any) -> None:
         held = sum(held_part(parameter)[0].numel() for parameter in pl_module.model.parameters())
@@ -43,13 +43,14 @@ class Tape(Callback):
         def watched(x_TD: torch.Tensor) -> torch.Tensor:
             logits_TE = project(x_TD)
             rounded = torch.equal(router.weight, router.weight.bfloat16().to(router.weight.dtype))
-            self.router_dtypes.add((router.weight.dtype, rounded, logits_TE.dtype))
+            state = "rounded" if rounded else "not rounded"
+            self.router_dtypes.add((router.weight.dtype, state, logits_TE.dtype))
             return logits_TE
 
         router.project = watched
 
     def on_train_batch_start(self, trainer: Any, pl_module: Any, batch: Any, batch_idx: int) -> None:
-        self.token_ids.append((pl_module.step, batch["sample_ids"].tolist()))
+        self.samples.append((pl_module.step, batch["sample_ids"].tolist()))
 
     def on_before_optimizer_step(self, trainer: Any, pl_module: Any, optimizer: Any) -> None:
         gradients = {name: gathered(p.grad, keep=True) for name, p in pl_module.model.named_parameters()}
@@ -65,7 +66,8 @@ class Tape(Callback):
             }
 
     def on_fit_end(self, trainer: Any, pl_module: Any) -> None:
-        tape = {"steps": self.steps, "router": self.router_dtypes, "share": self.share, "token_ids": self.token_ids}
+        tape = {"steps": self.steps, "router": self.router_dtypes, "share": self.share, "samples": self.samples}
+        tape["val_ce"] = pl_module.evaluation["all"].ce
         torch.save(tape, self.run_folder / f"tape-{trainer.global_rank}.pt")
 
 
