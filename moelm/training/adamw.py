@@ -31,7 +31,8 @@ class AdamW(torch.optim.AdamW):
 
     `moments` is the dtype of exp_avg and exp_avg_sq of large parameters. In bfloat16 they are rounded up or down at
     random, right in the mean: to the nearest, exp_avg_sq could not decay with beta2 > 0.998, where a step takes less
-    than half of its last digit. The random bits are a function of parameter, element and step, so a resume is exact.
+    than half of its last digit. The random bits are a function of parameter, element and step, so a resume is exact;
+    of a sharded parameter (a DTensor) each rank updates its part, and an element is counted within that.
     """
 
     def __init__(

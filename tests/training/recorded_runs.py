@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 from lightning.pytorch.callbacks import Callback
+from torch.distributed.tensor import DTensor
 
 from moelm import command_line
 from moelm.config import Config, NamedConfig, load_config, register, to_yaml
@@ -30,6 +31,7 @@ class Tape(Callback):
         self.steps: list[dict[str, Any]] = []
         self.router_dtypes: set[Any] = set()
         self.samples: list[Any] = []
+        self.sent_early = False  # whether a shard of a gradient was there before the last micro-batch of a step
 
     def on_fit_start(self, trainer: Any, pl_module: Any) -> None:
         held = sum(held_part(parameter)[0].numel() for parameter in pl_module.model.parameters())
@@ -65,8 +67,12 @@ class Tape(Callback):
                 **{"bias": pl_module.expert_bias_ME, "weights": {name: w.clone() for name, w in weights.items()}},
             }
 
+        elif any(isinstance(parameter, DTensor) and parameter.grad is not None for parameter in pl_module.parameters()):
+            self.sent_early = True
+
     def on_fit_end(self, trainer: Any, pl_module: Any) -> None:
         tape = {"steps": self.steps, "router": self.router_dtypes, "share": self.share, "samples": self.samples}
+        tape["sent_early"] = self.sent_early
         tape["val_ce"] = pl_module.evaluation["all"].ce
         torch.save(tape, self.run_folder / f"tape-{trainer.global_rank}.pt")
 
