@@ -92,7 +92,7 @@ def adamw_kernel(
 
     An element with float32 moments: 28 bytes (p, m and v read and written, g read), 20 with bfloat16 ones, 2 less for
     a bfloat16 gradient, 2 more for a working copy; about 15 operations, 30 with bfloat16 moments. An H100 has time for
-    some 300 operations while it moves 28 bytes, so memory is the bound.
+    some 300 operations while it moves 28 bytes, so memory is the bound with float32 moments.
     """
     n = parameter.numel()
     _adamw[(triton.cdiv(n, BLOCK),)](
