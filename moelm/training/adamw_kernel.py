@@ -38,6 +38,7 @@ def _adamw(
     lr,
     one_minus_beta1,
     log_beta1,
+    beta2,
     one_minus_beta2,
     log_beta2,
     eps,
@@ -59,7 +60,7 @@ def _adamw(
         g *= tl.load(gradient_scale)
     p -= decay * p
     m += one_minus_beta1 * (g - m)
-    v += one_minus_beta2 * (g * g - v)
+    v = beta2 * v + one_minus_beta2 * (g * g)
     p -= lr / correction1 * m / (tl.sqrt(v) / tl.sqrt(correction2) + eps)
     tl.store(parameter + start + i, p, mask)
     if working_copy is not None:
@@ -107,6 +108,7 @@ def adamw_kernel(
         lr,
         1 - betas[0],
         _log(betas[0]),
+        betas[1],
         1 - betas[1],
         _log(betas[1]),
         eps,
