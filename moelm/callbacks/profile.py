@@ -49,7 +49,7 @@ class Work(NamedTuple):
 class Profile(Callback):
     """Writes profile/trace.json.gz (for ui.perfetto.dev), table.txt and table.json into the run's folder; rank zero
     alone is profiled. The steps are the first ones after warm-up between which nothing is logged, validated or saved,
-    or else the last ones of the run."""
+    or else simply the first ones."""
 
     def __init__(self, config: Config) -> None:
         self.folder = config.run_folder / "profile"

@@ -31,7 +31,7 @@ def _(ids: Tensor) -> Tensor:
 def best_ids(scores: Tensor, k: int) -> Tensor:
     """int64 [..., k]: where the k largest of the last axis are, best first. No gradient.
 
-    Of equals the lower index comes first on CUDA; elsewhere torch.topk decides.
+    Of equals the lower index comes first where the kernel is used; elsewhere torch.topk decides.
     """
     if HAS_TRITON and scores.is_cuda and kernel.takes(scores.shape[-1], k):
         ids: Tensor = kernel.top_k(scores.flatten(0, -2), k).view(*scores.shape[:-1], k)

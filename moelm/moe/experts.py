@@ -204,7 +204,7 @@ class Experts(nn.Module):
 
 
 def fastest_backend(moe: MoEConfig, d_in: int) -> str:
-    """What `auto` stands for on this machine; one log line says why it is not the fastest there is."""
+    """What `auto` stands for here; one log line says why it is not the fastest that the device has."""
     if not grouped_widths_fit(d_in, moe.d_expert):
         _say("loop", f"their input {d_in} or d_expert {moe.d_expert} is no multiple of 8")
         return "loop"

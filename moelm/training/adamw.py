@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 from collections.abc import Callable, Iterable
 from typing import Any
 
@@ -11,9 +10,9 @@ from torch import Tensor
 from torch.autograd.graph import increment_version
 from torch.optim.adamw import adamw
 
+from moelm.moe.kernels import HAS_TRITON
 from moelm.training.shards import local
 
-HAS_TRITON = importlib.util.find_spec("triton") is not None
 if HAS_TRITON:
     from moelm.training.adamw_kernel import adamw_kernel
 
@@ -166,7 +165,7 @@ def adamw_reference(
 ) -> None:
     """One step for one parameter p of any shape, in place.
 
-        g = gradient_scale * gradient;  m <- m + (1 - beta1) (g - m);  v <- v + (1 - beta2) (g^2 - v)
+        g = gradient_scale * gradient;  m <- m + (1 - beta1) (g - m);  v <- beta2 v + (1 - beta2) g^2
         p <- (1 - lr * weight_decay) p - lr * m / (1 - beta1^t) / (sqrt(v / (1 - beta2^t)) + eps)
 
     p float32, gradient float32 or bfloat16, m and v both float32 or both bfloat16; all arithmetic is float32. `step` is
@@ -175,7 +174,7 @@ def adamw_reference(
     beta1, beta2 = betas
     g = gradient.float() if gradient_scale is None else gradient.float() * gradient_scale
     m = exp_avg + (1 - beta1) * (g - exp_avg)
-    v = exp_avg_sq + (1 - beta2) * (g * g - exp_avg_sq)
+    v = beta2 * exp_avg_sq.float() + (1 - beta2) * (g * g)
     correction1, correction2 = (1 - beta ** step.double() for beta in betas)
     parameter.sub_(lr * weight_decay * parameter)
     parameter.sub_((lr / correction1).float() * m / (v.sqrt() / correction2.sqrt().float() + eps))

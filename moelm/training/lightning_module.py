@@ -132,7 +132,7 @@ class MoELightningModule(pl.LightningModule):
         return loss
 
     def backward(self, loss: Tensor, *args: Any, **kwargs: Any) -> None:
-        """On this thread: from one of the engine's own, what Python launches would wait for the interpreter's lock."""
+        """On this thread: on one of autograd's, kernels launched from Python would wait for the interpreter's lock."""
         with torch.autograd.set_multithreading_enabled(False):
             super().backward(loss, *args, **kwargs)
 

@@ -73,6 +73,7 @@ class Tape(Callback):
     def on_fit_end(self, trainer: Any, pl_module: Any) -> None:
         tape = {"steps": self.steps, "router": self.router_dtypes, "share": self.share, "samples": self.samples}
         tape["sent_early"] = self.sent_early
+        tape["copies"] = [name for name, _ in pl_module.named_buffers() if name.endswith("_copy")]
         tape["val_ce"] = pl_module.evaluation["all"].ce
         torch.save(tape, self.run_folder / f"tape-{trainer.global_rank}.pt")
 

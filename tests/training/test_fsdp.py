@@ -106,6 +106,9 @@ def test_two_processes_equal_one(make: Make, tmp_path: Path) -> None:
     there = make("there", ADAMW)
     train(there, resume="auto")
 
+    for config, n_ranks in ((one["bf16"], 1), (fsdp["bf16"], 2), (fsdp["plain"], 2), (ddp, 2)):
+        for tape in tapes(config, n_ranks):
+            assert tape["router"] == {(torch.float32, "not rounded", torch.float32)}
     for name in ("plain", "idle experts, recomputation"):
         assert_same_steps(*tapes(one[name]), tapes(fsdp[name], 2))
     assert_same_steps(*tapes(one["plain"]), tapes(ddp, 2))
@@ -117,9 +120,6 @@ def test_two_processes_equal_one(make: Make, tmp_path: Path) -> None:
         assert [tape["share"] for tape in tapes(config, 2)] == pytest.approx([share] * 2, abs=2e-3)
     assert [tape["val_ce"] for tape in tapes(fsdp["plain"], 2)] == pytest.approx([tapes(one["plain"])[0]["val_ce"]] * 2)
 
-    for config, n_ranks in ((one["bf16"], 1), (fsdp["bf16"], 2), (fsdp["plain"], 2), (ddp, 2)):
-        for tape in tapes(config, n_ranks):
-            assert tape["router"] == {(torch.float32, "not rounded", torch.float32)}
     assert_close_steps(tapes(one["bf16"])[0], tapes(fsdp["bf16"], 2)[1])
 
     (_, a), (before, b) = tapes(one["muon"])[0]["steps"], tapes(fsdp["muon"], 2)[1]["steps"]
@@ -154,6 +154,8 @@ def test_fused_experts_under_fsdp_follow_those_of_one_process(make: Make, tmp_pa
     train(one)
     run_all([two], tmp_path, n_ranks=2)
     assert_close_steps(tapes(one)[0], tapes(two, 2)[1])
+    assert len(tapes(one)[0]["copies"]) == 4
+    assert tapes(two)[0]["copies"] == []
 
 
 @pytest.mark.slow

@@ -1,5 +1,5 @@
-"""What each sequence sends to each expert, counted by comparison: adding ones where the choices point would be atomic
-on a GPU, hundreds of thousands of additions to a few addresses."""
+"""What each sequence sends to each expert, counted by comparison: on a GPU, adding a one where each choice points would
+be hundreds of thousands of atomic additions to a few addresses."""
 
 from __future__ import annotations
 
@@ -18,8 +18,8 @@ def sums_of_choices(expert_ids_TK: Tensor, gates_TK: Tensor | None, n_sequences:
     """float32 [3, B, E] for each sequence and expert: how often it was chosen, how often first, the sum of its gates
     (0 without gates).
 
-    int64 ids, n_experts for "none", which adds nothing; float32 gates, to which alone gradient flows, each getting that
-    of its sum. 12 T K (1 + 2 E / SPAN) bytes, T K E comparisons; one order of summation.
+    int64 ids, n_experts for "none", which adds nothing; float32 gates. Gradient flows to the gates alone: that of its
+    sum to each. 12 T K (1 + 2 E / SPAN) bytes, T K E comparisons; one order of summation.
     """
     T, K = expert_ids_TK.shape
     n_choices = T * K // n_sequences

@@ -58,11 +58,15 @@ def row_tiles(rows_RD: Tensor, offsets_E: Tensor) -> Tensor | None:
     int32 [n, 3]: expert, first row and end of the expert's rows; expert -1 for a tile without rows. As many as R rows
     can need whatever the load, which the host does not know.
     """
-    R, E = rows_RD.shape[0], offsets_E.numel()
+    R = rows_RD.shape[0]
     if rows_RD.dtype != torch.bfloat16 or R == 0 or not (rows_RD.is_cuda and _hopper_works(rows_RD.device)):
         return None
-    block = _hopper().ROWS
-    tiles = offsets_E.new_empty(min(R, R // block + E), 3)
+    return _tiles(offsets_E, R)
+
+
+def _tiles(offsets_E: Tensor, n_rows: int) -> Tensor:
+    E, block = offsets_E.numel(), _hopper().ROWS
+    tiles = offsets_E.new_empty(min(n_rows, n_rows // block + E), 3)
     _row_tiles[(len(tiles),)](offsets_E, tiles, E, triton.next_power_of_2(E), block)
     return tiles
 
@@ -79,29 +83,42 @@ def _hopper_works(device: torch.device) -> bool:
     if torch.cuda.get_device_capability(device) != (9, 0):
         return False
     try:
-        generator = torch.Generator(device).manual_seed(0)
-        a, b, w = (
-            torch.randn(shape, device=device, generator=generator).bfloat16()
-            for shape in ((192, 64), (192, 128), (2, 64, 256))
-        )
-        ends = torch.tensor([70, 192], dtype=torch.int32, device=device)
-        tiles = torch.tensor([[0, 0, 70], [1, 70, 192], [-1, 0, 0]], dtype=torch.int32, device=device)
-        pairs = [
-            (_hopper().rows_product(a, w, tiles, 128, swiglu=True)[0], F.grouped_mm(a, w, offs=ends)),
-            (
-                _hopper().rows_product(b, w[:, :, :128].contiguous(), tiles, 64, transposed=True)[0],
-                F.grouped_mm(b, w[:, :, :128].contiguous().mT, offs=ends),
-            ),
-            (_hopper().weight_gradient(a, b, ends), F.grouped_mm(a.mT, b, offs=ends)),
-        ]
-        for found, wanted in pairs:
-            torch.testing.assert_close(found.float(), wanted.float(), rtol=2e-2, atol=2e-1)
-    except Exception as error:  # of whatever kind: Triton raises its own, Python those of renamed names
+        _compare_with_torch(device)
+    except torch.OutOfMemoryError:
+        raise
+    except Exception as error:  # of whatever kind: Triton raises its own, Python those of names that have changed
         log.warning(
             "experts: torch's grouped product, since Gluon's fails with Triton %s: %r", triton.__version__, error
         )
         return False
     return True
+
+
+def _compare_with_torch(device: torch.device) -> None:
+    """Raises if a kernel of `hopper.py` errs by more than rounding. The sizes let a block of threads have a second
+    tile, more steps than there are stages, and ends of rows, of columns and of sums inside a tile."""
+    generator = torch.Generator(device).manual_seed(0)
+    rows_RD, wide_RF, w_EDF = (
+        torch.randn(shape, device=device, generator=generator).bfloat16()
+        for shape in ((8440, 328), (8440, 592), (3, 328, 592))
+    )
+    offsets_E = torch.tensor([5000, 5000, 8440], dtype=torch.int32, device=device)
+    tiles, hopper = _tiles(offsets_E, len(rows_RD)), _hopper()
+    gate_up_R2F, hidden_RF = hopper.rows_product(rows_RD, w_EDF, tiles, 296, swiglu=True)
+    product_RF = F.grouped_mm(rows_RD, w_EDF, offs=offsets_E)
+    for found, wanted in (
+        (gate_up_R2F, product_RF),
+        (hidden_RF, swiglu(product_RF, offsets_E)),
+        (hopper.rows_product(rows_RD, w_EDF, tiles, 592)[0], product_RF),
+        (
+            hopper.rows_product(wide_RF, w_EDF, tiles, 328, transposed=True)[0],
+            F.grouped_mm(wide_RF, w_EDF.mT, offs=offsets_E),
+        ),
+        (hopper.weight_gradient(rows_RD, wide_RF, offsets_E), F.grouped_mm(rows_RD.mT, wide_RF, offs=offsets_E)),
+    ):
+        error = (found.float() - wanted.float()).abs().max() / wanted.float().abs().max()
+        if not error <= 2**-7:
+            raise ValueError(f"an error of {error.item():.1e}")
 
 
 @triton.jit
