@@ -51,8 +51,7 @@ class ShardedStrategy(ModelParallelStrategy):
 
     def setup_environment(self) -> None:
         self._setup_distributed()
-        n_experts_ranks = self.options.expert_parallel
-        shape = (self.world_size // n_experts_ranks, n_experts_ranks)
+        shape = (self.world_size // self.options.expert_parallel, self.options.expert_parallel)
         self._device_mesh = init_device_mesh(self.root_device.type, shape, mesh_dim_names=("fsdp", "ep"))
 
     @property

@@ -129,6 +129,7 @@ def _silence_lightning() -> None:
         ".*`max_epochs`.*",
         ".*isinstance.treespec, LeafSpec.*",
         ".*recommended to use `self.log.*sync_dist=True.*",
+        ".*FSDP2-wrapped module .* returned a view tensor.*",  # statistics, into which nothing writes
     ):
         warnings.filterwarnings("ignore", message=message)
 

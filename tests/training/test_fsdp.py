@@ -11,6 +11,7 @@ import torch
 from recorded_runs import run_all
 
 from moelm.config import Config
+from moelm.moe.kernels import INTERPRETED
 from moelm.train import train
 from moelm.training.checkpoint_io import load_weights, step_folder
 
@@ -146,8 +147,8 @@ def assert_close_steps(one: Tape, two: Tape) -> None:
 
 @pytest.mark.slow
 @pytest.mark.timeout(400)
+@pytest.mark.skipif(not INTERPRETED, reason="needs Triton's interpreter")
 def test_fused_experts_under_fsdp_follow_those_of_one_process(make: Make, tmp_path: Path) -> None:
-    pytest.importorskip("triton")
     small = {"data.seq_len": 16, "optim.batch_tokens": 64, "optim.micro_batch_size": 1, "trainer.max_steps": 3}
     fused = {"model.moe.experts": {"backend": "fused"}, "trainer.precision": "bf16-mixed", **small}
     one, two = make("one", fused), make("two", FSDP, fused, {"trainer.activation_checkpointing": "selective"})
