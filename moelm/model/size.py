@@ -130,10 +130,12 @@ class Memory:
     optimizer: int  # two moments, in optim.moments; under Muon one, and two of the embeddings
     activations: int  # saved for backward, for one micro-batch
     working: int  # bf16 copies of the weights under bf16-mixed, and what the loss holds
+    accumulates: bool  # gradients of earlier micro-batches lie beside the activations; else they come as those go
 
     @property
     def total(self) -> int:
-        return self.weights + self.gradients + self.optimizer + self.activations + self.working
+        both = self.gradients + self.activations if self.accumulates else max(self.gradients, self.activations)
+        return self.weights + self.optimizer + both + self.working
 
 
 def training_memory(config: Config, n_shards: int = 1) -> Memory:
@@ -168,7 +170,8 @@ def training_memory(config: Config, n_shards: int = 1) -> Memory:
     second = size.active - size.active_no_embeddings if config.optim.optimizer == "muon" else n_parameters
     moments = n_parameters // n_shards + second // n_shards
     width = 2 if config.optim.moments == "bfloat16" else 4  # the small ones, always float32, are not told apart
-    return Memory(state, state, width * moments, activations, working)
+    accumulates = config.optim.batch_tokens > micro  # on one device; on more, DDP keeps its buckets of gradients
+    return Memory(state, state, width * moments, activations, working, accumulates)
 
 
 def _activation_bytes(model: ModelConfig, layer: int, tokens: int, mixed: bool, compiled: bool) -> int:
