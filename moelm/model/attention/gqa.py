@@ -123,11 +123,10 @@ class GQA(Attention):
         cache: KVCache | None = None,
     ) -> Tensor:
         """`mask_BLL`: bool, True = may attend, replaces the causal mask; with a cache its last axis is all keys."""
-        q_BHLQ = self.heads(self.q(x_BLD), self.q_norm)
-        k_BHLQ = self.heads(self.k(x_BLD), self.k_norm)
-        v_BHLQ = self.heads(self.v(x_BLD), None)
         interleaved = self.config.rope_interleaved
-        q_BHLQ, k_BHLQ = rotate(q_BHLQ, *rotation, interleaved), rotate(k_BHLQ, *rotation, interleaved)
+        q_BHLQ = rotate(self.heads(self.q(x_BLD), self.q_norm), *rotation, interleaved).transpose(1, 2)
+        k_BHLQ = rotate(self.heads(self.k(x_BLD), self.k_norm), *rotation, interleaved).transpose(1, 2)
+        v_BHLQ = self.heads(self.v(x_BLD), None).transpose(1, 2)
         if cache is not None:
             k_BHLQ, v_BHLQ = cache.append(k_BHLQ, v_BHLQ)
         n_queries, n_keys = q_BHLQ.shape[2], k_BHLQ.shape[2]
@@ -157,7 +156,7 @@ class GQA(Attention):
         return y_BLD
 
     def heads(self, x_BLD: Tensor, norm: RMSNorm | None) -> Tensor:
-        """One projection, normed and cut as the config says, [B, H, L, Q]."""
+        """One projection, normed and cut as the config says, [B, L, H, Q]."""
         if norm is not None and self.config.qk_norm == "full":
             x_BLD = norm(x_BLD)
         x_BLHQ: Tensor = x_BLD.unflatten(-1, (-1, self.head_dim))
@@ -165,7 +164,7 @@ class GQA(Attention):
             x_BLHQ = norm(x_BLHQ)
         if self.config.clip_qkv is not None:
             x_BLHQ = x_BLHQ.clamp(-self.config.clip_qkv, self.config.clip_qkv)
-        return x_BLHQ.transpose(1, 2)
+        return x_BLHQ
 
 
 def causal_mask(n_queries: int, n_keys: int, device: torch.device, window: int | None = None) -> Tensor:
