@@ -176,11 +176,13 @@ def training_memory(config: Config, n_shards: int = 1) -> Memory:
 
 def _activation_bytes(model: ModelConfig, layer: int, tokens: int, mixed: bool, compiled: bool) -> int:
     """Saved for backward by one block: c bytes an element in the compute dtype, 4 in float32. Compiled blocks
-    recompute what is elementwise (SwiGLU's product, the router's float32 input) instead of keeping it."""
+    recompute what is elementwise (sums, float32 copies, silu) unless a product of matrices reads it."""
     c, d = (2 if mixed else 4), model.d_model
-    norms = 2 * (4 * d + c * d)  # their float32 inputs, and their outputs, which projections and FFN read
-    attended = c * attention_of(model, layer).saved_per_token(d)
-    hidden = 2 if compiled else 4  # gate and up; and silu(gate), and the product
+    # of the norms their float32 inputs, the second one's as what attention adds to the first one's where that is added
+    # again, and their outputs, which projections and FFN read
+    norms = 4 * d + (c if compiled else 4) * d + 2 * c * d
+    attended = c * attention_of(model, layer).saved_per_token(d, compiled)
+    hidden = 3 if compiled else 4  # gate and up and their product; and silu(gate)
     moe = model.moe
     if moe is None or not model.is_moe_layer(layer):
         return tokens * (norms + attended + c * hidden * model.feed_forward.d_ff)

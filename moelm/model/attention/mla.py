@@ -48,9 +48,9 @@ class MLAConfig(AttentionConfig):
         """q k^T and the weighted sum of v: two products over half of seq_len, on average, for each head."""
         return seq_len * self.n_heads * (self.qk_head_dim + self.v_head_dim)
 
-    def saved_per_token(self, d_model: int) -> int:
-        """q, k, v and the heads' output; each latent, and in float32 before its norm."""
-        latents = 3 * ((self.q_latent_dim or 0) + self.kv_latent_dim)
+    def saved_per_token(self, d_model: int, compiled: bool) -> int:
+        """q, k, v and the heads' output; each latent before and after its norm."""
+        latents = (2 if compiled else 3) * ((self.q_latent_dim or 0) + self.kv_latent_dim)
         return latents + 2 * self.n_heads * (self.qk_head_dim + self.v_head_dim)
 
     def products_per_token(self, d_model: int) -> int:
