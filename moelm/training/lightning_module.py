@@ -136,6 +136,11 @@ class MoELightningModule(pl.LightningModule):
         with torch.autograd.set_multithreading_enabled(False):
             super().backward(loss, *args, **kwargs)
 
+    def optimizer_step(self, epoch: int, batch_idx: int, optimizer: Any, optimizer_closure: Any = None) -> None:
+        """Then the gradients go; Lightning keeps them through the next forward pass, beside all its activations."""
+        super().optimizer_step(epoch, batch_idx, optimizer, optimizer_closure)
+        optimizer.zero_grad()
+
     @torch.no_grad()
     def on_before_optimizer_step(self, optimizer: Optimizer) -> None:
         self.last_step = self.accumulator.finish()

@@ -81,6 +81,7 @@ KERNELS = {
     "_top_k": "router",
     "_grad_weight": "router",
     "_sums": "router",
+    "_turn_heads_backward": REST,
     "_cross_entropy": "loss",
     "void (anonymous namespace)::cunn_SoftMaxForward<4, float, at::native::log_softmax": "loss",
     "void at::native::sbtopk::gatherTopK<float, unsigned int, 2, false>": "router",
