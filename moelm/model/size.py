@@ -164,7 +164,8 @@ def training_memory(config: Config, n_shards: int = 1) -> Memory:
     activations += model.n_prediction_modules * (2 * residual + 3 * read_by_head)
     # logits, in whose place their gradient comes, and the gradients that the loss makes of the head and of its input
     working = min(head_bytes * micro * model.vocab_size, MAX_FUSED_BYTES)
-    working += 4 * model.vocab_size * model.d_model + read_by_head
+    # the head's gradient in float32, one for each prediction and one more in flight
+    working += (2 + model.n_prediction_modules) * 4 * model.vocab_size * model.d_model + read_by_head
     if mixed:
         working += 2 * n_parameters  # autocast keeps bf16 copies for the backward pass, the experts for longer
     second = size.active - size.active_no_embeddings if config.optim.optimizer == "muon" else n_parameters
