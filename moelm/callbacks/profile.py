@@ -25,8 +25,8 @@ REST = "norms and elementwise"
 CATEGORIES = (  # the first whose pattern a name has; a kernel is asked first, then the ops that it was launched by
     ("expert products", r"^_(rows_product|weight_gradient|row_tiles)|[Gg]rouped|GroupProblem"),
     ("row movement", r"^_(spread|gather_sum|swiglu|count|sum_blocks|place)|sort|sum_by_|^_?(Dispatch|Combine|Spread)"),
-    ("router", r"^_(top_k|sums|write_parts|logits|grad_x|grad_weight)|topk|TopK|router|keep_choice|sums_of_choices"),
-    ("router", r"^triton_.*(softmax|logsumexp|scatter)"),
+    ("router", r"^_(top_k|sums|write_parts|logits|grad_x|grad_weight)|topk|TopK|router|sums_of_choices"),
+    ("router", r"^moelm::(keep_choice|choose|best_ids)|^triton_.*(softmax|logsumexp|scatter)"),
     ("loss", r"^_(cross_entropy)|CrossEntropy|log_softmax|nll_loss"),
     ("attention", r"flash|fmha|[Aa]ttention|sdpa"),
     ("optimizer", r"[Aa]dam|multi_tensor_apply|_foreach|[Mm]uon|clip"),

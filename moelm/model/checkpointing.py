@@ -8,7 +8,7 @@ from typing import Any
 
 from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
 
-CHOICES = {"moelm::keep_choice"}
+CHOICES = {"moelm::keep_choice", "moelm::choose"}
 EXPENSIVE = {
     "aten::mm",
     "aten::addmm",

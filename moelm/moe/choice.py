@@ -6,12 +6,13 @@ import torch
 from torch import Tensor
 
 from moelm.moe.kernels import HAS_TRITON
+from moelm.moe.ops import op
 
 if HAS_TRITON:
     from moelm.moe.kernels import top_k as kernel
 
 
-@torch.library.custom_op("moelm::keep_choice", mutates_args=())
+@op("moelm::keep_choice", fake=torch.empty_like)
 def keep_choice(ids: Tensor) -> Tensor:
     """A copy of `ids`, which `model/checkpointing.py` saves instead of making it anew.
 
@@ -22,18 +23,34 @@ def keep_choice(ids: Tensor) -> Tensor:
     return ids.clone()
 
 
-@keep_choice.register_fake
-def _(ids: Tensor) -> Tensor:
-    return torch.empty_like(ids)
+def choose(scores: Tensor, k: int) -> Tensor:
+    """`best_ids`, kept as by `keep_choice`, in one op."""
+    return _choose(scores.detach(), k)
 
 
-@torch.no_grad()
 def best_ids(scores: Tensor, k: int) -> Tensor:
     """int64 [..., k]: where the k largest of the last axis are, best first. No gradient.
 
     Of equals the lower index comes first where the kernel is used; elsewhere torch.topk decides.
     """
+    return _best_ids(scores.detach(), k)
+
+
+def _empty_ids(scores: Tensor, k: int) -> Tensor:
+    return scores.new_empty(*scores.shape[:-1], k, dtype=torch.int64)
+
+
+@op("moelm::best_ids", fake=_empty_ids)
+def _best_ids(scores: Tensor, k: int) -> Tensor:
+    return _top_k(scores, k)
+
+
+@op("moelm::choose", fake=_empty_ids)
+def _choose(scores: Tensor, k: int) -> Tensor:
+    return _top_k(scores, k)
+
+
+def _top_k(scores: Tensor, k: int) -> Tensor:
     if HAS_TRITON and scores.is_cuda and kernel.takes(scores.shape[-1], k):
-        ids: Tensor = kernel.top_k(scores.flatten(0, -2), k).view(*scores.shape[:-1], k)
-        return ids
+        return kernel.top_k(scores.flatten(0, -2), k).view(*scores.shape[:-1], k)
     return scores.topk(k, dim=-1).indices

@@ -15,57 +15,56 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
 
 from moelm.config import MoEConfig, grouped_widths_fit, why_not_fused
 from moelm.moe.dispatch.dropless import Permutation
 from moelm.moe.fused import expert_mlp
 from moelm.moe.kernels import HAS_TRITON, INTERPRETED
+from moelm.moe.ops import op
 from moelm.moe.working_copies import refreshed
 
 log = logging.getLogger(__name__)
 
 
-@torch.library.custom_op("moelm::grouped_mm", mutates_args=())
-def grouped_mm(x_RD: Tensor, w_EDF: Tensor, offsets_E: Tensor) -> Tensor:
-    """out[r] = x[r] @ w[e] for the rows r of expert e: offsets_E[e - 1] <= r < offsets_E[e].
-
-    x [R, D] and w [E, D, F] of one dtype (float32 or bfloat16), offsets int32. Rows past the last offset come
-    out uninitialised, in the gradient of x too. A custom op because the fp32 product cannot be traced on CPU.
-    """
+@op("moelm::grouped_mm", fake=lambda x_RD, w_EDF, _: x_RD.new_empty(x_RD.shape[0], w_EDF.shape[2]))
+def _grouped_mm(x_RD: Tensor, w_EDF: Tensor, offsets_E: Tensor) -> Tensor:
+    """An op because the float32 product cannot be traced on CPU."""
     return F.grouped_mm(x_RD, w_EDF, offs=offsets_E)
 
 
-@grouped_mm.register_fake
-def _(x_RD: Tensor, w_EDF: Tensor, offsets_E: Tensor) -> Tensor:
-    return x_RD.new_empty(x_RD.shape[0], w_EDF.shape[2])
-
-
-@torch.library.custom_op("moelm::grouped_mm_backward", mutates_args=())
-def grouped_mm_backward(grad_RF: Tensor, x_RD: Tensor, w_EDF: Tensor, offsets_E: Tensor) -> tuple[Tensor, Tensor]:
+@op(
+    "moelm::grouped_mm_backward", fake=lambda _, x_RD, w_EDF, __: (torch.empty_like(x_RD), w_EDF.new_empty(w_EDF.shape))
+)
+def _grouped_mm_backward(grad_RF: Tensor, x_RD: Tensor, w_EDF: Tensor, offsets_E: Tensor) -> tuple[Tensor, Tensor]:
     grad_RF = grad_RF.contiguous()  # an expanded gradient is refused by the kernel
     grad_x = F.grouped_mm(grad_RF, w_EDF.transpose(-2, -1), offs=offsets_E)
     grad_w = F.grouped_mm(x_RD.transpose(-2, -1), grad_RF, offs=offsets_E)
     return grad_x, grad_w
 
 
-@grouped_mm_backward.register_fake
-def _(grad_RF: Tensor, x_RD: Tensor, w_EDF: Tensor, offsets_E: Tensor) -> tuple[Tensor, Tensor]:
-    return torch.empty_like(x_RD), w_EDF.new_empty(w_EDF.shape)
+class _GroupedMM(torch.autograd.Function):
+    """out[r] = x[r] @ w[e] for the rows r of expert e: offsets_E[e - 1] <= r < offsets_E[e].
+
+    x [R, D] and w [E, D, F] of one dtype (float32 or bfloat16), offsets int32. Rows past the last offset come
+    out uninitialised, in the gradient of x too.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, x_RD: Tensor, w_EDF: Tensor, offsets_E: Tensor) -> Tensor:
+        ctx.save_for_backward(x_RD, w_EDF, offsets_E)
+        return _grouped_mm(x_RD, w_EDF, offsets_E)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad_RF: Tensor) -> tuple[Tensor, Tensor, None]:
+        return *_grouped_mm_backward(grad_RF, *ctx.saved_tensors), None
 
 
-def _save_for_backward(ctx: torch.autograd.function.FunctionCtx, inputs: tuple[Tensor, ...], output: Tensor) -> None:
-    ctx.save_for_backward(*inputs)
+grouped_mm = _GroupedMM.apply
 
 
-def _backward(ctx: torch.autograd.function.FunctionCtx, grad_RF: Tensor) -> tuple[Tensor, Tensor, None]:
-    grad_x, grad_w = grouped_mm_backward(grad_RF, *ctx.saved_tensors)  # type: ignore[attr-defined]
-    return grad_x, grad_w, None
-
-
-grouped_mm.register_autograd(_backward, setup_context=_save_for_backward)
-
-
-@torch.library.custom_op("moelm::sum_by_expert", mutates_args=())
+@op("moelm::sum_by_expert", fake=lambda rows_RF, offsets_E: rows_RF.new_empty(offsets_E.shape[0], rows_RF.shape[1]))
 def sum_by_expert(rows_RF: Tensor, offsets_E: Tensor) -> Tensor:
     """[E, F], the sum of each expert's rows: 0 for an idle expert, rows past the last offset left out.
 
@@ -77,11 +76,6 @@ def sum_by_expert(rows_RF: Tensor, offsets_E: Tensor) -> Tensor:
     return F.grouped_mm(ones_8R, rows_RF, offs=offsets_E)[:, 0].clone()
 
 
-@sum_by_expert.register_fake
-def _(rows_RF: Tensor, offsets_E: Tensor) -> Tensor:
-    return rows_RF.new_empty(offsets_E.shape[0], rows_RF.shape[1])
-
-
 class _AddBias(torch.autograd.Function):
     """rows_r + bias^e for the rows r of expert e; backward of the bias is `sum_by_expert`."""
 
@@ -91,6 +85,7 @@ class _AddBias(torch.autograd.Function):
         return rows_RF + bias_EF.index_select(0, expert_of_row(offsets_E, rows_RF.shape[0]))
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, grad_RF: Tensor) -> tuple[Tensor, Tensor, None]:
         (offsets_E,) = ctx.saved_tensors
         return grad_RF, sum_by_expert(grad_RF, offsets_E), None
@@ -177,7 +172,7 @@ class Experts(nn.Module):
             for weight, copy in zip(weights, (self.gate_up_copy, self.down_copy), strict=True)
         ]
         permutation = plan.row_of_choice_TK, plan.choice_of_row_R, plan.offsets_E
-        y_TD: Tensor = expert_mlp(x_TD, gates_TK.float(), *permutation, *weights, *copies)[0]
+        y_TD: Tensor = expert_mlp(x_TD, gates_TK.float(), *permutation, *weights, *copies)
         return y_TD
 
     @torch.compiler.disable  # type: ignore[untyped-decorator]

@@ -1,7 +1,6 @@
 """Dispatch, experts and combine as one op of PyTorch, so that compile and checkpointing see a single step.
 
-The kernels are in `moelm/moe/kernels/expert_mlp.py`, with the equations. The op takes each weight twice: the parameter,
-which receives the gradient in its own dtype, and what is multiplied, a copy of it in the dtype of the tokens.
+The kernels are in `moelm/moe/kernels/expert_mlp.py`, with the equations.
 """
 
 from __future__ import annotations
@@ -10,10 +9,18 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from moelm.moe.ops import op
 
 
-@torch.library.custom_op("moelm::expert_mlp", mutates_args=())
-def expert_mlp(
+def _empty_results(x_TD: Tensor, *others: Tensor) -> tuple[Tensor, Tensor]:
+    _, _, choice_of_row_R, _, gate_up_EDF, _ = others
+    return x_TD.new_empty(x_TD.shape), x_TD.new_empty(choice_of_row_R.shape[0], gate_up_EDF.shape[2])
+
+
+@op("moelm::expert_mlp", fake=_empty_results)
+def _expert_mlp(
     x_TD: Tensor,
     gates_TK: Tensor,
     row_of_choice_TK: Tensor,
@@ -21,42 +28,31 @@ def expert_mlp(
     offsets_E: Tensor,
     gate_up_EDF: Tensor,
     down_EFD: Tensor,
-    gate_up_copy_EDF: Tensor,
-    down_copy_EFD: Tensor,
 ) -> tuple[Tensor, Tensor]:
-    """(y [T, D], gate_up [R, 2F], which is kept for backward and has no gradient), in the dtype of x and the copies.
-
-    gates float32; the permutation int32, as `sort_by_expert` makes it.
-    """
+    """(y [T, D], gate_up [R, 2F], which backward needs), in the dtype of x and of both weights."""
     from moelm.moe.kernels import expert_mlp as kernels  # here, since triton need not be installed
 
-    permutation = row_of_choice_TK, choice_of_row_R, offsets_E
-    return kernels.forward(x_TD, gates_TK, *permutation, gate_up_copy_EDF, down_copy_EFD)
+    return kernels.forward(x_TD, gates_TK, row_of_choice_TK, choice_of_row_R, offsets_E, gate_up_EDF, down_EFD)
 
 
-@expert_mlp.register_fake
-def _(
-    x_TD: Tensor,
-    gates_TK: Tensor,
-    row_of_choice_TK: Tensor,
-    choice_of_row_R: Tensor,
-    offsets_E: Tensor,
-    gate_up_EDF: Tensor,
-    *others: Tensor,
-) -> tuple[Tensor, Tensor]:
-    return x_TD.new_empty(x_TD.shape), x_TD.new_empty(choice_of_row_R.shape[0], gate_up_EDF.shape[2])
+def _empty_gradients(
+    grad_y_TD: Tensor, x_TD: Tensor, gates_TK: Tensor, *others: Any
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    *_, gate_up_EDF, down_EFD, _, dtype = others
+    weights = [w.new_empty(w.shape, dtype=dtype) for w in (gate_up_EDF, down_EFD)]
+    return x_TD.new_empty(x_TD.shape), gates_TK.new_empty(gates_TK.shape), weights[0], weights[1]
 
 
-@torch.library.custom_op("moelm::expert_mlp_backward", mutates_args=())
-def expert_mlp_backward(
+@op("moelm::expert_mlp_backward", fake=_empty_gradients)
+def _expert_mlp_backward(
     grad_y_TD: Tensor,
     x_TD: Tensor,
     gates_TK: Tensor,
     row_of_choice_TK: Tensor,
     choice_of_row_R: Tensor,
     offsets_E: Tensor,
-    gate_up_copy_EDF: Tensor,
-    down_copy_EFD: Tensor,
+    gate_up_EDF: Tensor,
+    down_EFD: Tensor,
     gate_up_R2F: Tensor,
     dtype: torch.dtype,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -64,39 +60,38 @@ def expert_mlp_backward(
     from moelm.moe.kernels import expert_mlp as kernels
 
     permutation = row_of_choice_TK, choice_of_row_R, offsets_E
-    weights = gate_up_copy_EDF, down_copy_EFD
-    return kernels.backward(grad_y_TD, x_TD, gates_TK, *permutation, *weights, gate_up_R2F, dtype)
+    return kernels.backward(grad_y_TD, x_TD, gates_TK, *permutation, gate_up_EDF, down_EFD, gate_up_R2F, dtype)
 
 
-@expert_mlp_backward.register_fake
-def _(
-    grad_y_TD: Tensor,
-    x_TD: Tensor,
-    gates_TK: Tensor,
-    row_of_choice_TK: Tensor,
-    choice_of_row_R: Tensor,
-    offsets_E: Tensor,
-    gate_up_copy_EDF: Tensor,
-    down_copy_EFD: Tensor,
-    gate_up_R2F: Tensor,
-    dtype: torch.dtype,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    weights = [w.new_empty(w.shape, dtype=dtype) for w in (gate_up_copy_EDF, down_copy_EFD)]
-    return x_TD.new_empty(x_TD.shape), gates_TK.new_empty(gates_TK.shape), weights[0], weights[1]
+class _ExpertMLP(torch.autograd.Function):
+    """y [T, D] in the dtype of x. Takes each weight twice: the parameter, which receives the gradient in its own dtype,
+    and what is multiplied, a copy of it in the dtype of x. gates float32, the permutation as `sort_by_expert` makes it.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        x_TD: Tensor,
+        gates_TK: Tensor,
+        row_of_choice_TK: Tensor,
+        choice_of_row_R: Tensor,
+        offsets_E: Tensor,
+        gate_up_EDF: Tensor,
+        down_EFD: Tensor,
+        *copies: Tensor,
+    ) -> Tensor:
+        inputs = x_TD, gates_TK, row_of_choice_TK, choice_of_row_R, offsets_E, *copies
+        y_TD, gate_up_R2F = _expert_mlp(*inputs)
+        ctx.save_for_backward(*inputs, gate_up_R2F)
+        ctx.dtype = gate_up_EDF.dtype
+        return y_TD
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad_y_TD: Tensor) -> tuple[Tensor | None, ...]:
+        saved = *ctx.saved_tensors, ctx.dtype
+        grad_x_TD, grad_gates_TK, *grad_weights = _expert_mlp_backward(grad_y_TD, *saved)
+        return grad_x_TD, grad_gates_TK, None, None, None, *grad_weights, None, None
 
 
-def _save_for_backward(ctx: Any, inputs: tuple[Tensor, ...], output: tuple[Tensor, Tensor]) -> None:
-    *tokens_and_permutation, gate_up_EDF, _, gate_up_copy_EDF, down_copy_EFD = inputs
-    gate_up_R2F = output[1]
-    ctx.dtype = gate_up_EDF.dtype
-    ctx.mark_non_differentiable(gate_up_R2F)
-    ctx.set_materialize_grads(False)  # or it would get a gradient of its size, full of zeros
-    ctx.save_for_backward(*tokens_and_permutation, gate_up_copy_EDF, down_copy_EFD, gate_up_R2F)
-
-
-def _backward(ctx: Any, grad_y_TD: Tensor, _: None) -> tuple[Tensor | None, ...]:
-    grad_x_TD, grad_gates_TK, *grad_weights = expert_mlp_backward(grad_y_TD, *ctx.saved_tensors, ctx.dtype)
-    return grad_x_TD, grad_gates_TK, None, None, None, *grad_weights, None, None
-
-
-expert_mlp.register_autograd(_backward, setup_context=_save_for_backward)
+expert_mlp = _ExpertMLP.apply

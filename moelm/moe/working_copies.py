@@ -45,9 +45,10 @@ def _watch_optimizers() -> None:
 
 
 def _age(optimizer: Optimizer, *_: Any) -> None:
-    """torch's fused optimizers count no version: a weight whose version stood still in a step may have changed."""
+    """torch's fused optimizers count no version: a weight with gradient whose version stood still may have changed."""
     for group in optimizer.param_groups:
         for weight in group["params"]:
             if hasattr(weight, "working_copy"):
-                weight.working_version = None if weight._version == weight.seen_version else weight.working_version
+                stood_still = weight._version == getattr(weight, "seen_version", None)
+                weight.working_version = None if stood_still and weight.grad is not None else weight.working_version
                 weight.seen_version = weight._version

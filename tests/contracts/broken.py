@@ -13,6 +13,7 @@ from torch import Tensor
 from moelm.config import MoEConfig, register, registry, setting
 from moelm.moe.balancing.base import Balancer, LossConfig
 from moelm.moe.balancing.switch import switch_aux_loss
+from moelm.moe.choice import best_ids
 from moelm.moe.routing.top_k import TopKConfig, TopKRouter
 from moelm.moe.types import RouteContext, RouterStats, Routing, TokenChoice
 
@@ -71,7 +72,7 @@ class BrokenRouter(TopKRouter):
         elif self.fault == "a counter in forward":
             self.usage_bias += 1
         elif self.fault == "a choice made anew":
-            with mock.patch("moelm.moe.routing.top_k.keep_choice", lambda ids: ids):
+            with mock.patch("moelm.moe.routing.top_k.choose", best_ids):
                 return super().route(x_TD, context)
         routing, stats = super().route(x_TD, context)
         if self.fault == "a scale forgotten":

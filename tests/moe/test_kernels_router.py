@@ -14,7 +14,6 @@ from moelm.moe import choice
 from moelm.moe.kernels import counting, top_k
 from moelm.moe.kernels import router_logits as kernel
 from moelm.moe.routing import base, product
-from moelm.moe.routing import top_k as top_k_router
 from moelm.moe.types import RouteContext, count_per_sequence
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -63,15 +62,13 @@ def test_three_parts_make_the_weight_without_an_error():
 @pytest.mark.parametrize("width", [128, 96])  # one that the kernels take and one that they do not
 def test_the_product_is_an_operator_that_compile_and_autograd_understand(width):
     x_TD, weight_ED, grad_TE = normal(3, width).to(TOKENS), normal(5, width, seed=1), normal(3, 5, seed=2)
-    checks = ("test_schema", "test_autograd_registration", "test_faketensor")
-    inputs = (x_TD.requires_grad_(), weight_ED.requires_grad_())
-    torch.library.opcheck(product.router_logits, inputs, test_utils=checks)
-    torch.library.opcheck(
-        product.router_logits_backward, (grad_TE, x_TD.detach(), weight_ED.detach()), test_utils=checks
-    )
+    checks = ("test_schema", "test_faketensor")
+    torch.library.opcheck(torch.ops.moelm.router_logits.default, (x_TD, weight_ED), test_utils=checks)
+    backward = torch.ops.moelm.router_logits_backward.default
+    torch.library.opcheck(backward, (grad_TE, x_TD, weight_ED), test_utils=checks)
     results = []
     for function in (product.router_logits, lambda x, w: F.linear(x.float(), w)):
-        y_TE = function(x_TD, weight_ED)
+        y_TE = function(x_TD.requires_grad_(), weight_ED.requires_grad_())
         results.append((y_TE, *torch.autograd.grad(y_TE, (x_TD, weight_ED), grad_TE)))
     for ours, plain in zip(*results, strict=True):
         torch.testing.assert_close(ours, plain, rtol=2**-7, atol=1e-4)
@@ -132,7 +129,7 @@ def force_kernels(monkeypatch: pytest.MonkeyPatch) -> None:
     """What a router on CUDA does, on the CPU."""
 
     def best_ids(scores: Tensor, k: int) -> Tensor:
-        return top_k.top_k(scores.detach().flatten(0, -2), k).view(*scores.shape[:-1], k)
+        return top_k.top_k(scores.flatten(0, -2), k).view(*scores.shape[:-1], k)
 
     def sums_of_choices(*args: Tensor) -> tuple[Tensor, ...]:
         sums_3BE = counting.sums_of_choices(*args)
@@ -140,7 +137,7 @@ def force_kernels(monkeypatch: pytest.MonkeyPatch) -> None:
 
     monkeypatch.setattr(base, "float32_linear", lambda x, w: product.router_logits(x.float(), w))
     monkeypatch.setattr(base, "sums_of_choices", sums_of_choices)
-    monkeypatch.setattr(top_k_router, "best_ids", best_ids)
+    monkeypatch.setattr(choice, "_top_k", best_ids)
 
 
 def forbid_kernels(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -146,8 +146,17 @@ def test_an_optimizer_may_write_the_copies_itself(experts):
         assert torch.equal(now, weight.bfloat16())
 
 
+def test_a_step_leaves_the_copy_of_a_weight_without_gradient(experts):
+    versions = [each._version for each in copies(experts)]
+    experts.down.grad = torch.ones_like(experts.down)
+    torch.optim.AdamW(experts.parameters(), lr=0.1, fused=True).step()
+    refresh(experts)
+    assert [each._version > was for each, was in zip(copies(experts), versions, strict=True)] == [False, True]
+
+
 def test_a_copy_that_inference_mode_made_serves_training(kernel_device):
     experts = Experts(MOE, d_in=16).to(kernel_device)
+    torch.nn.init.normal_(experts.down)  # memory may hold NaN, which equals nothing
     with torch.inference_mode():
         refresh(experts)
     assert not any(each.is_inference() for each in copies(experts))

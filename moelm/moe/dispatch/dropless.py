@@ -15,6 +15,7 @@ from torch import Tensor
 
 from moelm.config import DispatchConfig, MoEConfig, register
 from moelm.moe.kernels import HAS_TRITON
+from moelm.moe.ops import op
 from moelm.moe.types import ExpertChoice, Routing, TokenChoice
 
 
@@ -49,18 +50,17 @@ def stable_argsort(expert_ids_TK: Tensor, n_experts: int) -> tuple[Tensor, Tenso
     return row_of_choice_TK, order_R.int(), counts_E.cumsum(0, dtype=torch.int32)
 
 
-@torch.library.custom_op("moelm::counting_sort", mutates_args=())
+def _empty_permutation(expert_ids_TK: Tensor, n_experts: int) -> tuple[Tensor, Tensor, Tensor]:
+    ids_R = expert_ids_TK.new_empty(expert_ids_TK.numel(), dtype=torch.int32)
+    return ids_R.view(expert_ids_TK.shape), ids_R.clone(), ids_R.new_empty(n_experts)
+
+
+@op("moelm::counting_sort", fake=_empty_permutation)
 def counting_sort(expert_ids_TK: Tensor, n_experts: int) -> tuple[Tensor, Tensor, Tensor]:
     """The same in three kernels without atomics."""
     from moelm.moe.kernels import sorting  # here, since triton need not be installed
 
     return sorting.sort_by_expert(expert_ids_TK, n_experts)
-
-
-@counting_sort.register_fake
-def _(expert_ids_TK: Tensor, n_experts: int) -> tuple[Tensor, Tensor, Tensor]:
-    ids_R = expert_ids_TK.new_empty(expert_ids_TK.numel(), dtype=torch.int32)
-    return ids_R.view(expert_ids_TK.shape), ids_R.clone(), ids_R.new_empty(n_experts)
 
 
 class Slots(NamedTuple):
@@ -119,10 +119,9 @@ def _gather_choices(rows_RD: Tensor, row_of_choice_TK: Tensor, valid_TK: Tensor)
     return torch.where(valid_TK.unsqueeze(-1), chosen_TKD, 0.0)
 
 
-@torch.library.custom_op("moelm::sum_by_token", mutates_args=())
-def sum_by_token(rows_RD: Tensor, token_of_row_R: Tensor, n_tokens: int) -> Tensor:
-    """y_t = sum of the rows of token t, in the order of the rows: the same value every time. Rows of the id
-    n_tokens ("none") are left out, whatever they hold. A custom op because inductor would make it atomics on CUDA."""
+@op("moelm::sum_by_token", fake=lambda rows_RD, _, n_tokens: rows_RD.new_empty(n_tokens, rows_RD.shape[1]))
+def _sum_by_token(rows_RD: Tensor, token_of_row_R: Tensor, n_tokens: int) -> Tensor:
+    """An op because inductor would make it atomics on CUDA."""
     y_TD = rows_RD.new_zeros(n_tokens + 1, rows_RD.shape[1])
     if rows_RD.is_cuda:  # index_add is atomic there, an accumulating index_put sorts
         y_TD.index_put_((token_of_row_R,), rows_RD, accumulate=True)
@@ -131,27 +130,28 @@ def sum_by_token(rows_RD: Tensor, token_of_row_R: Tensor, n_tokens: int) -> Tens
     return y_TD[:n_tokens].clone()
 
 
-@sum_by_token.register_fake
-def _(rows_RD: Tensor, token_of_row_R: Tensor, n_tokens: int) -> Tensor:
-    return rows_RD.new_empty(n_tokens, rows_RD.shape[1])
-
-
-def _sum_setup(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    ctx.save_for_backward(inputs[1])
-
-
-def _sum_backward(ctx: Any, grad_TD: Tensor) -> tuple[Tensor | None, ...]:
-    return _rows_of_tokens(grad_TD, *ctx.saved_tensors), None, None
-
-
-sum_by_token.register_autograd(_sum_backward, setup_context=_sum_setup)
-
-
 def _rows_of_tokens(x_TD: Tensor, token_of_row_R: Tensor) -> Tensor:
     """[R, D]; 0 for rows of "none"."""
     n_tokens = x_TD.shape[0]
     rows_RD = x_TD.index_select(0, token_of_row_R.clamp(max=n_tokens - 1))
     return torch.where((token_of_row_R < n_tokens).unsqueeze(-1), rows_RD, 0.0)
+
+
+class _SumByToken(torch.autograd.Function):
+    """y_t = sum of the rows of token t, in the order of the rows: the same value every time. Rows of the id
+    n_tokens ("none") are left out, whatever they hold. Backward is `_rows_of_tokens`."""
+
+    @staticmethod
+    def forward(ctx: Any, rows_RD: Tensor, token_of_row_R: Tensor, n_tokens: int) -> Tensor:
+        ctx.save_for_backward(token_of_row_R)
+        return _sum_by_token(rows_RD, token_of_row_R, n_tokens)
+
+    @staticmethod
+    def backward(ctx: Any, grad_TD: Tensor) -> tuple[Tensor | None, ...]:
+        return _rows_of_tokens(grad_TD, *ctx.saved_tensors), None, None
+
+
+sum_by_token = _SumByToken.apply
 
 
 class _Spread(torch.autograd.Function):

@@ -10,17 +10,14 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from moelm.moe.ops import op
+
 SPAN = 512  # choices a program
 
 
-@torch.library.custom_op("moelm::sums_of_choices", mutates_args=())
-def sums_of_choices(expert_ids_TK: Tensor, gates_TK: Tensor | None, n_sequences: int, n_experts: int) -> Tensor:
-    """float32 [3, B, E] for each sequence and expert: how often it was chosen, how often first, the sum of its gates
-    (0 without gates).
-
-    int64 ids, n_experts for "none", which adds nothing; float32 gates. Gradient flows to the gates alone: that of its
-    sum to each. 12 T K (1 + 2 E / SPAN) bytes, T K E comparisons; one order of summation.
-    """
+@op("moelm::sums_of_choices", fake=lambda ids, _, B, E: ids.new_empty(3, B, E, dtype=torch.float32))
+def _sums_of_choices(expert_ids_TK: Tensor, gates_TK: Tensor | None, n_sequences: int, n_experts: int) -> Tensor:
+    """12 T K (1 + 2 E / SPAN) bytes, T K E comparisons; one order of summation."""
     T, K = expert_ids_TK.shape
     n_choices = T * K // n_sequences
     n_spans = triton.cdiv(n_choices, SPAN)
@@ -34,24 +31,29 @@ def sums_of_choices(expert_ids_TK: Tensor, gates_TK: Tensor | None, n_sequences:
     return sums_s3BE.sum(0)
 
 
-@sums_of_choices.register_fake
-def _(expert_ids_TK: Tensor, gates_TK: Tensor | None, n_sequences: int, n_experts: int) -> Tensor:
-    return expert_ids_TK.new_empty(3, n_sequences, n_experts, dtype=torch.float32)
+class _SumsOfChoices(torch.autograd.Function):
+    """float32 [3, B, E] for each sequence and expert: how often it was chosen, how often first, the sum of its gates
+    (0 without gates).
+
+    int64 ids, n_experts for "none", which adds nothing; float32 gates, to which alone gradient flows, each getting that
+    of its sum.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, expert_ids_TK: Tensor, gates_TK: Tensor | None, n_sequences: int, n_experts: int) -> Tensor:
+        ctx.save_for_backward(expert_ids_TK)
+        ctx.n_experts = n_experts
+        return _sums_of_choices(expert_ids_TK, gates_TK, n_sequences, n_experts)
+
+    @staticmethod
+    def backward(ctx: Any, grad_3BE: Tensor) -> tuple[Tensor | None, ...]:
+        (ids_TK,) = ctx.saved_tensors
+        ids_Bx = ids_TK.view(grad_3BE.shape[1], -1)
+        grad_Bx = grad_3BE[2].gather(1, ids_Bx.clamp(max=ctx.n_experts - 1))
+        return None, torch.where(ids_Bx < ctx.n_experts, grad_Bx, 0.0).view_as(ids_TK), None, None
 
 
-def _save_ids(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    ctx.save_for_backward(inputs[0])
-    ctx.n_experts = inputs[3]
-
-
-def _backward(ctx: Any, grad_3BE: Tensor) -> tuple[Tensor | None, ...]:
-    (ids_TK,) = ctx.saved_tensors
-    ids_Bx = ids_TK.view(grad_3BE.shape[1], -1)
-    grad_Bx = grad_3BE[2].gather(1, ids_Bx.clamp(max=ctx.n_experts - 1))
-    return None, torch.where(ids_Bx < ctx.n_experts, grad_Bx, 0.0).view_as(ids_TK), None, None
-
-
-sums_of_choices.register_autograd(_backward, setup_context=_save_ids)
+sums_of_choices = _SumsOfChoices.apply
 
 
 def sums_of_choices_reference(expert_ids_TK: Tensor, gates_TK: Tensor, n_sequences: int, n_experts: int) -> Tensor:

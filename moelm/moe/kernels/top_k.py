@@ -13,7 +13,6 @@ def takes(n_experts: int, k: int) -> bool:
     return n_experts <= 1024 and k <= 16
 
 
-@torch.library.custom_op("moelm::top_k", mutates_args=())
 def top_k(scores_TE: Tensor, k: int) -> Tensor:
     """int64 [T, K]: where the k largest float32 scores of each row are, best first, of equals the lower index first.
     NaN is larger than all else, as in torch.sort. No gradient.
@@ -26,11 +25,6 @@ def top_k(scores_TE: Tensor, k: int) -> Tensor:
     block_T = max(1, 2048 // block_E)
     _top_k[(triton.cdiv(T, block_T),)](scores_TE.contiguous(), ids_TK, T, E, k, block_T, block_E, num_warps=4)
     return ids_TK
-
-
-@top_k.register_fake
-def _(scores_TE: Tensor, k: int) -> Tensor:
-    return scores_TE.new_empty(scores_TE.shape[0], k, dtype=torch.int64)
 
 
 def top_k_reference(scores_TE: Tensor, k: int) -> Tensor:

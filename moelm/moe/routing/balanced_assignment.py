@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from moelm.config import MoEConfig, register, setting
-from moelm.moe.choice import best_ids, keep_choice
+from moelm.moe.choice import best_ids, choose
 from moelm.moe.routing.base import LearnedRouter, LearnedRouterConfig, count_tokens, token_choice_with_stats
 from moelm.moe.types import RouteContext, RouterStats, TokenChoice, count_per_sequence
 
@@ -43,7 +43,7 @@ class BalancedAssignmentRouter(LearnedRouter):
         choice_TE = logits_TE.detach()
         if context.training:
             choice_TE = choice_TE - auction_prices(choice_TE, self.top_k, self.n_iterations, context)
-        expert_ids_TK = keep_choice(best_ids(choice_TE, self.top_k))
+        expert_ids_TK = choose(choice_TE, self.top_k)
         gates_TK = logits_TE.gather(-1, expert_ids_TK).sigmoid() * self.route_scale
         return token_choice_with_stats(expert_ids_TK, gates_TK, logits_TE.softmax(-1), context, logits_TE=logits_TE)
 

@@ -180,7 +180,7 @@ def sums_of_choices(
     """float32 [B, E] each: how often an expert was chosen, how often first, the sum of its gates, with gradient. No
     atomics in the sum: the same one every time."""
     if HAS_TRITON and gates_TK.is_cuda:
-        sums_3BE = counting.sums_of_choices(expert_ids_TK, gates_TK, n_sequences, n_experts)
+        sums_3BE: Tensor = counting.sums_of_choices(expert_ids_TK, gates_TK, n_sequences, n_experts)
         return sums_3BE[0].detach(), sums_3BE[1].detach(), sums_3BE[2]
     dense_TE = gates_TK.new_zeros(gates_TK.shape[0], n_experts + 1).scatter(1, expert_ids_TK, gates_TK)
     return (

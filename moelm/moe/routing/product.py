@@ -9,8 +9,10 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 from moelm.moe.kernels import HAS_TRITON
+from moelm.moe.ops import op
 
 if HAS_TRITON:
     from moelm.moe.kernels import router_logits as kernel
@@ -26,42 +28,38 @@ def float32_linear(x_TD: Tensor, weight_ED: Tensor) -> Tensor:
     return F.linear(x_TD.float(), weight_ED.float())
 
 
-@torch.library.custom_op("moelm::router_logits", mutates_args=())
-def router_logits(x_TD: Tensor, weight_ED: Tensor) -> Tensor:
-    """float32 [T, E] = x W^T of bf16 x and float32 W. Backward keeps these two and nothing else."""
+@op("moelm::router_logits", fake=lambda x_TD, W_ED: W_ED.new_empty(x_TD.shape[0], W_ED.shape[0]))
+def _router_logits(x_TD: Tensor, weight_ED: Tensor) -> Tensor:
     if kernel_takes(x_TD):
         return kernel.router_logits(x_TD, weight_ED)
     return F.linear(x_TD.float(), weight_ED)
 
 
-@router_logits.register_fake
-def _(x_TD: Tensor, weight_ED: Tensor) -> Tensor:
-    return x_TD.new_empty(x_TD.shape[0], weight_ED.shape[0], dtype=torch.float32)
-
-
-@torch.library.custom_op("moelm::router_logits_backward", mutates_args=())
-def router_logits_backward(grad_TE: Tensor, x_TD: Tensor, weight_ED: Tensor) -> tuple[Tensor, Tensor]:
+@op(
+    "moelm::router_logits_backward", fake=lambda _, x_TD, W_ED: (x_TD.new_empty(x_TD.shape), W_ED.new_empty(W_ED.shape))
+)
+def _router_logits_backward(grad_TE: Tensor, x_TD: Tensor, weight_ED: Tensor) -> tuple[Tensor, Tensor]:
     """(grad W in bf16, grad^T x in float32)."""
     if kernel_takes(x_TD):
         return kernel.router_logits_backward(grad_TE, x_TD, weight_ED)
     return (grad_TE @ weight_ED).to(x_TD.dtype), grad_TE.T @ x_TD.float()
 
 
-@router_logits_backward.register_fake
-def _(grad_TE: Tensor, x_TD: Tensor, weight_ED: Tensor) -> tuple[Tensor, Tensor]:
-    return x_TD.new_empty(x_TD.shape), weight_ED.new_empty(weight_ED.shape)
+class _RouterLogits(torch.autograd.Function):
+    """float32 [T, E] = x W^T of bf16 x and float32 W. Backward keeps these two and nothing else."""
+
+    @staticmethod
+    def forward(ctx: Any, x_TD: Tensor, weight_ED: Tensor) -> Tensor:
+        ctx.save_for_backward(x_TD, weight_ED)
+        return _router_logits(x_TD, weight_ED)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad_TE: Tensor) -> tuple[Tensor, Tensor]:
+        return _router_logits_backward(grad_TE, *ctx.saved_tensors)
 
 
-def _save_for_backward(ctx: Any, inputs: tuple[Tensor, Tensor], output: Tensor) -> None:
-    ctx.save_for_backward(*inputs)
-
-
-def _backward(ctx: Any, grad_TE: Tensor) -> tuple[Tensor, Tensor]:
-    grads: tuple[Tensor, Tensor] = router_logits_backward(grad_TE, *ctx.saved_tensors)
-    return grads
-
-
-router_logits.register_autograd(_backward, setup_context=_save_for_backward)
+router_logits = _RouterLogits.apply
 
 
 def kernel_takes(x_TD: Tensor) -> bool:

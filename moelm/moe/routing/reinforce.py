@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from moelm.config import MoEConfig, register, setting
-from moelm.moe.choice import best_ids, keep_choice
+from moelm.moe.choice import choose
 from moelm.moe.routing.base import LearnedRouter, LearnedRouterConfig, token_choice_with_stats
 from moelm.moe.types import RouteContext, RouterStats, TokenChoice
 
@@ -47,7 +47,7 @@ class ReinforceRouter(LearnedRouter):
         choice_TE = logits_TE.detach()
         if context.training:
             choice_TE = choice_TE - torch.empty_like(choice_TE).exponential_().log()
-        expert_ids_TK = keep_choice(best_ids(choice_TE, self.top_k))
+        expert_ids_TK = choose(choice_TE, self.top_k)
         log_prob_T = log_prob_of_draw(logits_TE, expert_ids_TK)
         baseline_T1 = F.linear(x_TD.detach().float(), self.baseline.weight.float(), self.baseline.bias.float())
         baseline_T = baseline_T1.squeeze(-1)

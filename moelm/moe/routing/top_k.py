@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from moelm.config import ConfigError, MoEConfig, register, setting
-from moelm.moe.choice import best_ids, keep_choice
+from moelm.moe.choice import best_ids, choose
 from moelm.moe.routing.base import LearnedRouter, LearnedRouterConfig, sum_per_sequence, token_choice_with_stats
 from moelm.moe.types import RouteContext, RouterStats, TokenChoice
 
@@ -89,7 +89,7 @@ class TopKRouter(LearnedRouter):
         else:
             scores_TE = logits_TE.sigmoid()
             prob_TE = scores_TE / (scores_TE.sum(-1, keepdim=True) + 1e-20)
-        expert_ids_TK = keep_choice(self.choose(scores_TE, self.expert_bias))
+        expert_ids_TK = self.choose(scores_TE, self.expert_bias)
         unbiased_ids_TK = None if self.expert_bias is None else self.choose(scores_TE, None)
         source_TE = prob_TE if self.config.normalize_gates == "before_top_k" else scores_TE
         gates_TK = source_TE.gather(-1, expert_ids_TK)
@@ -106,12 +106,12 @@ class TopKRouter(LearnedRouter):
         )
 
     def choose(self, scores_TE: Tensor, expert_bias_E: Tensor | None) -> Tensor:
-        """The ids [T, K] of the chosen experts, best first; no gradient."""
+        """The ids [T, K] of the chosen experts, best first, kept under activation checkpointing; no gradient."""
         with torch.no_grad():
             choice_TE = scores_TE if expert_bias_E is None else scores_TE + expert_bias_E
             if self.config.n_groups > 1:
                 choice_TE = self._mask_other_groups(choice_TE)
-            return best_ids(choice_TE, self.top_k)
+            return choose(choice_TE, self.top_k)
 
     def _mask_other_groups(self, choice_TE: Tensor) -> Tensor:
         """-inf outside the best groups. Not 0: with a negative bias an excluded expert could win."""
