@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from moelm.model.rope import rotate
+from moelm.ops import op
 
 
 class TurnedHeads(torch.autograd.Function):
@@ -42,7 +43,30 @@ class TurnedHeads(torch.autograd.Function):
         return grad_qkv_BLW, None if weights_2Q is None else grad_weights_2Q, None, None, None, None, None
 
 
-@torch.library.custom_op("moelm::turn_heads", mutates_args=())
+def _empty_heads(
+    qkv_BLW: Tensor, weights_2Q: Tensor | None, cos: Tensor, sin: Tensor, n_heads: int, n_kv_heads: int, eps: float
+) -> tuple[Tensor, Tensor]:
+    B, L, _ = qkv_BLW.shape
+    Q = 2 * cos.shape[1]
+    return qkv_BLW.new_empty(B, L, n_heads, Q), qkv_BLW.new_empty(B, L, n_kv_heads, Q)
+
+
+def _empty_gradients(
+    grad_q_BLHQ: Tensor,
+    grad_k_BLHQ: Tensor,
+    grad_v_BLHQ: Tensor,
+    qkv_BLW: Tensor | None,
+    weights_2Q: Tensor | None,
+    cos: Tensor,
+    sin: Tensor,
+    eps: float,
+) -> tuple[Tensor, Tensor]:
+    B, L, H, Q = grad_q_BLHQ.shape
+    width = (H + 2 * grad_k_BLHQ.shape[2]) * Q
+    return grad_q_BLHQ.new_empty(B, L, width), cos.new_empty(2, Q, dtype=torch.float32)
+
+
+@op("moelm::turn_heads", fake=_empty_heads)
 def turn_heads(
     qkv_BLW: Tensor, weights_2Q: Tensor | None, cos: Tensor, sin: Tensor, n_heads: int, n_kv_heads: int, eps: float
 ) -> tuple[Tensor, Tensor]:
@@ -54,16 +78,7 @@ def turn_heads(
     return heads_kernel.turn_heads(qkv_BLW, weights_2Q, cos, sin, n_heads, n_kv_heads, eps)
 
 
-@turn_heads.register_fake
-def _(
-    qkv_BLW: Tensor, weights_2Q: Tensor | None, cos: Tensor, sin: Tensor, n_heads: int, n_kv_heads: int, eps: float
-) -> tuple[Tensor, Tensor]:
-    B, L, _ = qkv_BLW.shape
-    Q = 2 * cos.shape[1]
-    return qkv_BLW.new_empty(B, L, n_heads, Q), qkv_BLW.new_empty(B, L, n_kv_heads, Q)
-
-
-@torch.library.custom_op("moelm::turn_heads_backward", mutates_args=())
+@op("moelm::turn_heads_backward", fake=_empty_gradients)
 def turn_heads_backward(
     grad_q_BLHQ: Tensor,
     grad_k_BLHQ: Tensor,
@@ -84,22 +99,6 @@ def turn_heads_backward(
 
     grads = grad_q_BLHQ, grad_k_BLHQ, grad_v_BLHQ
     return heads_kernel.turn_heads_backward(*grads, qkv_BLW, weights_2Q, cos, sin, eps)
-
-
-@turn_heads_backward.register_fake
-def _(
-    grad_q_BLHQ: Tensor,
-    grad_k_BLHQ: Tensor,
-    grad_v_BLHQ: Tensor,
-    qkv_BLW: Tensor | None,
-    weights_2Q: Tensor | None,
-    cos: Tensor,
-    sin: Tensor,
-    eps: float,
-) -> tuple[Tensor, Tensor]:
-    B, L, H, Q = grad_q_BLHQ.shape
-    width = (H + 2 * grad_k_BLHQ.shape[2]) * Q
-    return grad_q_BLHQ.new_empty(B, L, width), cos.new_empty(2, Q, dtype=torch.float32)
 
 
 def turned_heads_reference(
