@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from moelm.moe.kernels import HAS_TRITON
-from moelm.ops import op
+from moelm.moe.ops import op
 
 if HAS_TRITON:
     from moelm.moe.kernels import top_k as kernel

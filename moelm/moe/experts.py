@@ -21,8 +21,8 @@ from moelm.config import MoEConfig, grouped_widths_fit, why_not_fused
 from moelm.moe.dispatch.dropless import Permutation
 from moelm.moe.fused import expert_mlp
 from moelm.moe.kernels import HAS_TRITON, INTERPRETED
+from moelm.moe.ops import op
 from moelm.moe.working_copies import refreshed
-from moelm.ops import op
 
 log = logging.getLogger(__name__)
 

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from moelm.ops import op
+from moelm.moe.ops import op
 
 
 def _empty_results(x_TD: Tensor, *others: Tensor) -> tuple[Tensor, Tensor]:

@@ -9,7 +9,7 @@ import torch
 from moelm.moe import choice
 from moelm.moe.dispatch import dropless
 from moelm.moe.experts import grouped_mm
-from moelm.ops import op
+from moelm.moe.ops import op
 
 OFFSETS_E = torch.tensor([3, 8], dtype=torch.int32)
 PRODUCT = grouped_mm, (torch.randn(8, 16), torch.randn(2, 16, 8), OFFSETS_E)

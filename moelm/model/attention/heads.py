@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from moelm.model.rope import rotate
-from moelm.ops import op
+from moelm.moe.ops import op
 
 
 class TurnedHeads(torch.autograd.Function):

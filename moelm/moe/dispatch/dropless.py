@@ -15,8 +15,8 @@ from torch import Tensor
 
 from moelm.config import DispatchConfig, MoEConfig, register
 from moelm.moe.kernels import HAS_TRITON
+from moelm.moe.ops import op
 from moelm.moe.types import ExpertChoice, Routing, TokenChoice
-from moelm.ops import op
 
 
 @dataclass

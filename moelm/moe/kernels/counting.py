@@ -10,7 +10,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from moelm.ops import op
+from moelm.moe.ops import op
 
 SPAN = 512  # choices a program
 

@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from moelm.moe.kernels import HAS_TRITON
-from moelm.ops import op
+from moelm.moe.ops import op
 
 if HAS_TRITON:
     from moelm.moe.kernels import router_logits as kernel
