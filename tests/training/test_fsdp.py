@@ -88,6 +88,7 @@ def samples(tapes: list[Tape]) -> dict[int, list[int]]:
     return by_step
 
 
+@pytest.mark.slow
 @pytest.mark.timeout(400)
 def test_two_processes_equal_one(make: Make, tmp_path: Path) -> None:
     """With DDP and FSDP2, and what was saved by two continues on one and the other way round."""
