@@ -124,7 +124,8 @@ def moelm_layer(shape: Shape, backend: str, weights: str = "fp32", compiled: boo
     if weights == "bf16":
         layer = layer.bfloat16()
     if compiled:
-        layer.compile(dynamic=False)  # as the trainer does with the block around it
+        torch._functorch.config.backward_pass_autocast = "off"  # as GPT.compile_blocks does with the block around it
+        layer.compile(dynamic=False)
 
     def run(x_TD: Tensor) -> Tensor:
         x_BLD = x_TD.view(-1, min(SEQ_LEN, x_TD.shape[0]), shape.D)

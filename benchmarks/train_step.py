@@ -81,8 +81,8 @@ def bare_loop(config: Config, device: str) -> list[Interval]:
         model = GPT(config.model)
     model.to_empty(device=device)
     initialize_once(model, config.run.seed)
-    for block in model.all_blocks:
-        block.compile(dynamic=False)
+    model.compile_blocks()
+    model.activation_checkpointing = config.trainer.activation_checkpointing
     module.model = model
     optimizer = build_optimizer(model, config.optim)
 
@@ -98,7 +98,8 @@ def bare_loop(config: Config, device: str) -> list[Interval]:
         optimizer.step()
         optimizer.zero_grad()
 
-    return loop(config, device, loss, step)
+    with torch.autograd.set_multithreading_enabled(False):  # as the trainer does
+        return loop(config, device, loss, step)
 
 
 def peer_loop(build: Callable[..., peers.Model]) -> Run:

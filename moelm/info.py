@@ -47,6 +47,7 @@ def info(config: Config) -> dict[str, Any]:
             part: getattr(memory, part) / 2**30
             for part in ("weights", "gradients", "optimizer", "activations", "working")
         },
+        "gradients_beside_activations": memory.accumulates,
         "moe_layers": model.moe_layers,
         "expert_combinations": expert_combinations(model),
         "d_expert_ratio": moe and moe.d_expert / model.d_model,
@@ -68,6 +69,7 @@ def as_table(config: Config, facts: dict[str, Any]) -> str:
             "memory on one device",
             f"{facts['memory_gib']:.2f} GiB: "
             + ", ".join(f"{part} {value:.2f}" for part, value in memory.items())
+            + ("" if facts["gradients_beside_activations"] else "; gradients come as activations go")
             + f" ({config.trainer.precision}, micro-batch {config.optim.micro_batch_size} x {config.data.seq_len})",
         ),
         ("layers", f"{model.n_layers}, of which {len(facts['moe_layers'])} with experts"),

@@ -235,8 +235,17 @@ def test_info_prints_the_promised_keys_without_building_the_model(
 
 def test_info_names_memory_for_both_precisions(tiny: Callable[..., Config]) -> None:
     plain, mixed = (info.info(tiny({"trainer.precision": p})) for p in ("32-true", "bf16-mixed"))
-    assert sum(plain["memory_parts_gib"].values()) == pytest.approx(plain["memory_gib"])
     assert mixed["memory_parts_gib"]["activations"] < plain["memory_parts_gib"]["activations"]
+
+
+def test_gradients_lie_beside_all_activations_only_where_they_accumulate(tiny: Callable[..., Config]) -> None:
+    for micro_batch, together in ((8, True), (16, False)):
+        config = tiny({"optim.micro_batch_size": micro_batch})
+        facts = info.info(config)
+        parts = facts["memory_parts_gib"]
+        larger_only = 0 if together else min(parts["gradients"], parts["activations"])
+        assert facts["memory_gib"] == pytest.approx(sum(parts.values()) - larger_only)
+        assert ("gradients come as activations go" in info.as_table(config, facts)) == (not together)
 
 
 @pytest.mark.parametrize(

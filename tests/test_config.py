@@ -182,7 +182,7 @@ WRONG = [
     ("optim: {schedule: cosine}", "optim.schedule", ["'cosine'", "name, warmup_steps"]),
     ("optim: {optimizer: 3}", "optim.optimizer", ["'3'", "allowed: adamw"]),
     ("callbacks: {}", "callbacks", ["{} ", "not a list"]),
-    ("trainer: {strategy: null}", "trainer.strategy", ["null", "allowed: auto, ddp"]),
+    ("trainer: {strategy: null}", "trainer.strategy", ["null", "allowed: auto, ddp, fsdp"]),
     ("trainer: {compile: [true]}", "trainer.compile", ["true or false or text"]),
     ("trainer: {compile: maybe}", "trainer.compile", ["'maybe'", "allowed: auto, true, false"]),
     ("trainer: {deterministic: 1}", "trainer.deterministic", ["'1'", "null, true, false, warn"]),
@@ -224,7 +224,9 @@ WRONG = [
     ("trainer: {limit_val_batches: 1.5}", "trainer.limit_val_batches", ["1.5", "at most 1.0"]),
     ("trainer: {precision: bf16-true}", "trainer.precision", ["'bf16-true'", "expert bias", "bf16-mixed"]),
     ("trainer: {precision: 16-mixed}", "trainer.precision", ["'16-mixed'", "use bf16-mixed"]),
-    ("trainer: {strategy: fsdp}", "trainer.strategy", ["'fsdp'", "use ddp"]),
+    ("trainer: {strategy: fsdp1}", "trainer.strategy", ["'fsdp1'", "fsdp is FSDP2"]),
+    ("trainer: {strategy: fsdp_cpu_offload}", "trainer.strategy", ["FSDP1 is not offered"]),
+    ("trainer: {accumulate_unreduced: true}", "trainer.accumulate_unreduced", ["no effect", "trainer.strategy=fsdp"]),
     # combinations
     ("model: {moe: {top_k: 9}}", "model.moe.top_k", ["9 ", "n_experts = 8", "lower top_k"]),
     (

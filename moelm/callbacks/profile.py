@@ -31,7 +31,7 @@ CATEGORIES = (  # the first whose pattern a name has; a kernel is asked first, t
     ("attention", r"flash|fmha|[Aa]ttention|sdpa"),
     ("optimizer", r"[Aa]dam|multi_tensor_apply|_foreach|[Mm]uon|clip"),
     ("copies and casts", r"^triton_poi_fused__to_copy(_(t|view|clone|permute|transpose))*_\d+$"),
-    (REST, r"^triton_"),
+    (REST, r"^triton_|^_turn_heads"),
     ("other matmuls", r"gemm|nvjet|cublas|cutlass|xmma|splitK|^aten::(mm|addmm|bmm|linear)$|^(Mm|Addmm|Bmm)Backward"),
     ("copies and casts", r"[Mm]emcpy|[Mm]emset|copy_|FillFunctor|^aten::(to|_to_copy|copy_|cat|clone|zero_|fill_)$"),
 )
@@ -49,7 +49,7 @@ class Work(NamedTuple):
 class Profile(Callback):
     """Writes profile/trace.json.gz (for ui.perfetto.dev), table.txt and table.json into the run's folder; rank zero
     alone is profiled. The steps are the first ones after warm-up between which nothing is logged, validated or saved,
-    or else the last ones of the run."""
+    or else simply the first ones."""
 
     def __init__(self, config: Config) -> None:
         self.folder = config.run_folder / "profile"

@@ -228,7 +228,7 @@ class OptimConfig:
     optimizer: str = setting("adamw", allowed=("adamw", "muon"))  # muon: matrices by Muon, the rest by AdamW
     lr: float = setting(1e-3, gt=0)
     betas: list[float] = setting([0.9, 0.95])  # of AdamW
-    moments: str = setting("float32", allowed=("float32", "bfloat16"))  # of AdamW, for tensors of a million elements
+    moments: str = setting("float32", allowed=("float32", "bfloat16"))  # of AdamW, for tensors of 2^20 elements or more
     momentum: float = setting(0.95, ge=0, lt=1)  # of Muon
     eps: float = setting(1e-8, gt=0)
     weight_decay: float = setting(0.1, ge=0)
@@ -249,8 +249,8 @@ class TrainerConfig:
     accelerator: str = setting("auto", allowed=("auto", "cpu", "gpu", "cuda"))
     devices: int | str | list[int] = "auto"  # how many (-1: all), or the indices of some
     num_nodes: int = setting(1, ge=1)
-    strategy: str = setting("auto", allowed=("auto", "ddp"))
-    precision: str = setting("32-true", allowed=("32-true", "bf16-mixed"))
+    strategy: str = setting("auto", allowed=("auto", "ddp", "fsdp"))  # auto: ddp on several devices; fsdp: FSDP2
+    precision: str = setting("32-true", allowed=("32-true", "bf16-mixed"))  # bf16-mixed: float32 weights, bf16 products
     gradient_clip_val: float | None = setting(1.0, gt=0)
     log_every_n_steps: int = setting(10, ge=1)
     limit_val_batches: int | float | None = setting(None, ge=0)  # 2: two micro-batches, 0.5: half of them
@@ -261,14 +261,20 @@ class TrainerConfig:
     detect_anomaly: bool | None = None
     profiler: str | None = setting(None, allowed=(None, "simple", "advanced"))
     # moelm's own
+    # what backward computes again instead of keeping it. selective: what is elementwise; full: each block, but for the
+    # routers' choices
     activation_checkpointing: str = setting("none", allowed=("none", "selective", "full"))
     compile: bool | str = setting("auto", allowed=("auto", True, False))  # per block; auto: on CUDA only
     float32_matmul_precision: str = setting("highest", allowed=("highest", "high", "medium"))
     expert_parallel: int = setting(1, ge=1, le=1)
-    profile: bool = False  # trace a few steps after warm-up; the run's folder gets profile/
+    accumulate_unreduced: bool = False  # fsdp: a device sums its own gradients of all weights, sent once a step
+    profile: bool = False  # trace five steps after warm-up; the run's folder gets profile/
 
 
-OWN_TRAINER_KEYS = ("activation_checkpointing", "compile", "float32_matmul_precision", "expert_parallel", "profile")
+OWN_TRAINER_KEYS = (
+    *("activation_checkpointing", "compile", "float32_matmul_precision", "expert_parallel", "accumulate_unreduced"),
+    "profile",
+)
 MANAGED_TRAINER_ARGUMENTS = {
     "accumulate_grad_batches": "it follows from optim.batch_tokens and optim.micro_batch_size; set those",
     "max_epochs": "a run is measured in optimizer steps; set trainer.max_steps",

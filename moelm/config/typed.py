@@ -133,7 +133,8 @@ _REFUSED = {
     ("trainer.precision", "bf16-true"): "it casts the expert bias and the master weights to bf16, where small"
     " updates are lost; use bf16-mixed; ",
     ("trainer.precision", "16-mixed"): "fp16 needs loss scaling, which skips steps; use bf16-mixed; ",
-    ("trainer.strategy", "fsdp"): "sharding is not built yet; use ddp; ",
+    ("trainer.strategy", "fsdp_cpu_offload"): "FSDP1 is not offered; fsdp is FSDP2; ",
+    ("trainer.strategy", "fsdp1"): "FSDP1 is not offered; fsdp is FSDP2; ",
 }
 
 

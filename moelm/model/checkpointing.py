@@ -28,7 +28,7 @@ KEPT = {"full": CHOICES, "selective": CHOICES | EXPENSIVE}  # by mode, the ops w
 
 def run(mode: str, function: Callable[..., Any], *inputs: Any) -> Any:
     """function(*inputs). none: backward finds all that it needs. full: all is recomputed but the routers' choices.
-    selective: all but those, the products of matrices and sorting, so what is elementwise.
+    selective: products of matrices, attention and the order of rows are kept too, what is elementwise is recomputed.
 
     The policy names ops, and a compiled region hides its own: call this inside what is compiled, where AOTAutograd
     heeds the policy when it splits forward from backward. Random numbers are the same again.

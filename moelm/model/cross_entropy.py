@@ -24,7 +24,7 @@ def chunked_cross_entropy(
     """Mean cross-entropy over the targets that are not IGNORE, and each token's, detached (0 for IGNORE).
 
     Tokens go in chunks whose logits stay below `max_logits` elements; with more than one chunk the logits are
-    recomputed in backward instead of kept. On CUDA `FusedCrossEntropy` does it. The softmax is float32.
+    recomputed in backward instead of kept. On CUDA with Triton `FusedCrossEntropy` does it. The softmax is float32.
     """
     if x_TD.is_cuda and HAS_TRITON and torch.is_grad_enabled():
         loss, ce_T = FusedCrossEntropy.apply(x_TD, weight_VD, targets_T, MAX_FUSED_BYTES)
@@ -53,8 +53,8 @@ class FusedCrossEntropy(torch.autograd.Function):
         dL/dlogits = (softmax(logits) - onehot(target)) / n_targets, rounded to the compute dtype in the logits' place;
         dL/dx = dL/dlogits W;   dL/dW = dL/dlogits^T x, summed over chunks in float32.
 
-    So each chunk costs the three products that are needed, where recomputation costs four, and between them one pass
-    of a kernel. The gradients of x and W are kept from forward to backward.
+    So each chunk costs the three products that are needed, where recomputation costs four, and one pass of a kernel
+    between them. The gradients of x and W are kept from forward to backward.
     """
 
     @staticmethod

@@ -18,7 +18,8 @@ def _cross_entropy(logits_TV, targets_T, scale, ce_T, V, IGNORE: tl.constexpr, B
     counts = target != IGNORE
     row = logits_TV + t * V
     # read before the first reduction, at which all threads wait, so before any of them writes
-    of_target = tl.load(row + tl.where(counts, target, 0)).to(tl.float32)
+    inside = (target >= 0) & (target < V)
+    of_target = tl.load(row + target, inside, other=float("nan")).to(tl.float32)  # NaN: no such token
     v = tl.arange(0, BLOCK)
     highest, total = -float("inf"), 0.0
     for start in range(0, V, BLOCK):
@@ -37,8 +38,8 @@ def _cross_entropy(logits_TV, targets_T, scale, ce_T, V, IGNORE: tl.constexpr, B
 
 
 def cross_entropy_(logits_TV: Tensor, targets_T: Tensor, scale: Tensor, ignore: int) -> Tensor:
-    """float32 [T], the cross-entropy of each token, 0 where the target is `ignore`; the logits (contiguous, float32 or
-    bfloat16) are replaced by the gradient of scale * sum(ce). `scale`: float32 scalar.
+    """float32 [T], cross-entropy of each token, 0 where the target is `ignore`, NaN where it is no token; the logits
+    (contiguous, float32 or bfloat16) are replaced by the gradient of scale * sum(ce). `scale`: float32 scalar.
 
     Bytes: the logits read once from memory, once more from the cache, and written once: 4 T V in bf16.
     Operations: two exponentials an element. float32 inside, rounded once.

@@ -121,12 +121,17 @@ def _kept_by_yarn(head_dim: int, theta: float, scaling: RopeScalingConfig, devic
     return 1 - ((pairs - first) / (last - first or 0.001)).clamp(0, 1)
 
 
-def rotate(x_BHLQ: Tensor, cos: Tensor, sin: Tensor, interleaved: bool = False) -> Tensor:
-    """x turned by its position's angles, computed in float32, returned in x's dtype and layout."""
+def rotate(x_BLHQ: Tensor, cos: Tensor, sin: Tensor, interleaved: bool = False) -> Tensor:
+    """x turned by its position's angles, computed in float32, returned in x's dtype and layout.
+
+    Heads come after positions, as a projection writes them: attention gives its output the layout of its queries, so
+    the product that follows reads it as it is, where the other order would cost a copy, and that one kept as well.
+    """
+    cos, sin = cos.unsqueeze(-2), sin.unsqueeze(-2)
     if interleaved:
-        first, second = x_BHLQ.float().unflatten(-1, (-1, 2)).unbind(-1)
+        first, second = x_BLHQ.float().unflatten(-1, (-1, 2)).unbind(-1)
         turned = torch.stack([first * cos - second * sin, second * cos + first * sin], -1).flatten(-2)
     else:
-        first, second = x_BHLQ.float().chunk(2, -1)
+        first, second = x_BLHQ.float().chunk(2, -1)
         turned = torch.cat([first * cos - second * sin, second * cos + first * sin], -1)
-    return turned.to(x_BHLQ.dtype)
+    return turned.to(x_BLHQ.dtype)

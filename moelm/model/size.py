@@ -130,10 +130,12 @@ class Memory:
     optimizer: int  # two moments, in optim.moments; under Muon one, and two of the embeddings
     activations: int  # saved for backward, for one micro-batch
     working: int  # bf16 copies of the weights under bf16-mixed, and what the loss holds
+    accumulates: bool  # gradients of earlier micro-batches lie beside the activations; else they come as those go
 
     @property
     def total(self) -> int:
-        return self.weights + self.gradients + self.optimizer + self.activations + self.working
+        both = self.gradients + self.activations if self.accumulates else max(self.gradients, self.activations)
+        return self.weights + self.optimizer + both + self.working
 
 
 def training_memory(config: Config, n_shards: int = 1) -> Memory:
@@ -162,22 +164,26 @@ def training_memory(config: Config, n_shards: int = 1) -> Memory:
     activations += model.n_prediction_modules * (2 * residual + 3 * read_by_head)
     # logits, in whose place their gradient comes, and the gradients that the loss makes of the head and of its input
     working = min(head_bytes * micro * model.vocab_size, MAX_FUSED_BYTES)
-    working += 4 * model.vocab_size * model.d_model + read_by_head
+    # the head's gradient in float32, one for each prediction and one more in flight
+    working += (2 + model.n_prediction_modules) * 4 * model.vocab_size * model.d_model + read_by_head
     if mixed:
         working += 2 * n_parameters  # autocast keeps bf16 copies for the backward pass, the experts for longer
     second = size.active - size.active_no_embeddings if config.optim.optimizer == "muon" else n_parameters
     moments = n_parameters // n_shards + second // n_shards
     width = 2 if config.optim.moments == "bfloat16" else 4  # the small ones, always float32, are not told apart
-    return Memory(state, state, width * moments, activations, working)
+    accumulates = config.optim.batch_tokens > micro  # on one device; on more, DDP keeps its buckets of gradients
+    return Memory(state, state, width * moments, activations, working, accumulates)
 
 
 def _activation_bytes(model: ModelConfig, layer: int, tokens: int, mixed: bool, compiled: bool) -> int:
     """Saved for backward by one block: c bytes an element in the compute dtype, 4 in float32. Compiled blocks
-    recompute what is elementwise (SwiGLU's product, the router's float32 input) instead of keeping it."""
+    recompute what is elementwise (sums, float32 copies, silu) unless a product of matrices reads it."""
     c, d = (2 if mixed else 4), model.d_model
-    norms = 2 * (4 * d + c * d)  # their float32 inputs, and their outputs, which projections and FFN read
-    attended = c * attention_of(model, layer).saved_per_token(d)
-    hidden = 2 if compiled else 4  # gate and up; and silu(gate), and the product
+    # of the norms their float32 inputs, the second one's as what attention adds to the first one's where that is added
+    # again, and their outputs, which projections and FFN read
+    norms = 4 * d + (c if compiled else 4) * d + 2 * c * d
+    attended = c * attention_of(model, layer).saved_per_token(d, compiled)
+    hidden = 3 if compiled else 4  # gate and up and their product; and silu(gate)
     moe = model.moe
     if moe is None or not model.is_moe_layer(layer):
         return tokens * (norms + attended + c * hidden * model.feed_forward.d_ff)

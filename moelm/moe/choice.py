@@ -31,7 +31,7 @@ def choose(scores: Tensor, k: int) -> Tensor:
 def best_ids(scores: Tensor, k: int) -> Tensor:
     """int64 [..., k]: where the k largest of the last axis are, best first. No gradient.
 
-    Of equals the lower index comes first on CUDA; elsewhere torch.topk decides.
+    Of equals the lower index comes first where the kernel is used; elsewhere torch.topk decides.
     """
     return _best_ids(scores.detach(), k)
 

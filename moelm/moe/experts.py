@@ -150,6 +150,7 @@ class Experts(nn.Module):
         self.down_copy: Tensor | None
         self.register_buffer("gate_up_copy", None, persistent=False)
         self.register_buffer("down_copy", None, persistent=False)
+        self.keeps_copies = True  # False: where the weights arrive in the dtype that is multiplied
         self.backend = fastest_backend(moe, d_in) if moe.experts.backend == "auto" else moe.experts.backend
 
     def fuses(self, x: Tensor) -> bool:
@@ -177,6 +178,8 @@ class Experts(nn.Module):
     @torch.compiler.disable  # type: ignore[untyped-decorator]
     def refresh(self) -> None:
         """Bring the working copies up to date, if the dtype and the device want copies at all."""
+        if not self.keeps_copies:
+            return
         dtype = compute_dtype(self.gate_up)
         if self.backend == "fused" and self.gate_up.is_cuda and dtype != torch.bfloat16:
             _say("grouped", f"fused computes in bfloat16, not {dtype}")
@@ -196,7 +199,7 @@ class Experts(nn.Module):
 
 
 def fastest_backend(moe: MoEConfig, d_in: int) -> str:
-    """What `auto` stands for on this machine; one log line says why it is not the fastest there is."""
+    """What `auto` stands for here; one log line says why it is not the fastest that the device has."""
     if not grouped_widths_fit(d_in, moe.d_expert):
         _say("loop", f"their input {d_in} or d_expert {moe.d_expert} is no multiple of 8")
         return "loop"

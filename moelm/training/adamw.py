@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 from collections.abc import Callable, Iterable
 from typing import Any
 
@@ -11,7 +10,9 @@ from torch import Tensor
 from torch.autograd.graph import increment_version
 from torch.optim.adamw import adamw
 
-HAS_TRITON = importlib.util.find_spec("triton") is not None
+from moelm.moe.kernels import HAS_TRITON
+from moelm.training.shards import local
+
 if HAS_TRITON:
     from moelm.training.adamw_kernel import adamw_kernel
 
@@ -29,7 +30,8 @@ class AdamW(torch.optim.AdamW):
 
     `moments` is the dtype of exp_avg and exp_avg_sq of large parameters. In bfloat16 they are rounded up or down at
     random, right in the mean: to the nearest, exp_avg_sq could not decay with beta2 > 0.998, where a step takes less
-    than half of its last digit. The random bits are a function of parameter, element and step, so a resume is exact.
+    than half of its last digit. The random bits are a function of parameter, element and step, so a resume is exact;
+    of a sharded parameter (a DTensor) each rank updates its part, and an element is counted within that.
     """
 
     def __init__(
@@ -87,10 +89,10 @@ class AdamW(torch.optim.AdamW):
             state, copy = self.state[parameter], getattr(parameter, "working_copy", None)
             update = adamw_kernel if has_kernel(parameter) else adamw_reference
             update(
-                parameter,
-                parameter.grad.contiguous(),
-                state["exp_avg"],
-                state["exp_avg_sq"],
+                local(parameter),
+                local(parameter.grad).contiguous(),
+                local(state["exp_avg"]),
+                local(state["exp_avg_sq"]),
                 copy,
                 state["step"],
                 self.gradient_scale,
@@ -105,15 +107,15 @@ class AdamW(torch.optim.AdamW):
     def _update_together(self, parameters: list[Tensor], **options: Any) -> None:
         if not parameters:
             return
-        gradients = [parameter.grad for parameter in parameters if parameter.grad is not None]
+        gradients = [local(parameter.grad) for parameter in parameters if parameter.grad is not None]
         states = [self.state[parameter] for parameter in parameters]
         if self.gradient_scale is not None:
             torch._foreach_mul_(gradients, self.gradient_scale)
         adamw(
-            parameters,
+            [local(parameter) for parameter in parameters],
             gradients,
-            [state["exp_avg"] for state in states],
-            [state["exp_avg_sq"] for state in states],
+            [local(state["exp_avg"]) for state in states],
+            [local(state["exp_avg_sq"]) for state in states],
             [],
             [state["step"] for state in states],
             fused=True,
@@ -163,7 +165,7 @@ def adamw_reference(
 ) -> None:
     """One step for one parameter p of any shape, in place.
 
-        g = gradient_scale * gradient;  m <- m + (1 - beta1) (g - m);  v <- v + (1 - beta2) (g^2 - v)
+        g = gradient_scale * gradient;  m <- m + (1 - beta1) (g - m);  v <- beta2 v + (1 - beta2) g^2
         p <- (1 - lr * weight_decay) p - lr * m / (1 - beta1^t) / (sqrt(v / (1 - beta2^t)) + eps)
 
     p float32, gradient float32 or bfloat16, m and v both float32 or both bfloat16; all arithmetic is float32. `step` is
@@ -172,7 +174,7 @@ def adamw_reference(
     beta1, beta2 = betas
     g = gradient.float() if gradient_scale is None else gradient.float() * gradient_scale
     m = exp_avg + (1 - beta1) * (g - exp_avg)
-    v = exp_avg_sq + (1 - beta2) * (g * g - exp_avg_sq)
+    v = beta2 * exp_avg_sq.float() + (1 - beta2) * (g * g)
     correction1, correction2 = (1 - beta ** step.double() for beta in betas)
     parameter.sub_(lr * weight_decay * parameter)
     parameter.sub_((lr / correction1).float() * m / (v.sqrt() / correction2.sqrt().float() + eps))

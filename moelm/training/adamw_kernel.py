@@ -38,6 +38,7 @@ def _adamw(
     lr,
     one_minus_beta1,
     log_beta1,
+    beta2,
     one_minus_beta2,
     log_beta2,
     eps,
@@ -59,7 +60,7 @@ def _adamw(
         g *= tl.load(gradient_scale)
     p -= decay * p
     m += one_minus_beta1 * (g - m)
-    v += one_minus_beta2 * (g * g - v)
+    v = beta2 * v + one_minus_beta2 * (g * g)
     p -= lr / correction1 * m / (tl.sqrt(v) / tl.sqrt(correction2) + eps)
     tl.store(parameter + start + i, p, mask)
     if working_copy is not None:
@@ -92,7 +93,7 @@ def adamw_kernel(
 
     An element with float32 moments: 28 bytes (p, m and v read and written, g read), 20 with bfloat16 ones, 2 less for
     a bfloat16 gradient, 2 more for a working copy; about 15 operations, 30 with bfloat16 moments. An H100 has time for
-    some 300 operations while it moves 28 bytes, so memory is the bound.
+    some 300 operations while it moves 28 bytes, so memory is the bound with float32 moments.
     """
     n = parameter.numel()
     _adamw[(triton.cdiv(n, BLOCK),)](
@@ -107,6 +108,7 @@ def adamw_kernel(
         lr,
         1 - betas[0],
         _log(betas[0]),
+        betas[1],
         1 - betas[1],
         _log(betas[1]),
         eps,

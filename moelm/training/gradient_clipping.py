@@ -5,10 +5,13 @@ from __future__ import annotations
 from collections.abc import Iterable
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
 
 from moelm.training.adamw import AdamW
+from moelm.training.shards import local
 
 
 def clip_gradients(optimizer: Optimizer, parameters: Iterable[nn.Parameter], limit: float | None) -> Tensor:
@@ -16,19 +19,38 @@ def clip_gradients(optimizer: Optimizer, parameters: Iterable[nn.Parameter], lim
 
     `AdamW` scales them itself, for other optimizers they are scaled here, in place.
     """
-    if not isinstance(optimizer, AdamW):
-        return nn.utils.clip_grad_norm_(parameters, float("inf") if limit is None else limit)
-    norm = gradient_norm([parameter.grad for parameter in parameters if parameter.grad is not None])
+    gradients = [parameter.grad for parameter in parameters if parameter.grad is not None]
+    norm = gradient_norm(gradients)
     if limit is not None:
-        optimizer.gradient_scale = (limit / (norm + 1e-6)).clamp(max=1.0)
+        scale = (limit / (norm + 1e-6)).clamp(max=1.0)
+        if isinstance(optimizer, AdamW):
+            optimizer.gradient_scale = scale
+        else:
+            torch._foreach_mul_([local(gradient) for gradient in gradients], scale)
     return norm
 
 
 def gradient_norm(gradients: list[Tensor]) -> Tensor:
-    """Euclidean norm of all together, summed in float32 whatever their dtypes."""
+    """Euclidean norm of all together, summed in float32 whatever their dtypes.
+
+    Of sharded gradients each rank holds a part, and no two the same: the norms of the parts are joined by one
+    all-reduce, whatever their meshes. Plain ones are whole on every rank.
+    """
+    parts = [local(gradient) for gradient in gradients if isinstance(gradient, DTensor)]
+    whole = [gradient for gradient in gradients if not isinstance(gradient, DTensor)]
+    if not parts:
+        return _norm(whole)
+    squared = _norm(parts).double().square()
+    dist.all_reduce(squared)
+    if whole:
+        squared += _norm(whole).double().square()
+    return squared.sqrt().float()
+
+
+def _norm(tensors: list[Tensor]) -> Tensor:
     by_dtype: dict[torch.dtype, list[Tensor]] = {}
-    for gradient in gradients:
-        by_dtype.setdefault(gradient.dtype, []).append(gradient)
+    for tensor in tensors:
+        by_dtype.setdefault(tensor.dtype, []).append(tensor)
     norms = [norm for group in by_dtype.values() for norm in torch._foreach_norm(group, 2, dtype=torch.float32)]
     norm: Tensor = torch.linalg.vector_norm(torch.stack(norms))
     return norm

@@ -24,7 +24,9 @@ from moelm.training.evaluation import Evaluation, EvaluationSums, forward_batch
 from moelm.training.gradient_clipping import clip_gradients
 from moelm.training.optim import build_optimizer, lr_factor
 from moelm.training.rng import rng_state, seed_rank, set_rng_state
+from moelm.training.shards import held_part, local
 from moelm.training.statistics import RecentLoad, StepAccumulator, StepStatistics, world_size
+from moelm.training.strategies import ShardedStrategy
 
 
 class MoELightningModule(pl.LightningModule):
@@ -64,19 +66,21 @@ class MoELightningModule(pl.LightningModule):
             return
         with torch.device("meta"):
             model = GPT(self.config.model)
-        device = self.trainer.strategy.root_device if self._trainer else torch.device("cpu")
+        strategy = self.trainer.strategy if self._trainer else None
+        device = torch.device("cpu") if strategy is None else strategy.root_device
+        options = self.config.trainer
+        model.activation_checkpointing = options.activation_checkpointing
+        if options.compile is True or (options.compile == "auto" and device.type == "cuda"):
+            model.compile_blocks()
+        if isinstance(strategy, ShardedStrategy):
+            strategy.shard(model)
         try:
             model.to_empty(device=device)
         except (RuntimeError, MemoryError):
-            n_bytes = 4 * sum(parameter.numel() for parameter in model.parameters())
+            n_bytes = 4 * sum(local(parameter).numel() for parameter in model.parameters())
             problem = f"its weights take {n_bytes / 2**30:,.1f} GiB, which {device} does not have"
             raise ConfigError("model", problem, "a smaller model; see python -m moelm.info --config") from None
-        initialize(model, self.config.run.seed)
-        options = self.config.trainer
-        model.activation_checkpointing = options.activation_checkpointing
-        on_cuda = next(model.parameters()).is_cuda
-        if options.compile is True or (options.compile == "auto" and on_cuda):
-            model.compile_blocks()
+        initialize(model, self.config.run.seed, held_part)
         self.model = model
 
     def configure_optimizers(self) -> OptimizerLRScheduler:
@@ -128,9 +132,14 @@ class MoELightningModule(pl.LightningModule):
         return loss
 
     def backward(self, loss: Tensor, *args: Any, **kwargs: Any) -> None:
-        """On this thread: from one of the engine's own, what Python launches would wait for the interpreter's lock."""
+        """On this thread: on one of autograd's, kernels launched from Python would wait for the interpreter's lock."""
         with torch.autograd.set_multithreading_enabled(False):
             super().backward(loss, *args, **kwargs)
+
+    def optimizer_step(self, epoch: int, batch_idx: int, optimizer: Any, optimizer_closure: Any = None) -> None:
+        """Then the gradients go; Lightning keeps them through the next forward pass, beside all its activations."""
+        super().optimizer_step(epoch, batch_idx, optimizer, optimizer_closure)
+        optimizer.zero_grad()
 
     @torch.no_grad()
     def on_before_optimizer_step(self, optimizer: Optimizer) -> None:

@@ -11,6 +11,8 @@ from torch import Tensor
 from torch.optim import Optimizer
 from torch.optim.adamw import adamw
 
+from moelm.training.shards import local, with_whole_matrices
+
 NEWTON_SCHULZ = (3.4445, -4.7750, 2.0315)  # of Keller Jordan's Muon: steepest at 0, ends near 1 and not at it
 NEWTON_SCHULZ_STEPS = 5
 
@@ -61,14 +63,14 @@ class MuonAdamW(Optimizer):
             state = self.state[parameter]
             if not state:
                 state["momentum"] = torch.zeros_like(parameter)
-            state["momentum"].lerp_(parameter.grad, 1 - mu)
-            update = parameter.grad.lerp(state["momentum"], mu)  # Nesterov's
-            parameter.mul_(1 - lr * group["weight_decay"])
-            matrices = [parameter] if axis is None else parameter.chunk(2, axis)  # views
-            directions = [update] if axis is None else update.chunk(2, axis)
-            for matrix, direction in zip(matrices, directions, strict=True):
-                scale = 0.2 * math.sqrt(max(matrix.shape[-2:]))  # the root mean square of AdamW's updates
-                matrix.add_(orthogonalize(direction), alpha=-lr * scale)
+            gradient, momentum, weight = (local(each) for each in (parameter.grad, state["momentum"], parameter))
+            momentum.lerp_(gradient, 1 - mu)
+            update, held = with_whole_matrices(gradient.lerp(momentum, mu), parameter)  # Nesterov's
+            matrices = [update] if axis is None else update.chunk(2, axis)
+            directions = [orthogonalize(matrix) for matrix in matrices]
+            scale = 0.2 * math.sqrt(max(matrices[0].shape[-2:]))  # the root mean square of AdamW's updates
+            weight.mul_(1 - lr * group["weight_decay"])
+            weight.add_(directions[0][held] if axis is None else torch.cat(directions, axis)[held], alpha=-lr * scale)
 
     def _adamw(self, group: dict[str, Any], parameters: list[Tensor]) -> None:
         for parameter in parameters:
@@ -80,10 +82,10 @@ class MuonAdamW(Optimizer):
         if parameters:
             states = [self.state[parameter] for parameter in parameters]
             adamw(
-                parameters,
-                [parameter.grad for parameter in parameters if parameter.grad is not None],
-                [state["exp_avg"] for state in states],
-                [state["exp_avg_sq"] for state in states],
+                [local(parameter) for parameter in parameters],
+                [local(parameter.grad) for parameter in parameters if parameter.grad is not None],
+                [local(state["exp_avg"]) for state in states],
+                [local(state["exp_avg_sq"]) for state in states],
                 [],
                 [state["step"] for state in states],
                 fused=True,

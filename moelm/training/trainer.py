@@ -13,7 +13,6 @@ import torch
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.loggers import TensorBoardLogger
-from lightning.pytorch.strategies import DDPStrategy, Strategy
 from lightning.pytorch.utilities import rank_zero_only
 from tensorboard.compat.proto.summary_pb2 import Summary  # type: ignore[import-untyped]
 
@@ -22,6 +21,7 @@ from moelm.callbacks.progress_bar import StepProgressBar
 from moelm.config import OWN_TRAINER_KEYS, Config, ConfigError, build
 from moelm.moe.kernels import HAS_TRITON, INTERPRETED
 from moelm.training.checkpoint_io import FolderCheckpointIO, StepCheckpoint
+from moelm.training.strategies import build_strategy
 
 
 def build_trainer(config: Config, resume_step: int | None = None) -> pl.Trainer:
@@ -35,7 +35,7 @@ def build_trainer(config: Config, resume_step: int | None = None) -> pl.Trainer:
     if options["accelerator"] != "cpu":  # Lightning's auto would take an Apple GPU, which has no float64
         options["accelerator"] = "cuda" if torch.cuda.is_available() or options["accelerator"] != "auto" else "cpu"
     _check_fused(config, options["accelerator"])
-    strategy = _strategy(config)
+    strategy = build_strategy(config)
     options |= {"strategy": strategy} if strategy is not None else {}
     callbacks: list[Callback] = [Profile(config)] if config.trainer.profile else []
     callbacks += [build("callback", callback, config) for callback in config.callbacks]
@@ -51,6 +51,7 @@ def build_trainer(config: Config, resume_step: int | None = None) -> pl.Trainer:
             val_check_interval=config.data.val_every_n_steps,
             use_distributed_sampler=False,
             enable_model_summary=False,
+            inference_mode=config.trainer.strategy != "fsdp",  # what FSDP2 makes in that mode would serve no training
             logger=RunLogger(
                 config.run.dir,
                 name=config.run_name,
@@ -87,16 +88,6 @@ class RunLogger(TensorBoardLogger):
     def save(self) -> None:
         """Without the empty hparams.yaml: the run folder has config.yaml."""
         self.experiment.flush()
-
-
-def _strategy(config: Config) -> Strategy | None:
-    """None: Lightning's choice for one device. Counters are no buffers, so none is broadcast."""
-    options = config.trainer
-    single = options.num_nodes == 1 and options.devices in (1, "1", "auto") and options.strategy == "auto"
-    if single and (options.devices != "auto" or options.accelerator == "cpu" or torch.cuda.device_count() <= 1):
-        return None
-    backend = "gloo" if options.accelerator == "cpu" or not torch.cuda.is_available() else "nccl"
-    return DDPStrategy(process_group_backend=backend, broadcast_buffers=False, gradient_as_bucket_view=True)
 
 
 def _set_intervals(trainer: pl.Trainer, config: Config) -> None:
@@ -138,6 +129,7 @@ def _silence_lightning() -> None:
         ".*`max_epochs`.*",
         ".*isinstance.treespec, LeafSpec.*",
         ".*recommended to use `self.log.*sync_dist=True.*",
+        ".*FSDP2-wrapped module .* returned a view tensor.*",  # statistics, into which nothing writes
     ):
         warnings.filterwarnings("ignore", message=message)
 

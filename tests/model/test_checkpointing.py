@@ -95,6 +95,9 @@ def test_who_is_dropped_by_gate_is_a_choice_too(tiny_config, mode):
     assert torch.equal(plans[0].expert_ids_TK, plans[1].expert_ids_TK)
 
 
+MLA = {"name": "mla", "q_latent_dim": 8, "v_head_dim": 48}  # as wide as q and k, which flash attention wants
+
+
 def compiled_parts(config, mode, L=16):
     """What the forward graph of one compiled block hands to its backward graph, bytes without parameters and rotation;
     and how often each op stands in the backward graph."""
@@ -146,6 +149,15 @@ def test_compiled_blocks_heed_the_policy_and_keep_what_the_estimate_says(tiny_co
     assert kept["selective"] < 0.7 * kept["none"]
 
 
+@pytest.mark.parametrize("attention", [{"name": "gqa", "n_kv_heads": 2, "qk_norm": "full"}, MLA], ids=str)
+def test_a_compiled_block_keeps_what_the_estimate_says(tiny_config, attention):
+    config = tiny_config(n_layers=1, moe=None, d_model=128, attention={"n_heads": 4, **attention})
+    kept, _ = compiled_parts(config, "none", 64)
+    heads = config.attention.n_heads * (48 if attention is MLA else 32)
+    copy = 4 * 2 * 64 * heads  # of the output of attention, which the kernel on the CPU wants
+    assert kept == pytest.approx(_activation_bytes(config, 0, 2 * 64, False, True) + copy, rel=0.02)
+
+
 def test_selective_keeps_of_fused_experts_what_the_estimate_says(tiny_config):
     pytest.importorskip("triton")
     L, kept, ops = 16, {}, {}
@@ -157,9 +169,6 @@ def test_selective_keeps_of_fused_experts_what_the_estimate_says(tiny_config):
     block_input = 4 * 2 * L * config.d_model
     for mode, found in kept.items():
         assert found == pytest.approx(block_input + _kept_bytes(config, 0, 2 * L, True, mode), rel=0.01), mode
-
-
-MLA = {"name": "mla", "q_latent_dim": 8, "v_head_dim": 48}  # as wide as q and k, which flash attention wants
 
 
 @pytest.mark.parametrize("attention", [MLA, {"name": "gqa", "sinks": True}])

@@ -310,7 +310,7 @@ def test_a_mask_and_sinks_make_grouped_attention_keep_more(tiny_config, options)
         x_BLD = torch.randn(1, n_tokens, 32, requires_grad=True)
         rotation = attention.rotation(torch.arange(n_tokens))
         kept.append(saved_bytes(lambda run=attention, x=x_BLD, r=rotation: run(x, r), attention))
-        counted.append(4 * n_tokens * config.attention.saved_per_token(32))
+        counted.append(4 * n_tokens * config.attention.saved_per_token(32, False))
     mask = 4 * n_tokens**2  # what the kernel adds to the scores; not a matter of a token
     assert kept[1] - kept[0] - mask == pytest.approx(counted[1] - counted[0], rel=0.01)
 

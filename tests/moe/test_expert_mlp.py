@@ -13,7 +13,7 @@ pytest.importorskip("triton")
 
 from moelm.model.gpt import GPT
 from moelm.model.init import initialize
-from moelm.moe.kernels import expert_mlp
+from moelm.moe.kernels import expert_mlp, products
 from moelm.moe.kernels.sorting import sort_by_expert_reference
 from moelm.moe.types import TokenChoice
 
@@ -114,6 +114,24 @@ def test_kernels_equal_the_reference(kernel_device, case, dtype):
         assert ((gradient == 0).flatten(1).all(1).cpu() == idle_E).all()
     assert ((found[1] == 0).cpu() == (CASES[case] == NONE)).all()
     assert (found[0].cpu()[(CASES[case] == NONE).all(1)] == 0).all()
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("hopper", [True, False])
+def test_many_tiles_and_steps_are_the_reference_too(hopper, monkeypatch):
+    """More tiles than processors, more steps than stages, and no width or load that a tile divides."""
+    if not hopper:
+        monkeypatch.setattr(products, "_hopper_works", lambda device: False)
+    grad_y_TD, arguments = make_case(ids(4100, 3), "cuda", torch.bfloat16, D=584, F=328)
+    n_used = int(arguments[4][-1])
+    y_TD, gate_up_R2F = expert_mlp.forward(*arguments)
+    wanted_y, wanted_gate_up = expert_mlp.forward_reference(*arguments)
+    found = expert_mlp.backward(grad_y_TD, *arguments, wanted_gate_up)
+    wanted = expert_mlp.backward_reference(grad_y_TD, *arguments, wanted_gate_up)
+    pairs = zip((y_TD, gate_up_R2F[:n_used], *found), (wanted_y, wanted_gate_up[:n_used], *wanted), strict=True)
+    for value, true in pairs:
+        assert (value - true).float().norm() <= 2**-6 * true.float().norm()
+        assert (value - true).float().abs().max() <= 2**-6 * true.float().abs().max()
 
 
 def test_gradients_of_weights_are_written_in_the_type_of_the_parameter(kernel_device):

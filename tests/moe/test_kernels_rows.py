@@ -88,7 +88,7 @@ def test_swiglu_backward_of_the_used_rows(case, dtype):
     torch.testing.assert_close(found[0][:n], wanted[0][:n], **TOLERANCE[dtype])
     twice = {"rtol": 2 * TOLERANCE[dtype]["rtol"], "atol": 1e-5}  # h is rounded, and then its product with the gate
     torch.testing.assert_close(found[1][:n], wanted[1][:n], **twice)
-    rounding = case.F * TOLERANCE[dtype]["rtol"]  # of h, in a sum of F terms of size one
+    rounding = 4 * case.F**0.5 * TOLERANCE[dtype]["rtol"]  # of h, at random in a sum of F terms of size one
     torch.testing.assert_close(found[2], wanted[2], rtol=1e-5, atol=max(1e-5, rounding))
     none_TK = case.row_of_choice_TK >= n
     assert (found[2][none_TK] == 0).all()

@@ -115,6 +115,21 @@ def test_doubling_a_coefficient_doubles_its_part_of_the_router_gradient(tiny: Ca
     assert float((twice - 2 * once).norm() / once.norm()) < 1e-3
 
 
+def test_gradients_go_with_their_step_and_stay_within_it(
+    tiny: Callable[..., Config], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    training_step, held = MoELightningModule.training_step, []
+
+    def count(self: MoELightningModule, batch: dict[str, torch.Tensor], batch_idx: int) -> torch.Tensor:
+        held.append(sum(parameter.grad is not None for parameter in self.model.parameters()))
+        return training_step(self, batch, batch_idx)
+
+    monkeypatch.setattr(MoELightningModule, "training_step", count)
+    train(tiny({"optim.micro_batch_size": 8, "trainer.max_steps": 3}))
+    assert held[1] > 0
+    assert held == [0, held[1]] * 3
+
+
 def test_the_loss_curve_is_the_same_to_the_bit_without_any_callback(tiny: Callable[..., Config]) -> None:
     config = tiny({"model.dropout": 0.1, "trainer.max_steps": 25, **LOSS_FREE})
     train(recorded(config, name="with"))

@@ -15,8 +15,9 @@ class AttentionConfig(NamedConfig):
         """Forward operations of one layer a token beyond its weight matrices, averaged over a causal sequence."""
         raise NotImplementedError
 
-    def saved_per_token(self, d_model: int) -> int:
-        """Elements that one layer keeps for backward a token, beside its input."""
+    def saved_per_token(self, d_model: int, compiled: bool) -> int:
+        """Elements that one layer keeps for backward a token, beside its input; a float32 copy, which only eager code
+        keeps, counts twice."""
         raise NotImplementedError
 
     def products_per_token(self, d_model: int) -> int:

@@ -10,8 +10,11 @@ from torch import Tensor, nn
 
 from moelm.config import ConfigError, ModelConfig, register, setting
 from moelm.model.attention.base import Attention, AttentionConfig, KVCache
+from moelm.model.attention.heads import TurnedHeads
 from moelm.model.norm import RMSNorm
 from moelm.model.rope import RopeScalingConfig, rotate, rotation
+from moelm.moe.experts import compute_dtype
+from moelm.moe.kernels import HAS_TRITON
 
 
 @dataclass
@@ -60,14 +63,14 @@ class GQAConfig(AttentionConfig):
         window = min(self.sliding_window or seq_len, seq_len)
         return 2 * self.n_heads * self.width(d_model) * (2 * seq_len * window - window**2) // seq_len
 
-    def saved_per_token(self, d_model: int) -> int:
-        """q, k, v and the heads' output; q and k in float32 before a norm; q, k and v before they are cut. Under a mask
-        k and v are kept for each query head, and with sinks q, k and v are wider copies."""
+    def saved_per_token(self, d_model: int, compiled: bool) -> int:
+        """q, k, v and the heads' output; q and k before a norm; q, k and v before they are cut. Under a mask k and v
+        are kept for each query head, and with sinks all four are wider, and the output is kept again as it was cut."""
         n_heads, width = self.n_heads + self.kv_heads, self.width(d_model)
-        norm = 2 * n_heads if self.qk_norm != "none" else 0
+        norm = (1 if compiled else 2) * n_heads if self.qk_norm != "none" else 0
         clip = n_heads + self.kv_heads if self.clip_qkv is not None else 0
         if self.sinks:
-            return (norm + clip) * width + 4 * self.n_heads * (width + 8 - width % 8)
+            return (norm + clip + self.n_heads) * width + 4 * self.n_heads * (width + 8 - width % 8)
         attended = 4 * self.n_heads if self.sliding_window is not None else 2 * n_heads
         return (attended + norm + clip) * width
 
@@ -123,11 +126,14 @@ class GQA(Attention):
         cache: KVCache | None = None,
     ) -> Tensor:
         """`mask_BLL`: bool, True = may attend, replaces the causal mask; with a cache its last axis is all keys."""
-        q_BHLQ = self.heads(self.q(x_BLD), self.q_norm)
-        k_BHLQ = self.heads(self.k(x_BLD), self.k_norm)
-        v_BHLQ = self.heads(self.v(x_BLD), None)
-        interleaved = self.config.rope_interleaved
-        q_BHLQ, k_BHLQ = rotate(q_BHLQ, *rotation, interleaved), rotate(k_BHLQ, *rotation, interleaved)
+        if cache is None and self.fuses(x_BLD):
+            heads = self.turned_heads(x_BLD, rotation)
+        else:
+            interleaved = self.config.rope_interleaved
+            q_BLHQ = rotate(self.heads(self.q(x_BLD), self.q_norm), *rotation, interleaved)
+            k_BLHQ = rotate(self.heads(self.k(x_BLD), self.k_norm), *rotation, interleaved)
+            heads = q_BLHQ, k_BLHQ, self.heads(self.v(x_BLD), None)
+        q_BHLQ, k_BHLQ, v_BHLQ = (each.transpose(1, 2) for each in heads)
         if cache is not None:
             k_BHLQ, v_BHLQ = cache.append(k_BHLQ, v_BHLQ)
         n_queries, n_keys = q_BHLQ.shape[2], k_BHLQ.shape[2]
@@ -156,8 +162,29 @@ class GQA(Attention):
         y_BLD: Tensor = self.out(y_BHLQ[..., : self.head_dim].transpose(1, 2).flatten(-2))
         return y_BLD
 
+    def fuses(self, x: Tensor) -> bool:
+        """Does `turned_heads` take what the config asks for, where autocast casts the weights anyway?"""
+        config, casts = self.config, compute_dtype(x) != self.q.weight.dtype
+        plain = config.qk_norm != "full" and config.clip_qkv is None and not config.rope_interleaved
+        return HAS_TRITON and x.is_cuda and casts and plain
+
+    def turned_heads(self, x_BLD: Tensor, rotation: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor, Tensor]:
+        """q and k, normed and turned, and v, [B, L, H, Q] each, of one product: k and v alone are too narrow to fill a
+        GPU, and x gets one gradient instead of three to be added."""
+        layers, dtype = (self.q, self.k, self.v), compute_dtype(x_BLD)
+        weight = torch.cat([layer.weight.to(dtype) for layer in layers])
+        bias = torch.cat([layer.bias.to(dtype) for layer in layers]) if self.config.qkv_bias else None
+        norms_2Q, eps = None, 0.0
+        if self.q_norm is not None and self.k_norm is not None:
+            norms_2Q, eps = torch.stack([self.q_norm.weight, self.k_norm.weight]).float(), self.q_norm.eps
+        qkv_BLW = F.linear(x_BLD, weight, bias)
+        heads: tuple[Tensor, Tensor, Tensor] = TurnedHeads.apply(
+            qkv_BLW, norms_2Q, *rotation, self.n_heads, self.n_kv_heads, eps
+        )
+        return heads
+
     def heads(self, x_BLD: Tensor, norm: RMSNorm | None) -> Tensor:
-        """One projection, normed and cut as the config says, [B, H, L, Q]."""
+        """One projection, normed and cut as the config says, [B, L, H, Q]."""
         if norm is not None and self.config.qk_norm == "full":
             x_BLD = norm(x_BLD)
         x_BLHQ: Tensor = x_BLD.unflatten(-1, (-1, self.head_dim))
@@ -165,7 +192,7 @@ class GQA(Attention):
             x_BLHQ = norm(x_BLHQ)
         if self.config.clip_qkv is not None:
             x_BLHQ = x_BLHQ.clamp(-self.config.clip_qkv, self.config.clip_qkv)
-        return x_BLHQ.transpose(1, 2)
+        return x_BLHQ
 
 
 def causal_mask(n_queries: int, n_keys: int, device: torch.device, window: int | None = None) -> Tensor:

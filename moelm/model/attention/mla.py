@@ -48,9 +48,9 @@ class MLAConfig(AttentionConfig):
         """q k^T and the weighted sum of v: two products over half of seq_len, on average, for each head."""
         return seq_len * self.n_heads * (self.qk_head_dim + self.v_head_dim)
 
-    def saved_per_token(self, d_model: int) -> int:
-        """q, k, v and the heads' output; each latent, and in float32 before its norm."""
-        latents = 3 * ((self.q_latent_dim or 0) + self.kv_latent_dim)
+    def saved_per_token(self, d_model: int, compiled: bool) -> int:
+        """q, k, v and the heads' output; each latent before and after its norm."""
+        latents = (2 if compiled else 3) * ((self.q_latent_dim or 0) + self.kv_latent_dim)
         return latents + 2 * self.n_heads * (self.qk_head_dim + self.v_head_dim)
 
     def products_per_token(self, d_model: int) -> int:
@@ -109,21 +109,22 @@ class MLA(Attention):
         config, q_from = self.config, x_BLD
         if self.q_compress is not None and self.q_latent_norm is not None:
             q_from = self.q_latent_norm(self.q_compress(x_BLD))
-        q_BHLQ = self.q(q_from).unflatten(-1, (config.n_heads, -1)).transpose(1, 2)
-        q_nope_BHLN, q_rope_BHLP = q_BHLQ.split((config.nope_head_dim, config.rope_head_dim), -1)
-        q_rope_BHLP = rotate(q_rope_BHLP, *rotation, config.rope_interleaved)
-        compressed_B1LC = self.kv_compress(x_BLD).unsqueeze(1)
-        latent_B1LC, k_rope_B1LP = compressed_B1LC.split((config.kv_latent_dim, config.rope_head_dim), -1)
-        latent_B1LC = self.kv_latent_norm(latent_B1LC)
-        k_rope_B1LP = rotate(k_rope_B1LP, *rotation, config.rope_interleaved)
+        q_BLHQ = self.q(q_from).unflatten(-1, (config.n_heads, -1))
+        q_nope_BLHN, q_rope_BLHP = q_BLHQ.split((config.nope_head_dim, config.rope_head_dim), -1)
+        q_rope_BLHP = rotate(q_rope_BLHP, *rotation, config.rope_interleaved)
+        compressed_BL1C = self.kv_compress(x_BLD).unsqueeze(2)
+        latent_BL1C, k_rope_BL1P = compressed_BL1C.split((config.kv_latent_dim, config.rope_head_dim), -1)
+        latent_BL1C = self.kv_latent_norm(latent_BL1C)
+        k_rope_BL1P = rotate(k_rope_BL1P, *rotation, config.rope_interleaved)
         if cache is not None:
-            latent_B1LC, k_rope_B1LP = cache.append(latent_B1LC, k_rope_B1LP)
-        expanded_BHLE = self.kv_expand(latent_B1LC.squeeze(1)).unflatten(-1, (config.n_heads, -1)).transpose(1, 2)
-        k_nope_BHLN, v_BHLV = expanded_BHLE.split((config.nope_head_dim, config.v_head_dim), -1)
+            both = cache.append(latent_BL1C.transpose(1, 2), k_rope_BL1P.transpose(1, 2))
+            latent_BL1C, k_rope_BL1P = (each.transpose(1, 2) for each in both)
+        expanded_BLHE = self.kv_expand(latent_BL1C.squeeze(2)).unflatten(-1, (config.n_heads, -1))
+        k_nope_BLHN, v_BLHV = expanded_BLHE.split((config.nope_head_dim, config.v_head_dim), -1)
         y_BHLV = F.scaled_dot_product_attention(
-            torch.cat([q_nope_BHLN, q_rope_BHLP], -1),
-            torch.cat([k_nope_BHLN, k_rope_B1LP.expand(-1, config.n_heads, -1, -1)], -1),
-            v_BHLV,
+            torch.cat([q_nope_BLHN, q_rope_BLHP], -1).transpose(1, 2),
+            torch.cat([k_nope_BLHN, k_rope_BL1P.expand(-1, -1, config.n_heads, -1)], -1).transpose(1, 2),
+            v_BLHV.transpose(1, 2),
             attn_mask=None if mask_BLL is None else mask_BLL.unsqueeze(1),
             is_causal=mask_BLL is None and x_BLD.shape[1] > 1,
             scale=config.scale,

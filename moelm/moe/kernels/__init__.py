@@ -1,4 +1,4 @@
-"""Triton kernels, one file a duty. Import those files only where `HAS_TRITON`: they need it to be imported at all."""
+"""Triton kernels, one file a duty. The files import triton, so import them only where `HAS_TRITON`."""
 
 import os
 from importlib.util import find_spec

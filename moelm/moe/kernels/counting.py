@@ -1,5 +1,5 @@
-"""What each sequence sends to each expert, counted by comparison: adding ones where the choices point would be atomic
-on a GPU, hundreds of thousands of additions to a few addresses."""
+"""What each sequence sends to each expert, counted by comparison: on a GPU, adding a one where each choice points would
+be hundreds of thousands of atomic additions to a few addresses."""
 
 from __future__ import annotations
 

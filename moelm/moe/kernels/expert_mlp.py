@@ -1,4 +1,4 @@
-"""Dispatch, experts and combine as one function of the tokens, forward and backward, composed of kernels.
+"""Dispatch, experts and combine as one function of the tokens, and its gradient, composed of kernels.
 
 With r = row(t, k) the row of choice k of token t, and e the expert of that row:
 
@@ -36,7 +36,7 @@ def forward(
     """(y [T, D], gate_up [R, 2F]) in the dtype of x and of both weights; gates float32, the permutation int32.
 
     6 R D F operations. Elements moved, without the weights: T D + R D to spread the tokens, R D + 3 R F by the first
-    product, R F + R D by the second, R D + T D by the sum over a token's rows.
+    product (2 R F more with torch's), R F + R D by the second, R D + T D by the sum over a token's rows.
     """
     rows_RD, tiles = spread(x_TD, row_of_choice_TK, offsets_E, tile_rows(x_TD))
     gate_up_R2F, h_RF = up_product(rows_RD, gate_up_EDF, offsets_E, tiles)

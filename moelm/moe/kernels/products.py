@@ -14,7 +14,7 @@ import torch.nn.functional as F
 import triton
 from torch import Tensor
 
-from moelm.moe.kernels.rows import swiglu
+from moelm.moe.kernels.rows import spread, swiglu
 
 log = logging.getLogger(__name__)
 
@@ -71,26 +71,41 @@ def _hopper_works(device: torch.device) -> bool:
     if torch.cuda.get_device_capability(device) != (9, 0):
         return False
     try:
-        generator = torch.Generator(device).manual_seed(0)
-        a, b, w = (
-            torch.randn(shape, device=device, generator=generator).bfloat16()
-            for shape in ((192, 64), (192, 128), (2, 64, 256))
-        )
-        ends = torch.tensor([70, 192], dtype=torch.int32, device=device)
-        tiles = torch.tensor([[0, 0, 70], [1, 70, 192], [-1, 0, 0]], dtype=torch.int32, device=device)
-        pairs = [
-            (_hopper().rows_product(a, w, tiles, 128, swiglu=True)[0], F.grouped_mm(a, w, offs=ends)),
-            (
-                _hopper().rows_product(b, w[:, :, :128].contiguous(), tiles, 64, transposed=True)[0],
-                F.grouped_mm(b, w[:, :, :128].contiguous().mT, offs=ends),
-            ),
-            (_hopper().weight_gradient(a, b, ends), F.grouped_mm(a.mT, b, offs=ends)),
-        ]
-        for found, wanted in pairs:
-            torch.testing.assert_close(found.float(), wanted.float(), rtol=2e-2, atol=2e-1)
-    except Exception as error:  # of whatever kind: Triton raises its own, Python those of renamed names
+        for _ in range(2):  # launched by Triton, and as `launch.py` remembers them
+            _compare_with_torch(device)
+    except torch.OutOfMemoryError:
+        raise
+    except Exception as error:  # of whatever kind: Triton raises its own, Python those of names that have changed
         log.warning(
             "experts: torch's grouped product, since Gluon's fails with Triton %s: %r", triton.__version__, error
         )
         return False
     return True
+
+
+def _compare_with_torch(device: torch.device) -> None:
+    """Raises if a kernel of `hopper.py` errs by more than rounding. The sizes let a block of threads have a second
+    tile, more steps than there are stages, and ends of rows, of columns and of sums inside a tile."""
+    generator = torch.Generator(device).manual_seed(0)
+    rows_RD, wide_RF, w_EDF = (
+        torch.randn(shape, device=device, generator=generator).bfloat16()
+        for shape in ((8440, 328), (8440, 592), (3, 328, 592))
+    )
+    offsets_E = torch.tensor([5000, 5000, 8440], dtype=torch.int32, device=device)
+    in_order_T1 = torch.arange(len(rows_RD), dtype=torch.int32, device=device).unsqueeze(1)
+    (rows_RD, tiles), hopper = spread(rows_RD, in_order_T1, offsets_E, ROWS), _hopper()
+    gate_up_R2F, hidden_RF = hopper.rows_product(rows_RD, w_EDF, tiles, 296, swiglu=True)
+    product_RF = F.grouped_mm(rows_RD, w_EDF, offs=offsets_E)
+    for found, wanted in (
+        (gate_up_R2F, product_RF),
+        (hidden_RF, swiglu(product_RF, offsets_E)),
+        (hopper.rows_product(rows_RD, w_EDF, tiles, 592)[0], product_RF),
+        (
+            hopper.rows_product(wide_RF, w_EDF, tiles, 328, transposed=True)[0],
+            F.grouped_mm(wide_RF, w_EDF.mT, offs=offsets_E),
+        ),
+        (hopper.weight_gradient(rows_RD, wide_RF, offsets_E), F.grouped_mm(rows_RD.mT, wide_RF, offs=offsets_E)),
+    ):
+        error = (found.float() - wanted.float()).abs().max() / wanted.float().abs().max()
+        if not error <= 2**-7:
+            raise ValueError(f"an error of {error.item():.1e}")

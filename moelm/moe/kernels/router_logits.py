@@ -1,4 +1,4 @@
-"""The router's product, x W^T in float32 accuracy from bf16 tokens, at the speed of bf16 products.
+"""The router's product: x W^T in float32 accuracy from bf16 tokens, by three bf16 products.
 
 bf16 tokens are exact. Eight bits at a time, a float32 is the sum of three bf16 parts without any error, so three bf16
 products accumulated in float32 are the float32 product. Tensor cores cut off what does not fit into float32, always
@@ -57,8 +57,8 @@ def router_logits_reference(x_TD: Tensor, weight_ED: Tensor) -> tuple[Tensor, Te
 def router_logits_backward(grad_TE: Tensor, x_TD: Tensor, parts_3ED: Tensor) -> tuple[Tensor, Tensor]:
     """(grad_x in x's dtype = grad W, grad_W float32 = grad^T x) from a float32 gradient and the parts of W.
 
-    grad_x takes two parts of either factor and leaves low x low out: an error of 2^-17, a 256th of its rounding to
-    bf16. grad_W takes three parts, as forward, and its chunks of tokens are added in order.
+    grad_x takes two parts of either factor and leaves the product of the lower ones out: an error of 2^-17, a 256th of
+    its rounding to bf16. grad_W takes three parts, as forward; its chunks of tokens are added in order.
     4 T D + 8 T E bytes, and 4 T E for each 128 of D and 4 E D for each block of tokens from the cache; 12 T D E
     operations.
     """

@@ -1,4 +1,5 @@
-"""Rows in the order of experts: a stable counting sort of T * K expert ids without atomics or a word to the host.
+"""Rows in the order of experts: a stable counting sort of T * K expert ids, with no atomic in global memory (those of
+a block's histogram add integers, in any order the same) and no word to the host.
 
 Three launches: count each block's choices by expert; sum the counts of the blocks before; sort each block in
 registers, from which every choice knows its row.
@@ -23,7 +24,7 @@ def sort_by_expert(expert_ids_TK: Tensor, n_experts: int) -> tuple[Tensor, Tenso
     Choice t * K + k lies in row row_of_choice[t, k]; rows are in the order of experts and then of choices, and those
     of the id n_experts ("none") last. offsets are the ends of the experts' rows.
 
-    24 R bytes (the ids are read twice), 12 bytes a block and expert; log^2(BLOCK) / 2 compare-and-swaps a choice.
+    24 R bytes (the ids are read twice), 24 bytes a block and expert; log^2(BLOCK) / 2 comparisons a choice.
     """
     ids_TK = expert_ids_TK.contiguous()
     R, n_bins = ids_TK.numel(), next_power_of_2(n_experts + 1)

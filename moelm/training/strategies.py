@@ -1,0 +1,162 @@
+"""How a run is spread over devices: DDP, or FSDP2 under Lightning's ModelParallelStrategy."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from functools import partial
+from typing import Any
+
+import torch
+from lightning.pytorch.core.optimizer import LightningOptimizer
+from lightning.pytorch.strategies import DDPStrategy, ModelParallelStrategy, Strategy
+from lightning.pytorch.strategies.parallel import ParallelStrategy
+from torch import Tensor, nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+from torch.distributed.tensor import Shard
+from torch.optim import Optimizer
+
+from moelm.config import Config, TrainerConfig
+from moelm.model.gpt import GPT
+from moelm.training.shards import gathered, like
+from moelm.training.statistics import all_reduce_sums
+
+
+def build_strategy(config: Config) -> Strategy | None:
+    """None: Lightning's choice for one device."""
+    options = config.trainer
+    single = options.num_nodes == 1 and options.devices in (1, "1", "auto") and options.strategy == "auto"
+    if single and (options.devices != "auto" or options.accelerator == "cpu" or torch.cuda.device_count() <= 1):
+        return None
+    backend = "gloo" if options.accelerator == "cpu" or not torch.cuda.is_available() else "nccl"
+    if options.strategy == "fsdp":
+        return ShardedStrategy(options, backend)
+    # counters are no buffers, so none is broadcast
+    return DDPStrategy(process_group_backend=backend, broadcast_buffers=False, gradient_as_bucket_view=True)
+
+
+class ShardedStrategy(ModelParallelStrategy):
+    """FSDP2: each rank keeps its part of the parameters, gradients and moments.
+
+    One mesh ("fsdp", "ep") over all ranks, ep = `trainer.expert_parallel`; parameters are sharded over both axes,
+    flattened. Checkpoints are those of one device: whole tensors are gathered, one after the other, and rank 0 writes
+    them.
+    """
+
+    def __init__(self, options: TrainerConfig, process_group_backend: str) -> None:
+        super().__init__(process_group_backend=process_group_backend, save_distributed_checkpoint=False)
+        self.options = options
+        self._is_last_micro_batch = True
+
+    def setup_environment(self) -> None:
+        self._setup_distributed()
+        shape = (self.world_size // self.options.expert_parallel, self.options.expert_parallel)
+        self._device_mesh = init_device_mesh(self.root_device.type, shape, mesh_dim_names=("fsdp", "ep"))
+
+    @property
+    def distributed_sampler_kwargs(self) -> dict[str, Any]:
+        return {"num_replicas": self.world_size, "rank": self.global_rank}
+
+    # ---------------------------------------------------------------------------------------- the model
+
+    def shard(self, model: GPT) -> None:
+        """In place, before the model has memory. Units are the blocks, experts included, and the rest; no hook of FSDP2
+        lies inside a block, where it would break up what is compiled and disturb what is recomputed.
+
+        Routers stay whole on every rank: small (experts x d_model a layer), and float32 however the rest is sent.
+        Under bf16-mixed the weights of blocks are sent as bfloat16; those of the rest, where the residual stream
+        begins and ends, as float32. Autocast chooses what is computed in which dtype, as on one device, so no unit
+        casts its inputs. Gradients are averaged in float32.
+        """
+        float32 = MixedPrecisionPolicy(reduce_dtype=torch.float32, cast_forward_inputs=False)
+        mixed = float32
+        if self.options.precision == "bf16-mixed":
+            mixed = MixedPrecisionPolicy(torch.bfloat16, torch.float32, cast_forward_inputs=False)
+        mesh = self.device_mesh._flatten("data")
+        placement = partial(placement_of, n_ranks=mesh.size())
+        for layer in model.moe_layers:
+            layer.experts.keeps_copies = False  # what it is sent has the dtype that is multiplied
+        whole = set(router_parameters(model))
+        for block in model.all_blocks:
+            fully_shard(block, mesh=mesh, mp_policy=mixed, shard_placement_fn=placement, ignored_params=whole)
+        fully_shard(model, mesh=mesh, mp_policy=float32)
+
+    @property
+    def _gpt(self) -> Any:
+        """The GPT, which is an FSDPModule now."""
+        assert self.lightning_module is not None
+        return self.lightning_module.model
+
+    @contextmanager
+    def block_backward_sync(self) -> Iterator[None]:
+        """Around the micro-batches of an optimizer step but its last."""
+        self._set_last_micro_batch(False)
+        try:
+            yield
+        finally:
+            self._set_last_micro_batch(True)
+
+    def _set_last_micro_batch(self, is_last: bool) -> None:
+        self._is_last_micro_batch = is_last
+        if self.options.accumulate_unreduced:
+            self._gpt.set_requires_gradient_sync(is_last)
+
+    def post_backward(self, closure_loss: Tensor) -> None:
+        """The routers' gradients become the means over ranks, in one all-reduce an optimizer step."""
+        if not self._is_last_micro_batch:
+            return
+        gradients = [each.grad for each in router_parameters(self._gpt) if each.grad is not None]
+        sums = all_reduce_sums({str(i): gradient for i, gradient in enumerate(gradients)}) if gradients else {}
+        for gradient, summed in zip(gradients, sums.values(), strict=True):
+            gradient.copy_(summed / self.world_size)
+
+    # ------------------------------------------------------------------------------------- checkpoints
+
+    @property
+    def lightning_restore_optimizer(self) -> bool:
+        return True
+
+    def lightning_module_state_dict(self) -> dict[str, Any]:
+        assert self.lightning_module is not None
+        return self._gather(self.lightning_module.state_dict())
+
+    def optimizer_state(self, optimizer: Optimizer) -> dict[str, Any]:
+        state = (optimizer._optimizer if isinstance(optimizer, LightningOptimizer) else optimizer).state_dict()
+        return {**state, "state": {i: self._gather(values) for i, values in state["state"].items()}}
+
+    def _gather(self, values: Mapping[str, Any]) -> dict[str, Any]:
+        return {name: gathered(value, keep=self.is_global_zero) for name, value in values.items()}
+
+    def save_checkpoint(self, checkpoint: dict[str, Any], filepath: Any, storage_options: Any | None = None) -> None:
+        ParallelStrategy.save_checkpoint(self, checkpoint, filepath, storage_options)
+
+    def load_checkpoint(self, checkpoint_path: Any, weights_only: bool | None = None) -> dict[str, Any]:
+        return ParallelStrategy.load_checkpoint(self, checkpoint_path, weights_only)
+
+    def load_model_state_dict(self, checkpoint: Mapping[str, Any], strict: bool = True) -> None:
+        assert self.lightning_module is not None
+        own = self.lightning_module.state_dict()
+        state = {name: like(full, own.get(name)) for name, full in checkpoint["state_dict"].items()}
+        self.lightning_module.load_state_dict(state, strict=strict)
+
+    def load_optimizer_state_dict(self, checkpoint: Mapping[str, Any]) -> None:
+        states = []
+        for optimizer, saved in zip(self.optimizers, checkpoint["optimizer_states"], strict=True):
+            parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+            parts = {
+                i: {key: like(value, parameters[i]) for key, value in values.items()}
+                for i, values in saved["state"].items()
+            }
+            states.append({**saved, "state": parts})
+        ParallelStrategy.load_optimizer_state_dict(self, {"optimizer_states": states})
+
+
+def router_parameters(model: GPT) -> list[nn.Parameter]:
+    return [parameter for layer in model.moe_layers for parameter in layer.router.parameters()]
+
+
+def placement_of(parameter: nn.Parameter, n_ranks: int) -> Shard:
+    """Rows, or whole experts. Where the experts cannot be dealt out evenly, a part of each, if that can."""
+    uneven = parameter.ndim == 3 and parameter.shape[0] % n_ranks != 0
+    return Shard(1) if uneven and parameter.shape[1] % n_ranks == 0 else Shard(0)
