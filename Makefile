@@ -27,7 +27,7 @@ minis: .venv/.core
 	$(BIN)/python -m moelm.compare $(MINIS)
 
 test: .venv/.dev
-	$(BIN)/python -m pytest -m "not slow" -n auto --maxprocesses 4 --dist loadfile
+	$(BIN)/python -m pytest -m "not slow" -n auto --maxprocesses 4 --dist loadfile --no-loadscope-reorder
 
 test-all: .venv/.dev
 	$(BIN)/python -m pytest -m slow --timeout 1200
