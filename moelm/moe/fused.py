@@ -34,6 +34,8 @@ def _expert_mlp(
     down_EFD: Tensor,
 ) -> tuple[Tensor, Tensor]:
     """(y [T, D], gate_up [R, 2F], which backward needs), in the dtype of x and of both weights."""
+    if not len(x_TD):  # on a rank whose experts were sent nothing
+        return torch.empty_like(x_TD), x_TD.new_empty(0, gate_up_EDF.shape[2])
     return kernels.forward(x_TD, gates_TK, row_of_choice_TK, choice_of_row_R, offsets_E, gate_up_EDF, down_EFD)
 
 
@@ -59,6 +61,9 @@ def _expert_mlp_backward(
     dtype: torch.dtype,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Gradients of x, gates, and of both weights in `dtype`."""
+    if not len(x_TD):
+        weights = (w.new_zeros(w.shape, dtype=dtype) for w in (gate_up_EDF, down_EFD))
+        return torch.empty_like(x_TD), torch.empty_like(gates_TK), *weights
     permutation = row_of_choice_TK, choice_of_row_R, offsets_E
     return kernels.backward(grad_y_TD, x_TD, gates_TK, *permutation, gate_up_EDF, down_EFD, gate_up_R2F, dtype)
 

@@ -6,8 +6,10 @@ import torch
 from torch import Tensor, nn
 
 from moelm.config import MoEConfig, build
-from moelm.moe.experts import Experts
-from moelm.moe.types import RouteContext, RouterStats, TokenChoice, count_per_sequence
+from moelm.moe.dispatch.dropless import Permutation, Slots
+from moelm.moe.dispatch.expert_parallel import ExpertParallel
+from moelm.moe.experts import Experts, compute_dtype
+from moelm.moe.types import RouteContext, RouterStats, Routing, TokenChoice, count_per_sequence
 
 
 class MoELayer(nn.Module):
@@ -29,6 +31,7 @@ class MoELayer(nn.Module):
         self.router = build("router", moe.router, moe, d_chunk)
         self.dispatcher = build("dispatch", moe.dispatch, moe)
         self.experts = Experts(moe, d_chunk)
+        self.exchange: ExpertParallel | None = None  # where other ranks hold some of the experts
         self.shared = shared
         self.shared_gate = nn.Linear(d_model, 1, bias=False) if moe.shared_gate else None
 
@@ -37,22 +40,40 @@ class MoELayer(nn.Module):
         chunk_BLD, context = self._split(x_BLD, context)
         routing, stats = self.router(chunk_BLD, context)
         x_TD = chunk_BLD.flatten(0, 1)
-        if self.experts.fuses(x_TD):
-            plan = self.dispatcher.plan(routing, len(x_TD), context.training)
-            y_TD = self.experts.mix(x_TD, routing.gates_TK, plan)
+        if isinstance(routing, TokenChoice):
+            ids_TK = self.dispatcher.kept(routing, context.training)
+            if ids_TK is not routing.expert_ids_TK:
+                kept_BE = count_per_sequence(ids_TK, B, stats.load_BE.shape[-1])
+                stats = RouterStats(stats.load_BE, kept_BE, *stats[2:])  # torch 2.11 cannot compile `_replace` here
+                routing = TokenChoice(ids_TK, routing.gates_TK)
+        if self.exchange is None or not isinstance(routing, TokenChoice):
+            y_TD = self._mix(x_TD, routing, self.dispatcher.plan(routing, len(x_TD)))
+            shared_BLD = self._share(x_BLD)
         else:
-            rows_RD, plan = self.dispatcher.dispatch(x_TD, routing, context.training)
-            y_TD = self.dispatcher.combine(self.experts(rows_RD, plan.offsets_E), routing, plan)
+            journey = self.exchange.send(x_TD.to(compute_dtype(x_TD)), routing)
+            shared_BLD = self._share(x_BLD)  # while they travel
+            y_TD = self.exchange.bring_home(self._mix(*self.exchange.receive(journey)), journey)
         y_BLD = self.merge(y_TD.view(x_BLD.shape))
-        if isinstance(routing, TokenChoice) and plan.expert_ids_TK is not routing.expert_ids_TK:
-            kept_BE = count_per_sequence(plan.expert_ids_TK, B, stats.load_BE.shape[-1])
-            stats = RouterStats(stats.load_BE, kept_BE, *stats[2:])  # torch 2.11 cannot compile `_replace` here
-        if self.shared is not None:
-            shared_BLD = self.shared(x_BLD)
-            if self.shared_gate is not None:
-                shared_BLD = torch.sigmoid(self.shared_gate(x_BLD)) * shared_BLD
-            y_BLD = y_BLD + shared_BLD
-        return y_BLD, stats
+        return y_BLD if shared_BLD is None else y_BLD + shared_BLD, stats
+
+    def _mix(self, x_TD: Tensor, routing: Routing, plan: Permutation | Slots) -> Tensor:
+        """y [T, D] = sum_k gate_k Expert_k(x), over the experts that are here."""
+        if self.experts.fuses(x_TD):
+            assert isinstance(routing, TokenChoice)
+            assert isinstance(plan, Permutation)
+            return self.experts.mix(x_TD, routing.gates_TK, plan)
+        rows_RD = self.dispatcher.spread(x_TD, plan)
+        y_TD: Tensor = self.dispatcher.combine(self.experts(rows_RD, plan.offsets_E), routing, plan)
+        return y_TD
+
+    def _share(self, x_BLD: Tensor) -> Tensor | None:
+        """What the shared experts add."""
+        if self.shared is None:
+            return None
+        shared_BLD: Tensor = self.shared(x_BLD)
+        if self.shared_gate is None:
+            return shared_BLD
+        return torch.sigmoid(self.shared_gate(x_BLD)) * shared_BLD
 
     def _split(self, x_BLD: Tensor, context: RouteContext) -> tuple[Tensor, RouteContext]:
         """[B, L, D] -> [B, L * n_chunks, D / n_chunks], and each chunk's context is its token's."""

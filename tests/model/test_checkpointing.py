@@ -80,19 +80,18 @@ def test_a_tie_that_rounding_breaks_the_other_way_flips_no_choice(tiny_config, m
 @pytest.mark.parametrize("mode", MODES[1:])
 def test_who_is_dropped_by_gate_is_a_choice_too(tiny_config, mode):
     config = tiny_config(n_layers=1, moe={"dispatch": {"name": "capacity", "drop": "probability"}, "top_k": 1})
-    model, plans = make_model(config, mode), []
-    layer, dispatch = model.moe_layers[0], model.moe_layers[0].dispatcher.dispatch
+    model, found = make_model(config, mode), []
+    layer, kept = model.moe_layers[0], model.moe_layers[0].dispatcher.kept
 
-    def dispatch_by_other_gates(x_TD, routing, training):
-        routing = routing._replace(gates_TK=routing.gates_TK.flip(0 if plans else 1))  # one column: none the first time
-        rows_RD, plan = dispatch(x_TD, routing, training)
-        plans.append(plan)
-        return rows_RD, plan
+    def kept_by_other_gates(routing, training):
+        routing = routing._replace(gates_TK=routing.gates_TK.flip(0 if found else 1))  # one column: none the first time
+        found.append(kept(routing, training))
+        return found[-1]
 
-    layer.dispatcher.dispatch = dispatch_by_other_gates
+    layer.dispatcher.kept = kept_by_other_gates
     step(model)
-    assert (plans[0].expert_ids_TK == 8).any()
-    assert torch.equal(plans[0].expert_ids_TK, plans[1].expert_ids_TK)
+    assert (found[0] == 8).any()
+    assert torch.equal(found[0], found[1])
 
 
 MLA = {"name": "mla", "q_latent_dim": 8, "v_head_dim": 48}  # as wide as q and k, which flash attention wants

@@ -28,6 +28,11 @@ def make_dispatcher(n_experts=6):
     return build("dispatch", make_named("dispatch", "dropless"), moe)
 
 
+def spread(dispatcher, x_TD, routing):
+    plan = dispatcher.plan(routing, len(x_TD))
+    return dispatcher.spread(x_TD, plan), plan
+
+
 def test_rows_lie_in_the_order_of_experts_and_then_of_choices():
     plan = plan_of([[2, 0], [0, 3], [2, 3]])
     # choices 0..5 go to the experts 2 0 0 3 2 3
@@ -82,7 +87,7 @@ def test_the_sort_of_the_gpu_is_the_stable_one(kernel_device):
 def test_dispatch_gives_each_row_the_vector_of_its_token():
     dispatcher, routing = make_dispatcher(), random_routing()
     x_TD = torch.arange(20.0).unsqueeze(1) * torch.ones(4)
-    rows_RD, plan = dispatcher.dispatch(x_TD, routing, True)
+    rows_RD, plan = spread(dispatcher, x_TD, routing)
     assert torch.equal(rows_RD, x_TD[plan.choice_of_row_R // 3])
 
 
@@ -91,7 +96,7 @@ def test_with_identity_experts_the_result_is_the_sum_of_the_gates_times_the_toke
     dispatcher, routing = make_dispatcher(), random_routing(masked=masked)
     x_TD = torch.randn(20, 5, generator=torch.Generator().manual_seed(1), requires_grad=True)
     gates_TK = routing.gates_TK.requires_grad_()
-    rows_RD, plan = dispatcher.dispatch(x_TD, routing, True)
+    rows_RD, plan = spread(dispatcher, x_TD, routing)
     y_TD = dispatcher.combine(rows_RD, routing, plan)
     torch.testing.assert_close(y_TD, gates_TK.sum(-1, keepdim=True) * x_TD)
     grad_TD = torch.randn(20, 5, generator=torch.Generator().manual_seed(2))
@@ -106,7 +111,7 @@ def test_each_choice_has_its_own_gate():
     """Experts that multiply by their own number: sum_k gate_k (1 + id_k) x."""
     dispatcher, routing = make_dispatcher(), random_routing()
     x_TD = torch.randn(20, 5, generator=torch.Generator().manual_seed(1))
-    rows_RD, plan = dispatcher.dispatch(x_TD, routing, True)
+    rows_RD, plan = spread(dispatcher, x_TD, routing)
     number_R1 = routing.expert_ids_TK.flatten()[plan.choice_of_row_R].unsqueeze(-1) + 1.0
     y_TD = dispatcher.combine(rows_RD * number_R1, routing, plan)
     factor_T1 = (routing.gates_TK * (routing.expert_ids_TK + 1)).sum(-1, keepdim=True)
@@ -120,7 +125,7 @@ def test_the_hand_written_gradients_are_those_of_finite_differences():
     factor_RD = torch.randn(15, 3, dtype=torch.float64, generator=torch.Generator().manual_seed(2))
 
     def layer(x_TD, gates_TK):
-        rows_RD, plan = dispatcher.dispatch(x_TD, routing, True)
+        rows_RD, plan = spread(dispatcher, x_TD, routing)
         return dispatcher.combine(rows_RD.square() * factor_RD, TokenChoice(routing.expert_ids_TK, gates_TK), plan)
 
     inputs = (x_TD.requires_grad_(), routing.gates_TK.requires_grad_())
@@ -132,7 +137,7 @@ def test_rows_of_none_are_never_read():
     dispatcher, routing = make_dispatcher(), random_routing(masked=(0, 19))
     x_TD = torch.randn(20, 5, generator=torch.Generator().manual_seed(1), requires_grad=True)
     gates_TK = routing.gates_TK.requires_grad_()
-    rows_RD, plan = dispatcher.dispatch(x_TD, routing, True)
+    rows_RD, plan = spread(dispatcher, x_TD, routing)
     tail_R1 = (torch.arange(60) >= plan.offsets_E[-1]).unsqueeze(-1)
     poisoned_RD = torch.where(tail_R1, torch.nan, rows_RD)
     poisoned_RD.register_hook(lambda grad: torch.where(tail_R1, torch.nan, grad))
@@ -150,7 +155,7 @@ def test_a_gradient_through_bfloat16_rows_is_summed_in_float32():
     dispatcher = make_dispatcher(1)
     gates_TK = torch.ones(1, 1, requires_grad=True)
     routing = TokenChoice(torch.zeros(1, 1, dtype=torch.int64), gates_TK)
-    rows_RD, plan = dispatcher.dispatch(torch.full((1, 1001), 1 / 256, dtype=torch.bfloat16), routing, True)
+    rows_RD, plan = spread(dispatcher, torch.full((1, 1001), 1 / 256, dtype=torch.bfloat16), routing)
     y_TD = dispatcher.combine(rows_RD, routing, plan)
     assert y_TD.dtype == torch.bfloat16
     y_TD.backward(torch.ones_like(y_TD))

@@ -250,7 +250,7 @@ def test_backward_keeps_the_tokens_and_one_product_and_no_gradient_keeps_nothing
     known = {tensor.data_ptr() for tensor in experts.parameters()}
     x_TD = make_input(ids_TK).flatten(0, 1).to(kernel_device)
     gates_TK = torch.rand(ids_TK.shape, device=kernel_device, requires_grad=True)
-    plan = layer.dispatcher.plan(TokenChoice(ids_TK.to(kernel_device), gates_TK), len(x_TD), True)
+    plan = layer.dispatcher.plan(TokenChoice(ids_TK.to(kernel_device), gates_TK), len(x_TD))
     saved = []
     with torch.autocast(kernel_device.type, torch.bfloat16):
         with torch.autograd.graph.saved_tensors_hooks(lambda each: saved.append(each) or each, lambda each: each):

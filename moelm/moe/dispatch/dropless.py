@@ -28,7 +28,8 @@ class DroplessConfig(DispatchConfig):
 
 
 class Permutation(NamedTuple):
-    """How R = T * K rows lie after dispatch. Rows of the id "none" come last, past offsets_E[-1]."""
+    """How the rows lie after dispatch. Those of the id "none" come last, past offsets_E[-1]; R = T * K, or fewer where
+    some of those are left out."""
 
     expert_ids_TK: Tensor  # int64, as dispatched: "none" where a dispatcher dropped the choice
     row_of_choice_TK: Tensor  # int32, where choice k of token t went
@@ -115,8 +116,9 @@ class _Combine(torch.autograd.Function):
 
 
 def _gather_choices(rows_RD: Tensor, row_of_choice_TK: Tensor, valid_TK: Tensor) -> Tensor:
-    """[T, K, D]. Rows of "none" are uninitialised memory: replaced, never multiplied by 0, since 0 x NaN is NaN."""
-    chosen_TKD = rows_RD.index_select(0, row_of_choice_TK.flatten()).unflatten(0, row_of_choice_TK.shape)
+    """[T, K, D]. Rows of "none" are uninitialised memory, or none: replaced, never multiplied by 0, as 0 x NaN is NaN."""
+    row_R = row_of_choice_TK.flatten().clamp(max=rows_RD.shape[0] - 1)
+    chosen_TKD = rows_RD.index_select(0, row_R).unflatten(0, row_of_choice_TK.shape)
     return torch.where(valid_TK.unsqueeze(-1), chosen_TKD, 0.0)
 
 
@@ -177,25 +179,25 @@ class DroplessDispatcher:
     def __init__(self, config: DispatchConfig, moe: MoEConfig) -> None:
         self.n_experts = moe.n_experts
 
-    def dispatch(self, x_TD: Tensor, routing: Routing, training: bool) -> tuple[Tensor, Permutation | Slots]:
-        """rows [R, D], sorted by expert, and the plan that `combine` and the experts need."""
-        plan = self.plan(routing, x_TD.shape[0], training)
-        if isinstance(plan, Slots):
-            return _Spread.apply(x_TD, plan.token_of_row_R), plan
-        rows_RD = _Dispatch.apply(x_TD, plan.row_of_choice_TK, plan.choice_of_row_R, plan.valid_TK)
-        return rows_RD, plan
+    def kept(self, routing: TokenChoice, training: bool) -> Tensor:
+        """The expert ids [T, K], "none" for the choices that are dropped: here none is."""
+        return routing.expert_ids_TK
 
-    def plan(self, routing: Routing, n_tokens: int, training: bool) -> Permutation | Slots:
+    def plan(self, routing: Routing, n_tokens: int) -> Permutation | Slots:
         """Where the rows lie; all that fused experts need of a dispatcher."""
         if isinstance(routing, ExpertChoice):
             ids_EC = routing.token_ids_EC
             ends_E = torch.arange(1, ids_EC.shape[0] + 1, dtype=torch.int32, device=ids_EC.device) * ids_EC.shape[1]
             return Slots(ids_EC.flatten(), ends_E, n_tokens)
-        return sort_by_expert(self.kept(routing, training), self.n_experts)
+        return sort_by_expert(routing.expert_ids_TK, self.n_experts)
 
-    def kept(self, routing: TokenChoice, training: bool) -> Tensor:
-        """The expert ids [T, K], "none" for the choices that are dropped: here none is."""
-        return routing.expert_ids_TK
+    def spread(self, x_TD: Tensor, plan: Permutation | Slots) -> Tensor:
+        """rows [R, D], sorted by expert."""
+        if isinstance(plan, Slots):
+            rows_RD: Tensor = _Spread.apply(x_TD, plan.token_of_row_R)
+        else:
+            rows_RD = _Dispatch.apply(x_TD, plan.row_of_choice_TK, plan.choice_of_row_R, plan.valid_TK)
+        return rows_RD
 
     def combine(self, rows_RD: Tensor, routing: Any, plan: Permutation | Slots) -> Tensor:
         """y [T, D] = the sum over a token's rows of gate x row; 0 for a token without."""

@@ -1,0 +1,320 @@
+"""Experts on several ranks: a token travels once to each rank that holds any of its experts, and one sum comes back.
+
+Beside the suffixes of `moe/types.py`:
+
+    P ranks that share the experts    N tokens received by this rank    J = min(K, E / P) choices of a received token
+    S tokens sent by it, one for each of a token's ranks, in the order of ranks and then of tokens
+
+S and N depend on the data. The host learns them in one exchange of counts a layer, and waits for it: the only wait
+here, once for the forward and the backward pass. Shapes inside what is compiled are unbacked symbols, so no number of
+tokens compiles anything anew.
+
+On [S, D] tensors a journey is under way between two of the four ops below: `send` (T to S) begins one that `receive`
+(S to N) ends, `send_back` (N to S) begins one that `gather_home` (S to T) ends. What the layer does between the two
+overlaps it. The gradient goes the same ways back: the derivative of each op is the one that begins or ends the
+opposite journey. Rows are added in the order of ranks.
+"""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from moelm.moe.dispatch.dropless import Permutation, sort_by_expert
+from moelm.moe.kernels import HAS_TRITON
+from moelm.moe.ops import op
+from moelm.moe.types import TokenChoice
+
+if HAS_TRITON:
+    from moelm.moe.kernels.rows import gather_sum
+
+_groups: dict[str, dist.ProcessGroup] = {}  # by the name that the ops are given
+_under_way: dict[int, tuple[Any, Tensor, Tensor]] = {}  # address of the [S, D] tensor -> handle, what was sent, result
+
+
+class Journey(NamedTuple):
+    """Where a layer's tokens go, and the first of them on their way."""
+
+    packed_SD: Tensor  # under way to the ranks
+    routing: TokenChoice
+    row_of_rank_TP: Tensor  # int32 row among S of what token t sends to rank p; past the last one if nothing
+    ends_P: Tensor  # int32 ends of the ranks' rows
+    token_of_row_S: Tensor  # int32
+    place_TK: Tensor  # int64 place of choice (t, k) among the S * J of what is sent; -1 for "none"
+    splits: Tensor  # int64 on the CPU [sent or received, P, tokens or choices]
+
+
+class ExpertParallel:
+    """What a layer sends to the ranks of `group` and gets back. Rank p holds the experts p E/P ... (p + 1) E/P - 1.
+
+    Holds no parameters. All ranks call its methods equally often, in one order, with any number of tokens, 0 too.
+    """
+
+    def __init__(self, group: dist.ProcessGroup, n_experts: int) -> None:
+        self.group = group.group_name
+        self.n_ranks = group.size()
+        self.n_experts = n_experts
+        self.n_local = n_experts // self.n_ranks
+        _groups[self.group] = group
+
+    def send(self, x_TD: Tensor, routing: TokenChoice) -> Journey:
+        """Begins the journey of x, in its dtype. `routing` names experts by their global ids."""
+        P, ids_TK = self.n_ranks, routing.expert_ids_TK
+        n_slots = min(ids_TK.shape[1], self.n_local)
+        ranks_P = torch.arange(P, device=ids_TK.device)
+        rank_TK = ids_TK // self.n_local  # P for "none"
+        on_rank_TKP = rank_TK.unsqueeze(-1) == ranks_P
+        goes_TP = on_rank_TKP.any(1)
+        trips = sort_by_expert(torch.where(goes_TP, ranks_P, P), P)
+        counts_P2 = torch.stack([goes_TP.sum(0), on_rank_TKP.sum((0, 1))], 1)
+        splits, token_of_row_S = exchange_counts(counts_P2, trips.choice_of_row_R, self.group)
+        packed_SD = _Send.apply(
+            x_TD, token_of_row_S, trips.row_of_choice_TK, trips.offsets_E, splits, self.group
+        )
+        known_TK = rank_TK.clamp(max=P - 1)
+        row_TK = trips.row_of_choice_TK.gather(1, known_TK)
+        slot_TK = on_rank_TKP.cumsum(1).gather(2, known_TK.unsqueeze(-1)).squeeze(-1) - 1  # k-th of those on its rank
+        place_TK = torch.where(rank_TK < P, row_TK * n_slots + slot_TK, -1)
+        rows = trips.row_of_choice_TK, trips.offsets_E, token_of_row_S
+        return Journey(packed_SD, routing, *rows, place_TK, splits)
+
+    def receive(self, journey: Journey) -> tuple[Tensor, TokenChoice, Permutation]:
+        """(x [N, D], choices [N, J] of local experts, their rows): a batch for the local experts. Its "none" is
+        E / P, and there are no more rows than choices."""
+        ids_TK, gates_TK = journey.routing
+        gates_NJ, ids_NJ, *rows = _SendChoices.apply(
+            gates_TK.float(), ids_TK, journey.place_TK, journey.splits, self.n_local, self.group
+        )
+        x_ND = _Receive.apply(journey.packed_SD, journey.splits, gates_NJ.shape[0], self.group)
+        row_of_choice_NJ, choice_of_row_R, offsets_E = rows
+        plan = Permutation(ids_NJ, row_of_choice_NJ, choice_of_row_R, ids_NJ != self.n_local, offsets_E)
+        return x_ND, TokenChoice(ids_NJ, gates_NJ), plan
+
+    def bring_home(self, y_ND: Tensor, journey: Journey) -> Tensor:
+        """y [T, D]: the sum of what the ranks made of a token; 0 for one without a choice."""
+        packed_SD, _, row_of_rank_TP, ends_P, token_of_row_S, _, splits = journey
+        landing_SD = _SendBack.apply(y_ND, splits, packed_SD.shape[0], self.group)
+        y_TD: Tensor = _GatherHome.apply(landing_SD, row_of_rank_TP, ends_P, token_of_row_S, splits, self.group)
+        return y_TD
+
+
+# ------------------------------------------------------------------------------------------------- ops
+
+
+def _totals(splits: Tensor) -> tuple[list[int], list[int]]:
+    """Tokens sent to each rank, tokens received from each."""
+    sent, received = splits[..., 0].tolist()
+    return sent, received
+
+
+def _empty_counts(sent_P2: Tensor, choice_of_row_R: Tensor, group: str) -> tuple[Tensor, Tensor]:
+    n_sent = torch.library.get_ctx().new_dynamic_size()
+    return torch.empty(2, *sent_P2.shape, dtype=torch.int64, device="cpu"), choice_of_row_R.new_empty(n_sent)
+
+
+@op("moelm::exchange_counts", fake=_empty_counts)
+def exchange_counts(sent_P2: Tensor, choice_of_row_R: Tensor, group: str) -> tuple[Tensor, Tensor]:
+    """(splits, token_of_row_S): `sent_P2` and what each rank sends here, on the CPU, for which the host waits, and which
+    token lies in each of the rows that are sent."""
+    received_P2 = torch.empty_like(sent_P2)
+    dist.all_to_all_single(received_P2, sent_P2, group=_groups[group])
+    splits = torch.stack([sent_P2, received_P2]).cpu()
+    n_sent, _ = _totals(splits)
+    return splits, choice_of_row_R[: sum(n_sent)] // len(n_sent)
+
+
+def _begin(key: Tensor, sent: Tensor, result: Tensor, n_sent: list[int], n_received: list[int], group: str) -> None:
+    handle = dist.all_to_all_single(result, sent, n_received, n_sent, group=_groups[group], async_op=True)
+    _under_way[key.data_ptr()] = handle, sent, result
+
+
+def _end(key: Tensor) -> Tensor:
+    handle, _, result = _under_way.pop(key.data_ptr())
+    handle.wait()
+    return result
+
+
+@op("moelm::send", fake=lambda x_TD, token_of_row_S, *_: x_TD.new_empty(token_of_row_S.shape[0], x_TD.shape[1]))
+def send(x_TD: Tensor, token_of_row_S: Tensor, splits: Tensor, group: str) -> Tensor:
+    """What begins its journey, [S, D]: S D elements read, written and sent, but for those that stay on this rank."""
+    packed_SD = x_TD.index_select(0, token_of_row_S)
+    _begin_sending(packed_SD, splits, group)
+    return packed_SD
+
+
+def _begin_sending(packed_SD: Tensor, splits: Tensor, group: str) -> None:
+    n_sent, n_received = _totals(splits)
+    result_ND = packed_SD.new_empty(sum(n_received), packed_SD.shape[1])
+    _begin(packed_SD, packed_SD, result_ND, n_sent, n_received, group)
+
+
+@op("moelm::receive", fake=lambda packed_SD, _, n_rows, __: packed_SD.new_empty(n_rows, packed_SD.shape[1]))
+def receive(packed_SD: Tensor, splits: Tensor, n_rows: int, group: str) -> Tensor:
+    """[N, D]: ends the journey of `send`, or makes all of it where a compiler kept `packed_SD` to do this again."""
+    if packed_SD.data_ptr() not in _under_way:
+        _begin_sending(packed_SD, splits, group)
+    return _end(packed_SD)
+
+
+@op("moelm::send_back", fake=lambda y_ND, _, n_rows, __: y_ND.new_empty(n_rows, y_ND.shape[1]))
+def send_back(y_ND: Tensor, splits: Tensor, n_rows: int, group: str) -> Tensor:
+    """[S, D], which will hold what comes back: N D elements sent."""
+    n_sent, n_received = _totals(splits)
+    landing_SD = y_ND.new_empty(n_rows, y_ND.shape[1])
+    _begin(landing_SD, y_ND.contiguous(), landing_SD, n_received, n_sent, group)
+    return landing_SD
+
+
+@op("moelm::gather_home", fake=lambda landing_SD, rows_TP, _: landing_SD.new_empty(len(rows_TP), landing_SD.shape[1]))
+def gather_home(landing_SD: Tensor, row_of_rank_TP: Tensor, ends_P: Tensor) -> Tensor:
+    """y [T, D]: ends the journey of `send_back`, and adds up each token's rows in the order of ranks."""
+    if landing_SD.data_ptr() in _under_way:  # or it has ended: a compiler kept `landing_SD` to do this again
+        _end(landing_SD)
+    T, D = len(row_of_rank_TP), landing_SD.shape[1]
+    if not len(landing_SD):
+        return landing_SD.new_zeros(T, D)
+    if HAS_TRITON and landing_SD.is_cuda:
+        return gather_sum(landing_SD, row_of_rank_TP, ends_P)
+    y_TD = torch.zeros(T, D, device=landing_SD.device)
+    for row_T in row_of_rank_TP.unbind(1):
+        sent_T1 = (row_T < ends_P[-1]).unsqueeze(1)
+        y_TD += torch.where(sent_T1, landing_SD.index_select(0, row_T.clamp(max=len(landing_SD) - 1)), 0.0)
+    return y_TD.to(landing_SD.dtype)
+
+
+def _empty_choices(
+    gates_TK: Tensor, ids_TK: Tensor, place_TK: Tensor, splits: Tensor, n_local: int, group: str
+) -> tuple[Tensor, ...]:
+    context = torch.library.get_ctx()
+    gates_NJ = gates_TK.new_empty(context.new_dynamic_size(), min(ids_TK.shape[1], n_local))
+    ids_NJ, rows_NJ = (torch.empty_like(gates_NJ, dtype=dtype) for dtype in (torch.int64, torch.int32))
+    return gates_NJ, ids_NJ, rows_NJ, rows_NJ.new_empty(context.new_dynamic_size()), rows_NJ.new_empty(n_local)
+
+
+@op("moelm::send_choices", fake=_empty_choices)
+def send_choices(
+    gates_TK: Tensor, ids_TK: Tensor, place_TK: Tensor, splits: Tensor, n_local: int, group: str
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """(gates [N, J] float32, local ids [N, J], row of choice [N, J], choice of row [R], ends [E / P]) of what this rank
+    receives; R choices and no row for those of other ranks. 2 J S four-byte elements sent."""
+    n_sent, n_received = _totals(splits)
+    S, J = sum(n_sent), min(ids_TK.shape[1], n_local)
+    place_R = torch.where(place_TK < 0, S * J, place_TK).flatten()
+    ids_SJ = _placed(place_R, (ids_TK % n_local).int().flatten(), S, J, n_local)
+    gates_SJ = _placed(place_R, gates_TK.flatten(), S, J, 0.0)
+    message_SX = torch.cat([ids_SJ, gates_SJ.view(torch.int32)], 1)
+    message_NX = message_SX.new_empty(sum(n_received), 2 * J)
+    dist.all_to_all_single(message_NX, message_SX, n_received, n_sent, group=_groups[group])
+    ids_NJ, gates_NJ = message_NX[:, :J].long(), message_NX[:, J:].contiguous().view(torch.float32)
+    plan = sort_by_expert(ids_NJ, n_local)
+    n_rows = int(splits[1, :, 1].sum())
+    return gates_NJ, ids_NJ, plan.row_of_choice_TK, plan.choice_of_row_R[:n_rows], plan.offsets_E
+
+
+def _placed(place_R: Tensor, values_R: Tensor, S: int, J: int, rest: float) -> Tensor:
+    """[S, J]: the values in their places, which are all different but for S * J, and `rest` elsewhere."""
+    return values_R.new_full((S * J + 1,), rest).scatter(0, place_R, values_R)[:-1].view(S, J)
+
+
+@op("moelm::return_choices", fake=lambda grad_NJ, place_TK, *_: grad_NJ.new_empty(place_TK.shape))
+def return_choices(grad_NJ: Tensor, place_TK: Tensor, splits: Tensor, group: str) -> Tensor:
+    """[T, K], 0 for "none": each choice's value of a received [N, J] tensor, from the rank that has it. J N elements
+    sent; what is in a slot without a choice goes unread."""
+    n_sent, n_received = _totals(splits)
+    grad_SJ = grad_NJ.new_empty(sum(n_sent), grad_NJ.shape[1])
+    dist.all_to_all_single(grad_SJ, grad_NJ.contiguous(), n_sent, n_received, group=_groups[group])
+    if not len(grad_SJ):
+        return grad_SJ.new_zeros(place_TK.shape)
+    found_TK = grad_SJ.flatten().index_select(0, place_TK.flatten().clamp(min=0)).view(place_TK.shape)
+    return torch.where(place_TK < 0, 0.0, found_TK)
+
+
+# ---------------------------------------------------------------------------------------- derivatives
+
+
+class _Send(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any,
+        x_TD: Tensor,
+        token_of_row_S: Tensor,
+        row_of_rank_TP: Tensor,
+        ends_P: Tensor,
+        splits: Tensor,
+        group: str,
+    ) -> Tensor:
+        ctx.save_for_backward(row_of_rank_TP, ends_P)
+        return send(x_TD, token_of_row_S, splits, group)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad_SD: Tensor) -> tuple[Tensor | None, ...]:
+        return gather_home(grad_SD, *ctx.saved_tensors), None, None, None, None, None
+
+
+class _Receive(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, packed_SD: Tensor, splits: Tensor, n_rows: int, group: str) -> Tensor:
+        ctx.save_for_backward(splits)
+        ctx.rest = packed_SD.shape[0], group
+        return receive(packed_SD, splits, n_rows, group)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad_ND: Tensor) -> tuple[Tensor | None, ...]:
+        return send_back(grad_ND, *ctx.saved_tensors, *ctx.rest), None, None, None
+
+
+class _SendBack(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, y_ND: Tensor, splits: Tensor, n_rows: int, group: str) -> Tensor:
+        ctx.save_for_backward(splits)
+        ctx.rest = y_ND.shape[0], group
+        return send_back(y_ND, splits, n_rows, group)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad_SD: Tensor) -> tuple[Tensor | None, ...]:
+        return receive(grad_SD, *ctx.saved_tensors, *ctx.rest), None, None, None
+
+
+class _GatherHome(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any,
+        landing_SD: Tensor,
+        row_of_rank_TP: Tensor,
+        ends_P: Tensor,
+        token_of_row_S: Tensor,
+        splits: Tensor,
+        group: str,
+    ) -> Tensor:
+        ctx.save_for_backward(token_of_row_S, splits)
+        ctx.group = group
+        return gather_home(landing_SD, row_of_rank_TP, ends_P)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad_TD: Tensor) -> tuple[Tensor | None, ...]:
+        return send(grad_TD, *ctx.saved_tensors, ctx.group), None, None, None, None, None
+
+
+class _SendChoices(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any, gates_TK: Tensor, ids_TK: Tensor, place_TK: Tensor, splits: Tensor, n_local: int, group: str
+    ) -> tuple[Tensor, ...]:
+        ctx.save_for_backward(place_TK, splits)
+        ctx.group = group
+        gates_NJ, *others = send_choices(gates_TK, ids_TK, place_TK, splits, n_local, group)
+        ctx.mark_non_differentiable(*others)
+        return gates_NJ, *others
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad_NJ: Tensor, *_: None) -> tuple[Tensor | None, ...]:
+        return return_choices(grad_NJ, *ctx.saved_tensors, ctx.group), None, None, None, None, None
