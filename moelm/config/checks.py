@@ -27,6 +27,7 @@ def check(config: Config) -> None:
     check_model(config.model)
     _check_optim(config)
     _check_trainer(config.trainer)
+    _check_expert_parallel(config)
     _check_fused(config)
     _check_each(config.callbacks, "callbacks", config)
     moe, seq_len = config.model.moe, config.data.seq_len
@@ -185,6 +186,24 @@ def _check_fused(config: Config) -> None:
     if moe is not None and moe.experts.backend == "fused" and precision != "bf16-mixed":
         problem = f"fused computes in bfloat16, not in trainer.precision = {precision}"
         raise ConfigError("model.moe.experts.backend", problem, "set trainer.precision=bf16-mixed, or use auto")
+
+
+def _check_expert_parallel(config: Config) -> None:
+    key, n_ranks, moe = "trainer.expert_parallel", config.trainer.expert_parallel, config.model.moe
+    if n_ranks == 1:
+        return
+    if config.trainer.strategy != "fsdp":
+        problem = f"{n_ranks} cannot be with trainer.strategy = {config.trainer.strategy}"
+        raise ConfigError(key, problem, "set trainer.strategy=fsdp, or remove it")
+    if moe is None:
+        raise ConfigError(key, f"{n_ranks} has no effect in a dense model", "remove it")
+    if moe.router.routing != "token_choice":
+        problem = f"{n_ranks} ranks can share experts that tokens choose; the router {moe.router.name} makes "
+        raise ConfigError(key, problem + moe.router.routing, "remove it, or set another model.moe.router")
+    if moe.n_experts % n_ranks:
+        divisors = ", ".join(str(n) for n in range(2, moe.n_experts + 1) if moe.n_experts % n == 0)
+        problem = f"{n_ranks} does not divide model.moe.n_experts = {moe.n_experts}"
+        raise ConfigError(key, problem, f"choose one of {divisors}")
 
 
 def _check_trainer(trainer: TrainerConfig) -> None:

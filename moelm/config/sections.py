@@ -266,7 +266,7 @@ class TrainerConfig:
     activation_checkpointing: str = setting("none", allowed=("none", "selective", "full"))
     compile: bool | str = setting("auto", allowed=("auto", True, False))  # per block; auto: on CUDA only
     float32_matmul_precision: str = setting("highest", allowed=("highest", "high", "medium"))
-    expert_parallel: int = setting(1, ge=1, le=1)
+    expert_parallel: int = setting(1, ge=1)  # fsdp: ranks that share the experts, each holding some whole ones
     accumulate_unreduced: bool = False  # fsdp: a device sums its own gradients of all weights, sent once a step
     profile: bool = False  # trace five steps after warm-up; the run's folder gets profile/
 

@@ -8,7 +8,7 @@ from typing import Any
 
 from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
 
-CHOICES = {"moelm::keep_choice", "moelm::choose"}
+CHOICES = {"moelm::keep_choice", "moelm::choose", "moelm::exchange_counts"}
 EXPENSIVE = {
     "aten::mm",
     "aten::addmm",
@@ -22,6 +22,11 @@ EXPENSIVE = {
     "moelm::grouped_mm",
     "moelm::expert_mlp",
     "moelm::router_logits",
+    "moelm::send",  # and what follows on it: a journey is made again as a whole or not at all
+    "moelm::send_choices",
+    "moelm::receive",
+    "moelm::send_back",
+    "moelm::gather_home",
 }
 KEPT = {"full": CHOICES, "selective": CHOICES | EXPENSIVE}  # by mode, the ops whose outputs are not recomputed
 

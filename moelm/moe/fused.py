@@ -62,8 +62,8 @@ def _expert_mlp_backward(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Gradients of x, gates, and of both weights in `dtype`."""
     if not len(x_TD):
-        weights = (w.new_zeros(w.shape, dtype=dtype) for w in (gate_up_EDF, down_EFD))
-        return torch.empty_like(x_TD), torch.empty_like(gates_TK), *weights
+        grad_gate_up_EDF, grad_down_EFD = (w.new_zeros(w.shape, dtype=dtype) for w in (gate_up_EDF, down_EFD))
+        return torch.empty_like(x_TD), torch.empty_like(gates_TK), grad_gate_up_EDF, grad_down_EFD
     permutation = row_of_choice_TK, choice_of_row_R, offsets_E
     return kernels.backward(grad_y_TD, x_TD, gates_TK, *permutation, gate_up_EDF, down_EFD, gate_up_R2F, dtype)
 

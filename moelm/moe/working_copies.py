@@ -1,8 +1,8 @@
 """Copies of float32 weights in the dtype that is multiplied, recast when a weight has changed and not in every pass.
 
 A parameter names its copy (`working_copy`) and the version of itself that this holds (`working_version`), so that an
-optimizer can write it in the pass in which it writes the weight. What is written through `parameter.data` counts no
-version and goes unnoticed.
+optimizer can write it in the pass in which it writes the weight. Of a DTensor it is a copy of what is held here. What is
+written through `parameter.data` counts no version and goes unnoticed.
 """
 
 from __future__ import annotations
@@ -19,21 +19,22 @@ def refreshed(weight: Any, copy: Tensor | None, dtype: torch.dtype) -> Tensor:
     """A copy of the parameter `weight` as it now is: `copy`, the one that was made last, or a new one if there is none
     or it does not fit."""
     latest: Tensor | None = getattr(weight, "working_copy", None)
-    if copy is None or (copy.shape, copy.dtype, copy.device) != (weight.shape, dtype, weight.device):
+    held = weight.to_local() if hasattr(weight, "to_local") else weight
+    if copy is None or (copy.shape, copy.dtype, copy.device) != (held.shape, dtype, held.device):
         copy = None
     elif copy is latest and weight.working_version == weight._version:
         return copy
-    recast: Tensor = _recast(weight, copy, dtype)
+    recast: Tensor = _recast(weight, held, copy, dtype)
     return recast
 
 
 @torch.inference_mode(False)  # a tensor of inference mode would serve no training
 @torch.no_grad()
-def _recast(weight: Any, copy: Tensor | None, dtype: torch.dtype) -> Tensor:
+def _recast(weight: Any, held: Tensor, copy: Tensor | None, dtype: torch.dtype) -> Tensor:
     _watch_optimizers()
     if copy is None:
-        copy = torch.empty_like(weight, dtype=dtype, memory_format=torch.contiguous_format)
-    copy.copy_(weight)
+        copy = torch.empty_like(held, dtype=dtype, memory_format=torch.contiguous_format)
+    copy.copy_(held)
     weight.working_copy = copy
     weight.working_version = weight.seen_version = weight._version
     return copy

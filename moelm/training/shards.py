@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.distributed.tensor import DTensor, Shard
+from torch.distributed.tensor import DTensor
 from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 
 from moelm.model.init import whole
@@ -50,7 +50,7 @@ def with_whole_matrices(part: Tensor, own: Tensor) -> tuple[Tensor, tuple[slice,
 
     Whole experts are not sent; anything else is gathered, so all ranks must call it in one order.
     """
-    if not isinstance(own, DTensor) or (own.ndim == 3 and all(each == Shard(0) for each in own.placements)):
+    if not isinstance(own, DTensor) or (own.ndim == 3 and all(each.dim == 0 for each in own.placements)):
         return whole(part)
     return _sharded(part, own).full_tensor(), held_part(own)[1]
 

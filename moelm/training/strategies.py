@@ -12,13 +12,16 @@ from lightning.pytorch.core.optimizer import LightningOptimizer
 from lightning.pytorch.strategies import DDPStrategy, ModelParallelStrategy, Strategy
 from lightning.pytorch.strategies.parallel import ParallelStrategy
 from torch import Tensor, nn
-from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
-from torch.distributed.tensor import Shard
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
+from torch.distributed.tensor import DTensor, Shard
 from torch.optim import Optimizer
 
 from moelm.config import Config, TrainerConfig
+from moelm.model.block import Block
 from moelm.model.gpt import GPT
+from moelm.moe.dispatch.expert_parallel import ExpertParallel
+from moelm.moe.experts import Experts
 from moelm.training.shards import gathered, like
 from moelm.training.statistics import all_reduce_sums
 
@@ -39,9 +42,10 @@ def build_strategy(config: Config) -> Strategy | None:
 class ShardedStrategy(ModelParallelStrategy):
     """FSDP2: each rank keeps its part of the parameters, gradients and moments.
 
-    One mesh ("fsdp", "ep") over all ranks, ep = `trainer.expert_parallel`; parameters are sharded over both axes,
-    flattened. Checkpoints are those of one device: whole tensors are gathered, one after the other, and rank 0 writes
-    them.
+    One mesh ("fsdp", "ep") over all ranks, ep = `trainer.expert_parallel`. Experts are dealt out over "ep", and each
+    rank's share is sharded over "fsdp"; all else is sharded over both axes, flattened. Gradients are sums over ranks of
+    those of each rank's share of the loss, whatever the axes. Checkpoints are those of one device: whole tensors are
+    gathered, one after the other, and rank 0 writes them.
     """
 
     def __init__(self, options: TrainerConfig, process_group_backend: str) -> None:
@@ -62,7 +66,9 @@ class ShardedStrategy(ModelParallelStrategy):
 
     def shard(self, model: GPT) -> None:
         """In place, before the model has memory. Units are the blocks, experts included, and the rest; no hook of FSDP2
-        lies inside a block, where it would break up what is compiled and disturb what is recomputed.
+        lies inside a block, where it would break up what is compiled and disturb what is recomputed. Experts that are
+        dealt out over "ep" are a unit of their own, gathered around their block; with nothing to gather they are none,
+        and are multiplied from working copies as on one device.
 
         Routers stay whole on every rank: small (experts x d_model a layer), and float32 however the rest is sent.
         Under bf16-mixed the weights of blocks are sent as bfloat16; those of the rest, where the residual stream
@@ -73,14 +79,28 @@ class ShardedStrategy(ModelParallelStrategy):
         mixed = float32
         if self.options.precision == "bf16-mixed":
             mixed = MixedPrecisionPolicy(torch.bfloat16, torch.float32, cast_forward_inputs=False)
-        mesh = self.device_mesh._flatten("data")
+        mesh, fsdp, ep = self.device_mesh._flatten("data"), self.device_mesh["fsdp"], self.device_mesh["ep"]
         placement = partial(placement_of, n_ranks=mesh.size())
-        for layer in model.moe_layers:
-            layer.experts.keeps_copies = False  # what it is sent has the dtype that is multiplied
+        share_placement = partial(placement_of, n_ranks=fsdp.size(), n_shares=ep.size())
         whole = set(router_parameters(model))
+        if ep.size() > 1:
+            for layer in model.moe_layers:
+                layer.exchange = ExpertParallel(ep.get_group(), layer.experts.gate_up.shape[0])
+                deal_out(layer.experts, ep)
+                if fsdp.size() == 1:
+                    whole |= set(layer.experts.parameters())
         for block in model.all_blocks:
+            if block.moe is not None and not whole.issuperset(block.moe.experts.parameters()):
+                block.moe.experts.keeps_copies = False  # what it is sent has the dtype that is multiplied
+                if ep.size() > 1:
+                    fully_shard(block.moe.experts, mesh=fsdp, mp_policy=mixed, shard_placement_fn=share_placement)
+                    gather_with(block, block.moe.experts)
             fully_shard(block, mesh=mesh, mp_policy=mixed, shard_placement_fn=placement, ignored_params=whole)
         fully_shard(model, mesh=mesh, mp_policy=float32)
+        for unit in model.modules():
+            if isinstance(unit, FSDPModule):
+                unit.set_gradient_divide_factor(1.0)
+                unit.set_force_sum_reduction_for_comms(True)
 
     @property
     def _gpt(self) -> Any:
@@ -102,14 +122,19 @@ class ShardedStrategy(ModelParallelStrategy):
         if self.options.accumulate_unreduced:
             self._gpt.set_requires_gradient_sync(is_last)
 
+    def backward(self, closure_loss: Tensor, optimizer: Optimizer | None, *args: Any, **kwargs: Any) -> Tensor:
+        """Of this rank's share of the loss, so that gradients are summed, not averaged: those of an expert come from
+        tokens of several ranks already."""
+        return super().backward(closure_loss / self.world_size, optimizer, *args, **kwargs)
+
     def post_backward(self, closure_loss: Tensor) -> None:
-        """The routers' gradients become the means over ranks, in one all-reduce an optimizer step."""
+        """The routers' gradients become the sums over ranks, in one all-reduce an optimizer step."""
         if not self._is_last_micro_batch:
             return
         gradients = [each.grad for each in router_parameters(self._gpt) if each.grad is not None]
         sums = all_reduce_sums({str(i): gradient for i, gradient in enumerate(gradients)}) if gradients else {}
         for gradient, summed in zip(gradients, sums.values(), strict=True):
-            gradient.copy_(summed / self.world_size)
+            gradient.copy_(summed)
 
     # ------------------------------------------------------------------------------------- checkpoints
 
@@ -156,7 +181,30 @@ def router_parameters(model: GPT) -> list[nn.Parameter]:
     return [parameter for layer in model.moe_layers for parameter in layer.router.parameters()]
 
 
-def placement_of(parameter: nn.Parameter, n_ranks: int) -> Shard:
-    """Rows, or whole experts. Where the experts cannot be dealt out evenly, a part of each, if that can."""
-    uneven = parameter.ndim == 3 and parameter.shape[0] % n_ranks != 0
+def placement_of(parameter: nn.Parameter, n_ranks: int, n_shares: int = 1) -> Shard:
+    """Of one of `n_shares` of a parameter: rows, or whole experts. Where the experts cannot be dealt out evenly, a part
+    of each, if that can."""
+    uneven = parameter.ndim == 3 and parameter.shape[0] // n_shares % n_ranks != 0
     return Shard(1) if uneven and parameter.shape[1] % n_ranks == 0 else Shard(0)
+
+
+def deal_out(experts: Experts, mesh: DeviceMesh) -> None:
+    """Each rank of `mesh` gets an equal share of the experts, in order. In place, on the meta device."""
+    for name, parameter in experts.named_parameters():
+        share = parameter.detach().chunk(mesh.size())[0]
+        whole = parameter.shape, parameter.stride()
+        part = DTensor.from_local(share, mesh, [Shard(0)], run_check=False, shape=whole[0], stride=whole[1])
+        setattr(experts, name, nn.Parameter(part))
+    experts.is_part = True
+
+
+def gather_with(block: Block, experts: Any) -> None:
+    """Let a unit inside `block` be gathered, freed and reduced when the block is, as one unit with two meshes.
+
+    torch 2.13 has a public way for that (`ShardPlacementResult`), 2.11 has none.
+    """
+    state = experts._get_fsdp_state()
+    state._pre_forward_hook_handle.remove()
+    state._post_forward_hook_handle.remove()
+    block.register_forward_pre_hook(state._pre_forward, prepend=True, with_kwargs=True)
+    block.register_forward_hook(state._post_forward)

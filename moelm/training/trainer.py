@@ -92,6 +92,9 @@ class RunLogger(TensorBoardLogger):
 
 def _set_intervals(trainer: pl.Trainer, config: Config) -> None:
     """Accumulation and validation in micro-batches, now that the number of devices is known."""
+    if trainer.world_size % config.trainer.expert_parallel:
+        problem = f"{config.trainer.expert_parallel} does not divide the {trainer.world_size} devices"
+        raise ConfigError("trainer.expert_parallel", problem, "choose a divisor, or other trainer.devices")
     micro_tokens = config.optim.micro_batch_size * config.data.seq_len * trainer.world_size
     if config.optim.batch_tokens % micro_tokens:
         multiple = max(1, round(config.optim.batch_tokens / micro_tokens)) * micro_tokens

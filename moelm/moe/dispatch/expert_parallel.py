@@ -72,9 +72,7 @@ class ExpertParallel:
         trips = sort_by_expert(torch.where(goes_TP, ranks_P, P), P)
         counts_P2 = torch.stack([goes_TP.sum(0), on_rank_TKP.sum((0, 1))], 1)
         splits, token_of_row_S = exchange_counts(counts_P2, trips.choice_of_row_R, self.group)
-        packed_SD = _Send.apply(
-            x_TD, token_of_row_S, trips.row_of_choice_TK, trips.offsets_E, splits, self.group
-        )
+        packed_SD = _Send.apply(x_TD, token_of_row_S, trips.row_of_choice_TK, trips.offsets_E, splits, self.group)
         known_TK = rank_TK.clamp(max=P - 1)
         row_TK = trips.row_of_choice_TK.gather(1, known_TK)
         slot_TK = on_rank_TKP.cumsum(1).gather(2, known_TK.unsqueeze(-1)).squeeze(-1) - 1  # k-th of those on its rank
@@ -118,8 +116,8 @@ def _empty_counts(sent_P2: Tensor, choice_of_row_R: Tensor, group: str) -> tuple
 
 @op("moelm::exchange_counts", fake=_empty_counts)
 def exchange_counts(sent_P2: Tensor, choice_of_row_R: Tensor, group: str) -> tuple[Tensor, Tensor]:
-    """(splits, token_of_row_S): `sent_P2` and what each rank sends here, on the CPU, for which the host waits, and which
-    token lies in each of the rows that are sent."""
+    """(splits, token_of_row_S): `sent_P2` and what each rank sends here, on the CPU, for which the host waits; and which
+    token lies in each row that is sent."""
     received_P2 = torch.empty_like(sent_P2)
     dist.all_to_all_single(received_P2, sent_P2, group=_groups[group])
     splits = torch.stack([sent_P2, received_P2]).cpu()
@@ -300,7 +298,8 @@ class _GatherHome(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad_TD: Tensor) -> tuple[Tensor | None, ...]:
-        return send(grad_TD, *ctx.saved_tensors, ctx.group), None, None, None, None, None
+        token_of_row_S, splits = ctx.saved_tensors
+        return send(grad_TD, token_of_row_S, splits, ctx.group), None, None, None, None, None
 
 
 class _SendChoices(torch.autograd.Function):
@@ -317,4 +316,5 @@ class _SendChoices(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad_NJ: Tensor, *_: None) -> tuple[Tensor | None, ...]:
-        return return_choices(grad_NJ, *ctx.saved_tensors, ctx.group), None, None, None, None, None
+        place_TK, splits = ctx.saved_tensors
+        return return_choices(grad_NJ, place_TK, splits, ctx.group), None, None, None, None, None
