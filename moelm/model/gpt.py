@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any, NamedTuple
 
 import torch
+import torch._dynamo.config
 import torch._functorch.config
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -75,6 +76,7 @@ class GPT(nn.Module):
         """Each block in place; names and values stay. `options` are those of torch.compile."""
         # else the backward pass is traced under the forward's autocast, and the router's float32 products become bf16
         torch._functorch.config.backward_pass_autocast = "off"
+        torch._dynamo.config.capture_dynamic_output_shape_ops = True  # of tokens that other ranks sent
         for block in self.all_blocks:
             block.compile(dynamic=False, **options)
 

@@ -151,7 +151,7 @@ class Experts(nn.Module):
         self.register_buffer("gate_up_copy", None, persistent=False)
         self.register_buffer("down_copy", None, persistent=False)
         self.keeps_copies = True  # False: where the weights arrive in the dtype that is multiplied
-        self.is_part = False  # True: the weights are DTensors, of which this process multiplies what it holds
+        self.held: dict[str, Tensor] = {}  # what is multiplied in the place of parameters, by name; see `hold`
         self.backend = fastest_backend(moe, d_in) if moe.experts.backend == "auto" else moe.experts.backend
 
     def fuses(self, x: Tensor) -> bool:
@@ -167,7 +167,7 @@ class Experts(nn.Module):
         if not torch.compiler.is_compiling():
             self.refresh()
         x_TD = x_TD.to(compute_dtype(x_TD))
-        weights = self._held(self.gate_up), self._held(self.down)
+        weights = self._weight("gate_up"), self._weight("down")
         copies = [
             weight.detach().to(x_TD.dtype) if copy is None or weight.dtype == x_TD.dtype else copy
             for weight, copy in zip(weights, (self.gate_up_copy, self.down_copy), strict=True)
@@ -192,16 +192,20 @@ class Experts(nn.Module):
         """[R, D], in the autocast dtype if autocast is on. Rows past offsets_E[-1] are undefined."""
         dtype = compute_dtype(rows_RD)
         linear = loop_linear if self.backend == "loop" else grouped_linear
-        gate_up, down = self._held(self.gate_up).to(dtype), self._held(self.down).to(dtype)
-        gate_up_bias = None if self.gate_up_bias is None else self._held(self.gate_up_bias).to(dtype)
-        down_bias = None if self.down_bias is None else self._held(self.down_bias).to(dtype)
-        gate_up_RF = linear(rows_RD.to(dtype), gate_up, gate_up_bias, offsets_E)
+        gate_up_bias = None if self.gate_up_bias is None else self._weight("gate_up_bias").to(dtype)
+        down_bias = None if self.down_bias is None else self._weight("down_bias").to(dtype)
+        gate_up_RF = linear(rows_RD.to(dtype), self._weight("gate_up").to(dtype), gate_up_bias, offsets_E)
         hidden_RF = self.activation(*gate_up_RF.chunk(2, -1))
-        return linear(hidden_RF, down, down_bias, offsets_E)
+        return linear(hidden_RF, self._weight("down").to(dtype), down_bias, offsets_E)
 
-    def _held(self, weight: Any) -> Tensor:
-        held: Tensor = weight.to_local() if self.is_part else weight
-        return held
+    def _weight(self, name: str) -> Tensor:
+        weight: Tensor = self.held[name] if self.held else getattr(self, name)
+        return weight
+
+    def hold(self) -> None:
+        """Where the parameters are DTensors: take this process's part out of each. Before every forward pass, outside of
+        what is compiled, where DTensors would forbid that outputs share memory."""
+        self.held = {name: parameter.to_local() for name, parameter in self.named_parameters()}
 
 
 def fastest_backend(moe: MoEConfig, d_in: int) -> str:

@@ -96,6 +96,8 @@ class ShardedStrategy(ModelParallelStrategy):
                     fully_shard(block.moe.experts, mesh=fsdp, mp_policy=mixed, shard_placement_fn=share_placement)
                     gather_with(block, block.moe.experts)
             fully_shard(block, mesh=mesh, mp_policy=mixed, shard_placement_fn=placement, ignored_params=whole)
+            if block.moe is not None and block.moe.exchange is not None:
+                block.register_forward_pre_hook(hold_experts)  # after those that gather
         fully_shard(model, mesh=mesh, mp_policy=float32)
         for unit in model.modules():
             if isinstance(unit, FSDPModule):
@@ -195,7 +197,12 @@ def deal_out(experts: Experts, mesh: DeviceMesh) -> None:
         whole = parameter.shape, parameter.stride()
         part = DTensor.from_local(share, mesh, [Shard(0)], run_check=False, shape=whole[0], stride=whole[1])
         setattr(experts, name, nn.Parameter(part))
-    experts.is_part = True
+
+
+@torch.compiler.disable
+def hold_experts(block: Block, inputs: Any) -> None:
+    assert block.moe is not None
+    block.moe.experts.hold()
 
 
 def gather_with(block: Block, experts: Any) -> None:

@@ -44,6 +44,8 @@ class Tape(Callback):
 
         def watched(x_TD: torch.Tensor) -> torch.Tensor:
             logits_TE = project(x_TD)
+            if torch.compiler.is_compiling():
+                return logits_TE  # what follows would break the graph
             rounded = torch.equal(router.weight, router.weight.bfloat16().to(router.weight.dtype))
             state = "rounded" if rounded else "not rounded"
             self.router_dtypes.add((router.weight.dtype, state, logits_TE.dtype))
