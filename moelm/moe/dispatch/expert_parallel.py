@@ -32,6 +32,7 @@ from moelm.moe.types import TokenChoice
 if HAS_TRITON:
     from moelm.moe.kernels.rows import gather_sum
 
+STEPS = 64  # experts get a multiple of T K / 64 rows: kernels remember launches by size, and few sizes recur
 _groups: dict[str, dist.ProcessGroup] = {}  # by the name that the ops are given
 _under_way: dict[int, tuple[Any, Tensor, Tensor]] = {}  # address of the [S, D] tensor -> handle, what was sent, result
 
@@ -82,7 +83,7 @@ class ExpertParallel:
 
     def receive(self, journey: Journey) -> tuple[Tensor, TokenChoice, Permutation]:
         """(x [N, D], choices [N, J] of local experts, their rows): a batch for the local experts. Its "none" is
-        E / P, and there are no more rows than choices."""
+        E / P, and hardly any of those has a row."""
         ids_TK, gates_TK = journey.routing
         gates_NJ, ids_NJ, *rows = _SendChoices.apply(
             gates_TK.float(), ids_TK, journey.place_TK, journey.splits, self.n_local, self.group
@@ -198,7 +199,7 @@ def send_choices(
     gates_TK: Tensor, ids_TK: Tensor, place_TK: Tensor, splits: Tensor, n_local: int, group: str
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """(gates [N, J] float32, local ids [N, J], row of choice [N, J], choice of row [R], ends [E / P]) of what this rank
-    receives; R choices and no row for those of other ranks. 2 J S four-byte elements sent."""
+    receives, R < T K / STEPS more than there are choices. 2 J S four-byte elements sent."""
     n_sent, n_received = _totals(splits)
     S, J = sum(n_sent), min(ids_TK.shape[1], n_local)
     place_R = torch.where(place_TK < 0, S * J, place_TK).flatten()
@@ -209,7 +210,8 @@ def send_choices(
     dist.all_to_all_single(message_NX, message_SX, n_received, n_sent, group=_groups[group])
     ids_NJ, gates_NJ = message_NX[:, :J].long(), message_NX[:, J:].contiguous().view(torch.float32)
     plan = sort_by_expert(ids_NJ, n_local)
-    n_rows = int(splits[1, :, 1].sum())
+    n_rows, step = int(splits[1, :, 1].sum()), max(1, place_TK.numel() // STEPS)
+    n_rows = -(-n_rows // step) * step
     return gates_NJ, ids_NJ, plan.row_of_choice_TK, plan.choice_of_row_R[:n_rows], plan.offsets_E
 
 

@@ -5,7 +5,8 @@ With r = row(t, k) the row of choice k of token t, and e the expert of that row:
     y_t = sum_k gate_tk h_r W2^e        h_r = silu(gate_r) up_r        (gate_r, up_r) = x_t W1^e
 
 Backward needs x, the gates, the permutation and (gate, up): no sorted copy of the tokens, no output of an expert.
-Choices of "none" have rows past offsets_E[-1], which are skipped everywhere: they may hold anything.
+Choices of "none" have rows past offsets_E[-1], which are skipped everywhere: they may hold anything, and R may be less
+than T K where `choice_of_row_R` leaves some of them out.
 """
 
 from __future__ import annotations
@@ -41,9 +42,10 @@ def forward(
     R D + T D by the sum over a token's rows. With torch's products the tokens are spread over rows first, 2 R D more,
     and SwiGLU reads 2 R F.
     """
-    tiles = hopper_tiles(x_TD, choice_of_row_R.shape[0], offsets_E)
+    R = choice_of_row_R.shape[0]
+    tiles = hopper_tiles(x_TD, R, offsets_E)
     if tiles is None:
-        gate_up_R2F = F.grouped_mm(spread(x_TD, row_of_choice_TK), gate_up_EDF, offs=offsets_E)
+        gate_up_R2F = F.grouped_mm(spread(x_TD, row_of_choice_TK)[:R], gate_up_EDF, offs=offsets_E)
         rows_RD = F.grouped_mm(swiglu(gate_up_R2F, offsets_E), down_EFD, offs=offsets_E)
     else:
         gate_up_R2F, h_RF = hopper().up_product(x_TD, choice_of_row_R, gates_TK.shape[1], gate_up_EDF, tiles)
@@ -74,17 +76,17 @@ def backward(
     R D + T D by the sum. With torch's products tokens and gradients are spread over rows, 4 R D more, and SwiGLU reads
     the gradient of h, 2 R F.
     """
-    top_k = gates_TK.shape[1]
-    tiles = hopper_tiles(x_TD, choice_of_row_R.shape[0], offsets_E)
+    top_k, R = gates_TK.shape[1], choice_of_row_R.shape[0]
+    tiles = hopper_tiles(x_TD, R, offsets_E)
     if tiles is None:
-        grad_rows_RD = spread(grad_y_TD, row_of_choice_TK)
+        grad_rows_RD = spread(grad_y_TD, row_of_choice_TK)[:R]
         grad_h_RF = F.grouped_mm(grad_rows_RD, down_EFD.mT, offs=offsets_E)
         grad_gate_up_R2F, gated_h_RF, grad_gates_TK = swiglu_backward(
             grad_h_RF, gate_up_R2F, gates_TK, choice_of_row_R, offsets_E
         )
         grad_down_EFD = F.grouped_mm(gated_h_RF.mT, grad_rows_RD, offs=offsets_E).to(dtype)
         del grad_h_RF, gated_h_RF, grad_rows_RD  # before others of their size are made
-        rows_RD = spread(x_TD, row_of_choice_TK)
+        rows_RD = spread(x_TD, row_of_choice_TK)[:R]
         grad_gate_up_EDF = F.grouped_mm(rows_RD.mT, grad_gate_up_R2F, offs=offsets_E).to(dtype)
         del rows_RD
         grad_rows_RD = F.grouped_mm(grad_gate_up_R2F, gate_up_EDF.mT, offs=offsets_E)
