@@ -227,6 +227,22 @@ WRONG = [
     ("trainer: {strategy: fsdp1}", "trainer.strategy", ["'fsdp1'", "fsdp is FSDP2"]),
     ("trainer: {strategy: fsdp_cpu_offload}", "trainer.strategy", ["FSDP1 is not offered"]),
     ("trainer: {accumulate_unreduced: true}", "trainer.accumulate_unreduced", ["no effect", "trainer.strategy=fsdp"]),
+    ("trainer: {expert_parallel: 2}", "trainer.expert_parallel", ["strategy = auto", "trainer.strategy=fsdp"]),
+    (
+        "{model: {moe: null}, trainer: {expert_parallel: 2, strategy: fsdp}}",
+        "trainer.expert_parallel",
+        ["no effect in a dense model", "remove it"],
+    ),
+    (
+        "{model: {moe: {router: expert_choice, balancers: []}}, trainer: {expert_parallel: 2, strategy: fsdp}}",
+        "trainer.expert_parallel",
+        ["tokens choose", "expert_choice makes expert_choice"],
+    ),
+    (
+        "{model: {moe: {n_experts: 6}}, trainer: {expert_parallel: 4, strategy: fsdp}}",
+        "trainer.expert_parallel",
+        ["4 does not divide", "n_experts = 6", "2, 3, 6"],
+    ),
     # combinations
     ("model: {moe: {top_k: 9}}", "model.moe.top_k", ["9 ", "n_experts = 8", "lower top_k"]),
     (

@@ -203,8 +203,8 @@ class Experts(nn.Module):
         return weight
 
     def hold(self) -> None:
-        """Where the parameters are DTensors: take this process's part out of each. Before every forward pass, outside of
-        what is compiled, where DTensors would forbid that outputs share memory."""
+        """Where the parameters are DTensors: take this process's part out of each. Before every forward pass, outside
+        of what is compiled, where DTensors would forbid that outputs share memory."""
         self.held = {name: parameter.to_local() for name, parameter in self.named_parameters()}
 
 

@@ -1,7 +1,7 @@
 """Copies of float32 weights in the dtype that is multiplied, recast when a weight has changed and not in every pass.
 
 A parameter names its copy (`working_copy`) and the version of itself that this holds (`working_version`), so that an
-optimizer can write it in the pass in which it writes the weight. Of a DTensor it is a copy of what is held here. What is
+optimizer can write it in the pass in which it writes the weight. Of a DTensor it holds what this process has. What is
 written through `parameter.data` counts no version and goes unnoticed.
 """
 

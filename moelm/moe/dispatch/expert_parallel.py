@@ -117,7 +117,7 @@ def _empty_counts(sent_P2: Tensor, choice_of_row_R: Tensor, group: str) -> tuple
 
 @op("moelm::exchange_counts", fake=_empty_counts)
 def exchange_counts(sent_P2: Tensor, choice_of_row_R: Tensor, group: str) -> tuple[Tensor, Tensor]:
-    """(splits, token_of_row_S): `sent_P2` and what each rank sends here, on the CPU, for which the host waits; and which
+    """(splits, token_of_row_S): `sent_P2` with what each rank sends here, on the CPU, so that the host waits; and which
     token lies in each row that is sent."""
     received_P2 = torch.empty_like(sent_P2)
     dist.all_to_all_single(received_P2, sent_P2, group=_groups[group])

@@ -1,0 +1,202 @@
+"""Ranks that share the experts, here threads of one process, against a layer that has them all."""
+
+from __future__ import annotations
+
+import threading
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+
+from moelm.config import ModelConfig, from_dict
+from moelm.model.gpt import GPT
+from moelm.model.init import initialize
+from moelm.moe.dispatch import expert_parallel
+from moelm.moe.dispatch.expert_parallel import ExpertParallel
+from moelm.moe.types import RouteContext
+
+T, D = 24, 32
+
+
+class Rank:
+    """A process group of threads, as one of them sees it."""
+
+    def __init__(self, rank: int, ranks: list[Rank], barrier: threading.Barrier) -> None:
+        self.rank, self.ranks, self.barrier = rank, ranks, barrier
+        self.group_name = f"thread-{rank}"
+        self.parts: list[torch.Tensor] = []
+        self.sent = 0  # bytes, for other ranks
+
+    def size(self) -> int:
+        return len(self.ranks)
+
+    def exchange(self, result, message, received=None, sent=None):
+        self.parts = list(message.detach().split(sent or [len(message) // self.size()] * self.size()))
+        self.sent += sum(part.nbytes for rank, part in enumerate(self.parts) if rank != self.rank)
+        self.barrier.wait(20)
+        parts = [rank.parts[self.rank] for rank in self.ranks]
+        assert [len(part) for part in parts] == (received or [len(part) for part in self.parts])
+        with torch.no_grad():
+            result.copy_(torch.cat(parts))
+        self.barrier.wait(20)
+
+
+class Landing:
+    """A journey whose result is unwritten until somebody waits for it."""
+
+    def __init__(self, rank: Rank, result: torch.Tensor, *rest: Any) -> None:
+        self.result, self.landed = result, torch.empty_like(result)
+        rank.exchange(self.landed, *rest)
+        result.fill_(torch.nan)
+
+    def wait(self) -> None:
+        with torch.no_grad():
+            self.result.copy_(self.landed)
+
+
+@pytest.fixture
+def all_to_all(monkeypatch):
+    def all_to_all_single(result, message, received=None, sent=None, group=None, async_op=False):
+        if async_op:
+            return Landing(group, result, message, received, sent)
+        return group.exchange(result, message, received, sent)
+
+    monkeypatch.setattr(dist, "all_to_all_single", all_to_all_single)
+    yield
+    assert expert_parallel._under_way == {}
+
+
+def on_ranks(n_ranks, run):
+    """What `run(group)` returns on each of `n_ranks` threads, and the groups."""
+    barrier, ranks = threading.Barrier(n_ranks), []
+    ranks += [Rank(rank, ranks, barrier) for rank in range(n_ranks)]
+    results: list[Any] = [None] * n_ranks
+
+    def task(rank):
+        try:
+            results[rank.rank] = run(rank)
+        except BaseException as error:
+            results[rank.rank] = error
+            barrier.abort()
+
+    threads = [threading.Thread(target=task, args=(rank,)) for rank in ranks]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    for result in results:
+        if isinstance(result, Exception) and not isinstance(result, threading.BrokenBarrierError):
+            raise result
+    return results, ranks
+
+
+def make_block(moe):
+    raw = {
+        "n_layers": 1,
+        "d_model": D,
+        "vocab_size": 64,
+        "attention": {"name": "gqa", "n_heads": 4},
+        "moe": {"n_experts": 8, "top_k": 3, "d_expert": 16, "balancers": [], **moe},
+        "init": {"std": 0.2},
+    }
+    model = GPT(from_dict(ModelConfig, raw, "model"))
+    initialize(model, 0)
+    return model.blocks[0].moe
+
+
+def run_layer(layer, x_BLD, mask_BL):
+    x_BLD = x_BLD.clone().requires_grad_()
+    context = RouteContext(torch.zeros(x_BLD.shape[:2], dtype=torch.int64), mask_BL, True)
+    y_BLD, stats = layer(x_BLD, context)
+    grad_BLD = torch.randn(x_BLD.shape, generator=torch.Generator().manual_seed(5))
+    (y_BLD * grad_BLD).sum().backward()
+    found = {"y": y_BLD.detach(), "x": x_BLD.grad, "kept": stats.kept_BE}
+    return found | {name: parameter.grad for name, parameter in layer.named_parameters()}
+
+
+CASES: dict[str, dict[str, Any]] = {
+    "plain": {},
+    "shared": {"n_shared_experts": 1, "shared_gate": True},
+    "capacity": {"dispatch": {"name": "capacity", "capacity_factor": 0.6}},
+    "one_rank_idle": {"router": {"name": "top_k", "selection_bias": True}},
+    "loop": {"experts": {"backend": "loop", "bias": True}},
+    "multi_head": {"router": {"name": "multi_head", "n_heads": 2}},
+}
+
+
+@pytest.mark.parametrize("n_ranks", [2, 4])
+@pytest.mark.parametrize("name", CASES)
+def test_ranks_that_share_the_experts_compute_what_one_does_that_has_them_all(all_to_all, name, n_ranks):
+    """Each with tokens of its own, some of them masked, and one rank with none that counts."""
+    x_PBLD = torch.randn(n_ranks, 2, T // 2, D, generator=torch.Generator().manual_seed(1))
+    mask_PBL = torch.rand(n_ranks, 2, T // 2, generator=torch.Generator().manual_seed(2)) < 0.8
+    mask_PBL[-1] = False
+    n_local = 8 // n_ranks
+
+    def make(first=0, count=8):
+        layer = make_block(CASES[name])
+        if name == "one_rank_idle":
+            layer.router.expert_bias[-n_local:] = -9.0
+        for key, parameter in layer.experts.named_parameters():
+            setattr(layer.experts, key, torch.nn.Parameter(parameter.detach()[first : first + count].clone()))
+        return layer
+
+    def run(group):
+        layer = make(group.rank * n_local, n_local)
+        layer.exchange = ExpertParallel(group, 8)
+        return run_layer(layer, x_PBLD[group.rank], mask_PBL[group.rank])
+
+    shared, groups = on_ranks(n_ranks, run)
+    alone = [run_layer(make(), x_BLD, mask_BL) for x_BLD, mask_BL in zip(x_PBLD, mask_PBL, strict=True)]
+    for found, wanted in zip(shared, alone, strict=True):
+        assert torch.equal(found["kept"], wanted["kept"])
+        for key in found:
+            if not key.startswith("experts."):
+                torch.testing.assert_close(found[key], wanted[key], rtol=1e-5, atol=1e-6)
+    for key in alone[0]:
+        if key.startswith("experts."):  # one's gradient comes from the tokens of all ranks
+            together = torch.cat([found[key] for found in shared])
+            torch.testing.assert_close(together, sum(each[key] for each in alone), rtol=1e-5, atol=1e-6)
+    assert all(group.sent for group in groups[:-1])
+    if name == "one_rank_idle":
+        assert not shared[-1]["experts.down"].any()
+
+
+def test_a_token_travels_once_to_each_of_its_ranks_and_back_and_no_rank_gets_rows_for_others(all_to_all):
+    ids_TK = torch.tensor([[0, 1, 2, 3], [0, 4, 1, 5], [8, 8, 8, 8], [7, 6, 0, 8]])  # on 2 ranks of 4 experts; 8: none
+    gates_TK = torch.arange(16.0).view(4, 4)
+    x_TD = torch.arange(4.0).unsqueeze(1) * torch.ones(D)
+
+    def run(group):
+        exchange = ExpertParallel(group, 8)
+        routing = expert_parallel.TokenChoice(ids_TK, gates_TK)
+        journey = exchange.send(x_TD, routing)
+        x_ND, local, plan = exchange.receive(journey)
+        seen = group.sent
+        y_TD = exchange.bring_home(x_ND * (1 + group.rank), journey)
+        return x_ND, local, plan, y_TD, group.sent - seen
+
+    (first, second), _ = on_ranks(2, run)
+    assert first[0][:, 0].tolist() == [0, 1, 3] * 2
+    assert second[0][:, 0].tolist() == [1, 3] * 2
+    assert first[1].expert_ids_TK[:3].tolist() == [[0, 1, 2, 3], [0, 1, 4, 4], [0, 4, 4, 4]]
+    assert second[1].expert_ids_TK[:2].tolist() == [[0, 1, 4, 4], [3, 2, 4, 4]]
+    assert first[1].gates_TK[:2].tolist() == [[0, 1, 2, 3], [4, 6, 0, 0]]
+    assert second[1].gates_TK[:2].tolist() == [[5, 7, 0, 0], [12, 13, 0, 0]]
+    assert [len(each[2].choice_of_row_R) for each in (first, second)] == [14, 8]
+    assert first[3][:, 0].tolist() == [0, 1 + 2, 0, 3 + 6]
+    assert first[4] == 3 * D * 4  # what it had received of the other
+
+
+def test_a_received_token_has_no_more_choices_than_there_are_local_experts(all_to_all):
+    def run(group):
+        exchange = ExpertParallel(group, 8)
+        ids_TK = torch.randperm(8).expand(3, 8)
+        _, local, plan = exchange.receive(
+            exchange.send(torch.ones(3, D), expert_parallel.TokenChoice(ids_TK, ids_TK / 8))
+        )
+        return local.expert_ids_TK.shape, len(plan.choice_of_row_R)
+
+    found, _ = on_ranks(4, run)
+    assert found == [((12, 2), 24)] * 4

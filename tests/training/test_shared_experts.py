@@ -1,0 +1,115 @@
+"""Processes that share the experts are the same run as one."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from recorded_runs import run_all
+from test_fsdp import ADAMW, FSDP, Make, assert_close_steps, assert_same_steps, make, samples, tapes  # noqa: F401
+
+from moelm.moe.kernels import INTERPRETED
+from moelm.train import train
+from moelm.training.checkpoint_io import load_weights, step_folder
+
+EP2 = {**FSDP, "trainer.expert_parallel": 2}
+FSDP2_EP2 = {**EP2, "trainer.devices": 4}
+EP4 = {**FSDP2_EP2, "trainer.expert_parallel": 4}
+SMALL = {"optim.micro_batch_size": 2}  # 8 micro-batches a step on one process, 2 on each of four
+# 254 are 127 for each of two, which cannot be dealt out evenly again
+IDLE: dict[str, Any] = {
+    **{"model.moe.n_experts": 254, "model.moe.top_k": 1, "model.moe.d_expert": 8, "model.moe.n_shared_experts": 1},
+    **{"trainer.activation_checkpointing": "full"},
+}
+MUON = {"optim.optimizer": "muon", "optim.lr": 1e-3, "optim.eps": 1e-8, "trainer.max_steps": 2}
+BF16 = {"trainer.precision": "bf16-mixed"}
+
+
+@pytest.mark.timeout(200)
+def test_two_processes_with_half_of_the_experts_each_equal_one(make: Make, tmp_path: Path) -> None:  # noqa: F811
+    """Most experts idle, shared ones beside them, blocks recomputed, gradients of two micro-batches summed."""
+    short = {"trainer.max_steps": 2, "trainer.limit_val_batches": None}
+    one, two = make("one", IDLE, short), make("two", EP2, IDLE, short)
+    train(one)
+    run_all([two], tmp_path, n_ranks=2)
+    assert_same_steps(*tapes(one), tapes(two, 2))
+    assert min(step["load"].min() for step in tapes(one)[0]["steps"]) == 0
+    assert [tape["val_ce"] for tape in tapes(two, 2)] == pytest.approx([tapes(one)[0]["val_ce"]] * 2)
+    for tape in tapes(two, 2):
+        assert tape["router"] == {(torch.float32, "not rounded", torch.float32)}
+        assert tape["share"] == pytest.approx(0.515, abs=5e-3)
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(900)
+def test_four_processes_equal_one(make: Make, tmp_path: Path) -> None:  # noqa: F811
+    """Two times two and four to share the experts, and what was saved by these continues on others."""
+    one = {
+        name: make(f"one-{name}", changes, SMALL) for name, changes in (("plain", {}), ("idle", IDLE), ("muon", MUON))
+    }
+    straight, short = make("straight", ADAMW, SMALL), {"trainer.max_steps": 3}
+    for config in (*one.values(), straight):
+        train(config)
+    train(make("from-one", ADAMW, short, SMALL))
+    both = {
+        name: make(f"both-{name}", FSDP2_EP2, changes, SMALL)
+        for name, changes in (("plain", {}), ("idle", IDLE), ("muon", MUON))
+    }
+    four, unreduced = (
+        make("four", EP4, SMALL),
+        make("unreduced", FSDP2_EP2, SMALL, {"trainer.accumulate_unreduced": True}),
+    )
+    noisy = make(
+        "noisy",
+        FSDP2_EP2,
+        SMALL,
+        {"model.moe.router": "noisy_top_k", "model.moe.balancers": [{"name": "switch"}]},
+        {"trainer.max_steps": 20, "trainer.activation_checkpointing": "full"},
+    )
+    first = [make("from-four", EP4, ADAMW, SMALL, short), make("from-one", FSDP2_EP2, ADAMW, SMALL)]
+    run_all([*both.values(), four, unreduced, noisy, *first], tmp_path, n_ranks=4, timeout=400)
+    run_all([make("from-four", EP2, ADAMW, SMALL)], tmp_path, n_ranks=2)
+
+    for name in ("plain", "idle"):
+        assert_same_steps(*tapes(one[name]), tapes(both[name], 4))
+    for config in (four, unreduced):
+        assert_same_steps(*tapes(one["plain"]), tapes(config, 4))
+    assert tapes(both["plain"], 4)[0]["sent_early"]
+    for tape in tapes(both["idle"], 4):
+        assert tape["share"] == pytest.approx(0.265, abs=1e-2)
+    (_, a), (before, b) = tapes(one["muon"])[0]["steps"], tapes(both["muon"], 4)[3]["steps"]
+    for name, weight in a["weights"].items():
+        moved = b["weights"][name] - before["weights"][name]
+        assert (weight - b["weights"][name]).norm() <= 0.02 * moved.norm(), name
+    assert len(tapes(noisy)[0]["steps"]) == 20
+
+    whole = tapes(straight)[0]
+    rest = {**whole, "steps": whole["steps"][3:], "samples": [each for each in whole["samples"] if each[0] >= 3]}
+    resumed = make("from-one", FSDP2_EP2, ADAMW, SMALL), make("from-four", EP2, ADAMW, SMALL)
+    assert_same_steps(rest, tapes(resumed[0], 4))
+    assert_same_steps(rest, tapes(resumed[1], 2))
+    ends = [load_weights(step_folder(config.run_folder, 5)) for config in (straight, *resumed)]
+    assert ends[0].keys() == ends[1].keys() == ends[2].keys()
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(900)
+def test_two_processes_in_bf16_compiled_and_fused_follow_one(make: Make, tmp_path: Path) -> None:  # noqa: F811
+    small = {"data.seq_len": 16, "optim.batch_tokens": 64, "optim.micro_batch_size": 1, "trainer.max_steps": 3}
+    fused = {"model.moe.experts": {"backend": "fused"}, **BF16, **small}
+    modes = {mode: {"trainer.activation_checkpointing": mode} for mode in ("full", "selective")}
+    one, half = make("one"), make("one-bf16", BF16)
+    compiled = [make(name, EP2, changes, {"trainer.compile": True}) for name, changes in modes.items()]
+    plain = make("bf16", EP2, BF16)
+    mixed = [(make("one-fused", fused), make("fused", EP2, fused, modes["selective"]))] if INTERPRETED else []
+    for config in (one, half, *(config for config, _ in mixed)):
+        train(config)
+    run_all([*compiled, plain, *(config for _, config in mixed)], tmp_path, n_ranks=2, timeout=800)
+    for config in compiled:
+        assert_same_steps(*tapes(one), tapes(config, 2))
+    for a, b in [(half, plain), *mixed]:
+        assert_close_steps(tapes(a)[0], tapes(b, 2)[1])
+    for _, config in mixed:
+        assert len(tapes(config)[0]["copies"]) == 4
