@@ -229,17 +229,17 @@ WRONG = [
     ("trainer: {accumulate_unreduced: true}", "trainer.accumulate_unreduced", ["no effect", "trainer.strategy=fsdp"]),
     ("trainer: {expert_parallel: 2}", "trainer.expert_parallel", ["strategy = auto", "trainer.strategy=fsdp"]),
     (
-        "{model: {moe: null}, trainer: {expert_parallel: 2, strategy: fsdp}}",
+        "model: {moe: null}\ntrainer: {expert_parallel: 2, strategy: fsdp}",
         "trainer.expert_parallel",
         ["no effect in a dense model", "remove it"],
     ),
     (
-        "{model: {moe: {router: expert_choice, balancers: []}}, trainer: {expert_parallel: 2, strategy: fsdp}}",
+        "model: {moe: {router: expert_choice, balancers: []}}\ntrainer: {expert_parallel: 2, strategy: fsdp}",
         "trainer.expert_parallel",
         ["tokens choose", "expert_choice makes expert_choice"],
     ),
     (
-        "{model: {moe: {n_experts: 6}}, trainer: {expert_parallel: 4, strategy: fsdp}}",
+        "model: {moe: {n_experts: 6}}\ntrainer: {expert_parallel: 4, strategy: fsdp}",
         "trainer.expert_parallel",
         ["4 does not divide", "n_experts = 6", "2, 3, 6"],
     ),

@@ -205,7 +205,8 @@ class Experts(nn.Module):
     def hold(self) -> None:
         """Where the parameters are DTensors: take this process's part out of each. Before every forward pass, outside
         of what is compiled, where DTensors would forbid that outputs share memory."""
-        self.held = {name: parameter.to_local() for name, parameter in self.named_parameters()}
+        parameters: dict[str, Any] = dict(self.named_parameters())
+        self.held = {name: parameter.to_local() for name, parameter in parameters.items()}
 
 
 def fastest_backend(moe: MoEConfig, d_in: int) -> str:

@@ -50,7 +50,9 @@ def with_whole_matrices(part: Tensor, own: Tensor) -> tuple[Tensor, tuple[slice,
 
     Whole experts are not sent; anything else is gathered, so all ranks must call it in one order.
     """
-    if not isinstance(own, DTensor) or (own.ndim == 3 and all(each.dim == 0 for each in own.placements)):
+    if not isinstance(own, DTensor) or (
+        own.ndim == 3 and {getattr(each, "dim", None) for each in own.placements} == {0}
+    ):
         return whole(part)
     return _sharded(part, own).full_tensor(), held_part(own)[1]
 

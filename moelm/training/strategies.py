@@ -199,7 +199,7 @@ def deal_out(experts: Experts, mesh: DeviceMesh) -> None:
         setattr(experts, name, nn.Parameter(part))
 
 
-@torch.compiler.disable
+@torch.compiler.disable  # type: ignore[untyped-decorator]
 def hold_experts(block: Block, inputs: Any) -> None:
     assert block.moe is not None
     block.moe.experts.hold()

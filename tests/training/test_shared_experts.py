@@ -78,7 +78,7 @@ def test_four_processes_equal_one(make: Make, tmp_path: Path) -> None:  # noqa: 
         assert_same_steps(*tapes(one["plain"]), tapes(config, 4))
     assert tapes(both["plain"], 4)[0]["sent_early"]
     for tape in tapes(both["idle"], 4):
-        assert tape["share"] == pytest.approx(0.265, abs=1e-2)
+        assert tape["share"] == pytest.approx(0.278, abs=2e-3)  # routers are whole
     (_, a), (before, b) = tapes(one["muon"])[0]["steps"], tapes(both["muon"], 4)[3]["steps"]
     for name, weight in a["weights"].items():
         moved = b["weights"][name] - before["weights"][name]

@@ -116,7 +116,7 @@ class _Combine(torch.autograd.Function):
 
 
 def _gather_choices(rows_RD: Tensor, row_of_choice_TK: Tensor, valid_TK: Tensor) -> Tensor:
-    """[T, K, D]. Rows of "none" are uninitialised or left out: replaced, never multiplied by 0, since 0 x NaN is NaN."""
+    """[T, K, D]. Rows of "none" are undefined or left out: replaced, never multiplied by 0, since 0 x NaN is NaN."""
     row_R = row_of_choice_TK.flatten().clamp(max=rows_RD.shape[0] - 1)
     chosen_TKD = rows_RD.index_select(0, row_R).unflatten(0, row_of_choice_TK.shape)
     return torch.where(valid_TK.unsqueeze(-1), chosen_TKD, 0.0)
