@@ -7,11 +7,13 @@ from typing import Any
 
 from moelm import command_line
 from moelm.config import Config, load_config
+from moelm.model.devices import on_devices
 from moelm.model.size import expert_combinations, flops_per_token, model_size, short_name, training_memory
 
 EPILOG = """example:
   python -m moelm.info --config configs/quickstart.yaml
   python -m moelm.info --config configs/quickstart.yaml model.moe.n_experts=64 --json
+  python -m moelm.info --config configs/full/olmoe_1b_7b.yaml trainer.devices=8
 """
 
 
@@ -31,7 +33,8 @@ def main(argv: list[str]) -> None:
 
 
 def info(config: Config) -> dict[str, Any]:
-    """Counts, floating-point operations, and GiB on one device for one micro-batch under DDP or on one device."""
+    """Counts, floating-point operations, and GiB on one device for one micro-batch under DDP or on one device; where
+    trainer.devices says how many there are, also what each holds and sends by strategy."""
     model, moe = config.model, config.model.moe
     size, memory = model_size(model), training_memory(config)
     return {
@@ -48,11 +51,29 @@ def info(config: Config) -> dict[str, Any]:
             for part in ("weights", "gradients", "optimizer", "activations", "working")
         },
         "gradients_beside_activations": memory.accumulates,
+        "n_devices": n_devices(config),
+        "on_devices": _on_devices(config),
         "moe_layers": model.moe_layers,
         "expert_combinations": expert_combinations(model),
         "d_expert_ratio": moe and moe.d_expert / model.d_model,
         "active_expert_ratio": moe and moe.top_k * moe.d_expert / model.d_model,
     }
+
+
+def n_devices(config: Config) -> int:
+    """As many as the config names; 1 where only the machine knows."""
+    devices = config.trainer.devices
+    if isinstance(devices, list):
+        return len(devices) * config.trainer.num_nodes
+    return devices * config.trainer.num_nodes if isinstance(devices, int) and devices > 0 else 1
+
+
+def _on_devices(config: Config) -> list[dict[str, Any]]:
+    found = on_devices(config, n_devices(config)) if n_devices(config) > 1 else []
+    return [
+        {"strategy": each.strategy, "memory_gib": each.memory / 2**30, "sent_gib_per_step": each.sent / 2**30}
+        for each in found
+    ]
 
 
 def as_table(config: Config, facts: dict[str, Any]) -> str:
@@ -71,6 +92,13 @@ def as_table(config: Config, facts: dict[str, Any]) -> str:
             + ", ".join(f"{part} {value:.2f}" for part, value in memory.items())
             + ("" if facts["gradients_beside_activations"] else "; gradients come as activations go")
             + f" ({config.trainer.precision}, micro-batch {config.optim.micro_batch_size} x {config.data.seq_len})",
+        ),
+        *(
+            (
+                f"on {facts['n_devices']} devices, {each['strategy']}",
+                f"{each['memory_gib']:.2f} GiB on each; each sends {each['sent_gib_per_step']:.2f} GiB a step",
+            )
+            for each in facts["on_devices"]
         ),
         ("layers", f"{model.n_layers}, of which {len(facts['moe_layers'])} with experts"),
     ]

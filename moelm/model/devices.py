@@ -1,0 +1,103 @@
+"""What each of several devices holds and sends, by strategy, known from the config alone (docs/parallelism.md)."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from math import comb
+
+import torch
+
+from moelm.config import Config, MoEConfig
+from moelm.model.gpt import GPT
+from moelm.model.size import training_memory
+
+
+@dataclass(frozen=True)
+class OnDevices:
+    strategy: str  # as the config would say it
+    memory: int  # bytes on a device at the peak of a step
+    sent: int  # bytes that a device sends in an optimizer step
+
+
+@dataclass(frozen=True)
+class Counts:
+    """Parameters, by how FSDP2 treats them."""
+
+    routers: int
+    experts: int
+    blocks: int  # what else is in blocks
+    rest: int
+    largest_experts: int  # of one block
+    largest_block: int  # what else is in one block
+
+    @property
+    def total(self) -> int:
+        return self.routers + self.experts + self.blocks + self.rest
+
+
+def on_devices(config: Config, n_devices: int) -> list[OnDevices]:
+    """ddp, fsdp, and fsdp with each degree of expert parallelism that the experts and the devices allow."""
+    counts, moe = count(config), config.model.moe
+    degrees = [1]
+    if moe is not None and config.model.moe_layers and moe.router.routing == "token_choice":
+        degrees = [n for n in range(1, n_devices + 1) if n_devices % n == moe.n_experts % n == 0]
+    return [_ddp(config, counts, n_devices), *(_fsdp(config, counts, n_devices // n, n) for n in degrees)]
+
+
+def count(config: Config) -> Counts:
+    with torch.device("meta"):
+        model = GPT(config.model)
+    total = sum(parameter.numel() for parameter in model.parameters())
+    routers = sum(parameter.numel() for layer in model.moe_layers for parameter in layer.router.parameters())
+    experts, others = [0], [0]
+    for block in model.all_blocks:
+        routed = () if block.moe is None else block.moe.experts.parameters()
+        router = () if block.moe is None else block.moe.router.parameters()
+        experts.append(sum(parameter.numel() for parameter in routed))
+        others.append(sum(p.numel() for p in block.parameters()) - experts[-1] - sum(p.numel() for p in router))
+    rest = total - routers - sum(experts) - sum(others)
+    return Counts(routers, sum(experts), sum(others), rest, max(experts), max(others))
+
+
+def ranks_of_token(moe: MoEConfig, n_ranks: int) -> float:
+    """To how many ranks a token is sent, on average over choices of equally likely experts."""
+    n_away = comb(moe.n_experts - moe.n_experts // n_ranks, moe.top_k) / comb(moe.n_experts, moe.top_k)
+    return n_ranks * (1 - n_away)
+
+
+def _ddp(config: Config, counts: Counts, n_devices: int) -> OnDevices:
+    memory = training_memory(config)
+    both = memory.gradients + memory.activations  # gradients lie in buckets that stay
+    sent = 8 * counts.total * (n_devices - 1) // n_devices
+    return OnDevices("ddp", memory.weights + memory.optimizer + both + memory.working, sent)
+
+
+def _fsdp(config: Config, counts: Counts, n_fsdp: int, n_ep: int) -> OnDevices:
+    mixed, moe = config.trainer.precision == "bf16-mixed", config.model.moe
+    s, W = 2 if mixed else 4, n_fsdp * n_ep
+    tokens = config.optim.micro_batch_size * config.data.seq_len
+    n_micro_batches = max(1, config.optim.batch_tokens // (tokens * W))
+    memory = training_memory(config)
+    held = counts.routers + (counts.total - counts.routers) // W
+    states = (memory.weights + memory.optimizer) * held // counts.total
+    # two blocks gathered and the gradients of one, the rest with its gradients
+    whole = 3 * s * counts.largest_block + 8 * counts.rest
+    if n_ep > 1 and n_fsdp == 1:  # experts are not gathered, and keep working copies
+        whole += 2 * counts.experts // n_ep if mixed else 0
+    else:
+        whole += 3 * s * counts.largest_experts // n_ep
+    copies = 2 * counts.total if mixed else 0
+    activations, gradients = memory.activations, 4 * held
+    both = gradients + activations if n_micro_batches > 1 else max(gradients, activations)
+    gathered, reduced = n_micro_batches, 1 if config.trainer.accumulate_unreduced else n_micro_batches
+    others = (2 * s * gathered + 4 * reduced) * counts.blocks + 4 * (gathered + reduced) * counts.rest
+    experts = (2 * s * gathered + 4 * reduced) * (counts.experts // n_ep)
+    sent = others * (W - 1) / W + experts * (n_fsdp - 1) / n_fsdp + 8 * counts.routers * (W - 1) / W
+    if n_ep > 1 and moe is not None:
+        rows = tokens * ranks_of_token(moe, n_ep) * len(config.model.routed_layers)
+        again = 2 if config.trainer.activation_checkpointing == "full" else 0
+        sent += n_micro_batches * (4 + again) * rows * s * config.model.d_model * (n_ep - 1) / n_ep
+        kept = tokens * (ranks_of_token(moe, n_ep) - 1) * s * config.model.d_model  # tokens of others, for backward
+        both += int(kept * (1 if again else len(config.model.routed_layers)))
+    name = f"fsdp, expert_parallel={n_ep}" if n_ep > 1 else "fsdp"
+    return OnDevices(name, states + both + memory.working - copies + whole, int(sent))

@@ -1,0 +1,58 @@
+"""What devices hold and send, against counts by hand."""
+
+from __future__ import annotations
+
+import pytest
+
+from moelm.config import Config, from_dict, to_dict
+from moelm.model.devices import count, on_devices, ranks_of_token
+from moelm.model.gpt import GPT
+from moelm.model.size import model_size
+
+
+def make(tiny_config, **trainer):
+    config = from_dict(Config, {"model": to_dict(tiny_config(n_layers=3, moe={"first_moe_layer": 1}))})
+    config.data.seq_len, config.optim.micro_batch_size, config.optim.batch_tokens = 16, 4, 256
+    for key, value in trainer.items():
+        setattr(config.trainer, key, value)
+    return config
+
+
+def test_every_parameter_is_counted_once(tiny_config):
+    config = make(tiny_config)
+    counts = count(config)
+    assert counts.total == model_size(config.model).total
+    block = GPT(config.model).blocks[2]
+    assert counts.experts == 2 * counts.largest_experts == 2 * sum(p.numel() for p in block.moe.experts.parameters())
+    assert counts.routers == 2 * 8 * 32
+    assert counts.rest == 64 * 32 + 32
+
+
+def test_a_token_is_sent_to_as_many_ranks_as_its_experts_lie_on(tiny_config):
+    moe = tiny_config(moe={"n_experts": 4, "top_k": 2}).moe
+    assert ranks_of_token(moe, 1) == 1
+    assert ranks_of_token(moe, 2) == pytest.approx((2 * 1 + 4 * 2) / 6)  # of 6 pairs 2 lie on one rank
+    assert ranks_of_token(moe, 4) == 2
+
+
+def test_what_is_sent_is_what_the_formulas_of_the_docs_say(tiny_config):
+    config = make(tiny_config)  # two micro-batches of 64 tokens on each of two devices
+    n = count(config)
+    ddp, fsdp, shared = on_devices(config, 2)
+    assert [each.strategy for each in (ddp, fsdp, shared)] == ["ddp", "fsdp", "fsdp, expert_parallel=2"]
+    assert ddp.sent == 8 * n.total / 2
+    assert fsdp.sent == (2 * (12 * (n.blocks + n.experts) + 8 * n.rest) + 8 * n.routers) / 2
+    rows = 64 * ranks_of_token(config.model.moe, 2) * 2
+    assert shared.sent == int((2 * (12 * n.blocks + 8 * n.rest) + 8 * n.routers + 2 * 4 * rows * 4 * 32) / 2)
+    once = make(tiny_config, accumulate_unreduced=True)
+    assert fsdp.sent - on_devices(once, 2)[1].sent == (4 * (n.blocks + n.experts + n.rest)) / 2
+    again = make(tiny_config, activation_checkpointing="full")
+    assert on_devices(again, 2)[2].sent - shared.sent == int(2 * 2 * rows * 4 * 32 / 2)
+
+
+def test_the_degrees_are_those_that_devices_and_experts_allow(tiny_config):
+    config = make(tiny_config)
+    assert [each.strategy for each in on_devices(config, 6)] == ["ddp", "fsdp", "fsdp, expert_parallel=2"]
+    assert len(on_devices(config, 8)) == 5
+    memory = [each.memory for each in on_devices(config, 8)]
+    assert memory[0] > max(memory[1:])
