@@ -22,6 +22,7 @@ from moelm.model.block import Block
 from moelm.model.gpt import GPT
 from moelm.moe.dispatch.expert_parallel import ExpertParallel
 from moelm.moe.experts import Experts
+from moelm.training.launch import end_with_launcher
 from moelm.training.shards import gathered, like
 from moelm.training.statistics import all_reduce_sums
 
@@ -32,6 +33,7 @@ def build_strategy(config: Config) -> Strategy | None:
     single = options.num_nodes == 1 and options.devices in (1, "1", "auto") and options.strategy == "auto"
     if single and (options.devices != "auto" or options.accelerator == "cpu" or torch.cuda.device_count() <= 1):
         return None
+    end_with_launcher()
     backend = "gloo" if options.accelerator == "cpu" or not torch.cuda.is_available() else "nccl"
     if options.strategy == "fsdp":
         return ShardedStrategy(options, backend)

@@ -123,7 +123,8 @@ def _ask_for_sigterm_at_log_steps(trainer: pl.Trainer, log_every_n_steps: int) -
 def _silence_lightning() -> None:
     """Advice that does not hold here: the loader has no workers on purpose, the epoch is endless on purpose; and
     its announcements, which `moelm.train` makes in fewer lines."""
-    logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)
+    for name in ("lightning.pytorch", "lightning.fabric"):
+        logging.getLogger(name).setLevel(logging.WARNING)
     logging.getLogger("torch._higher_order_ops.wrap").setLevel(logging.ERROR)  # of checkpointing and in-place ops
     for message in (
         ".*does not have many workers.*",
@@ -131,6 +132,7 @@ def _silence_lightning() -> None:
         ".*no `epoch`.*",
         ".*`max_epochs`.*",
         ".*isinstance.treespec, LeafSpec.*",
+        ".*`broadcast_buffers` is deprecated.*",  # since torch 2.13, and 2.11 has nothing else
         ".*recommended to use `self.log.*sync_dist=True.*",
         ".*FSDP2-wrapped module .* returned a view tensor.*",  # statistics, into which nothing writes
     ):
