@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from lightning.fabric.utilities.exceptions import MisconfigurationException
+from lightning.pytorch.utilities import rank_zero_only
 
 from moelm import command_line
 from moelm.callbacks.collapse_alarm import read_alarms
@@ -100,13 +101,13 @@ def train(config: Config, resume: str | None = None) -> dict[str, Any]:
 
 def _checkpoint_to_resume(config: Config, resume: str | None) -> Path | None:
     folder = config.run_folder
+    is_first = getattr(rank_zero_only, "rank", 0) == 0  # by the launcher's environment
     if (folder / "manifest.json").exists():  # an imported model, whose config.yaml a run would write over
         problem = f"{folder} is itself a checkpoint, not the folder of a run"
         raise ConfigError("run.name", problem, "choose another run.name or run.dir")
     if resume is None:
-        rank = int(os.environ.get("RANK", os.environ.get("LOCAL_RANK", 0)))
         trained = [*folder.glob("step-*"), *folder.glob("events.*"), *folder.glob("summary.json")]
-        if trained and rank == 0:  # the others may come after rank 0 has begun
+        if trained and is_first:  # the others may come after rank 0 has begun
             raise ConfigError(
                 "run.name",
                 f"the run {folder} exists",
@@ -114,7 +115,7 @@ def _checkpoint_to_resume(config: Config, resume: str | None) -> Path | None:
             )
         return None
     checkpoint = newest_checkpoint(folder) if resume == "auto" else find_checkpoint(resume)
-    if checkpoint is None:
+    if checkpoint is None and is_first:
         print(f"no checkpoint in {folder} yet: starting from step 0", file=sys.stderr)
     return checkpoint
 

@@ -8,7 +8,7 @@ import time
 
 
 def end_with_launcher(every_s: float = 1.0) -> None:
-    """In a process that Lightning, torchrun or SLURM started as a rank: end when that launcher is gone.
+    """In a process that Lightning or torchrun started as a rank: end when that launcher is gone.
 
     A rank that waits for another inside of a collective hears no signal that only sets a flag, and would keep its
     device for as long as the collective's time limit.
