@@ -30,6 +30,8 @@ log = logging.getLogger(__name__)
 @op("moelm::grouped_mm", fake=lambda x_RD, w_EDF, _: x_RD.new_empty(x_RD.shape[0], w_EDF.shape[2]))
 def _grouped_mm(x_RD: Tensor, w_EDF: Tensor, offsets_E: Tensor) -> Tensor:
     """An op because the float32 product cannot be traced on CPU."""
+    if not len(x_RD):  # on a rank whose experts were sent nothing
+        return x_RD.new_empty(0, w_EDF.shape[2])
     return F.grouped_mm(x_RD, w_EDF, offs=offsets_E)
 
 
@@ -37,6 +39,8 @@ def _grouped_mm(x_RD: Tensor, w_EDF: Tensor, offsets_E: Tensor) -> Tensor:
     "moelm::grouped_mm_backward", fake=lambda _, x_RD, w_EDF, __: (torch.empty_like(x_RD), w_EDF.new_empty(w_EDF.shape))
 )
 def _grouped_mm_backward(grad_RF: Tensor, x_RD: Tensor, w_EDF: Tensor, offsets_E: Tensor) -> tuple[Tensor, Tensor]:
+    if not len(x_RD):
+        return torch.empty_like(x_RD), w_EDF.new_zeros(w_EDF.shape)
     grad_RF = grad_RF.contiguous()  # an expanded gradient is refused by the kernel
     grad_x = F.grouped_mm(grad_RF, w_EDF.transpose(-2, -1), offs=offsets_E)
     grad_w = F.grouped_mm(x_RD.transpose(-2, -1), grad_RF, offs=offsets_E)
@@ -71,6 +75,8 @@ def sum_by_expert(rows_RF: Tensor, offsets_E: Tensor) -> Tensor:
     A grouped product with a matrix of ones, so it sums as the gradient of the weights does: in float32 for
     bfloat16 rows, in one order, without atomics and without asking the device for the offsets.
     """
+    if not len(rows_RF):
+        return rows_RF.new_zeros(offsets_E.shape[0], rows_RF.shape[1])
     rows_RF = rows_RF.contiguous()
     ones_8R = rows_RF.new_ones(rows_RF.shape[0], 8).T  # 8 of them: the product takes no narrower matrix
     return F.grouped_mm(ones_8R, rows_RF, offs=offsets_E)[:, 0].clone()

@@ -88,6 +88,8 @@ KERNELS = {
     "cudnn_generated_fort_native_sdpa_sm90_flash_fprop_wgmma_f16_knob_3_64x128x128_4x1x1_cga1x1x1": "attention",
     "_adamw_step": "optimizer",
     "void at::native::(anonymous namespace)::multi_tensor_apply_kernel<FusedAdamMathFunctor<float, 4": "optimizer",
+    "ncclDevKernel_SendRecv(ncclDevKernelArgsStorage<4096ul>)": "communication",
+    "moelm::send": "row movement",
     "nvjet_tst_256x128_64x4_1x2_h_bz_coopB_TNT": "other matmuls",
     "sm90_xmma_gemm_bf16bf16_bf16f32_f32_tn_n_tilesize128x128x64": "other matmuls",
     "triton_red_fused__to_copy_add_mean_mul_pow_rsqrt_2": REST,

@@ -161,7 +161,8 @@ def receive(packed_SD: Tensor, splits: Tensor, n_rows: int, group: str) -> Tenso
 
 @op("moelm::send_back", fake=lambda y_ND, _, n_rows, __: y_ND.new_empty(n_rows, y_ND.shape[1]))
 def send_back(y_ND: Tensor, splits: Tensor, n_rows: int, group: str) -> Tensor:
-    """[S, D], which will hold what comes back: N D elements sent."""
+    """[S, D], which will hold what comes back: N D elements sent. `y_ND` must stay as it is until `gather_home`;
+    compilers give its memory only to tensors of N rows, of which there are no others."""
     n_sent, n_received = _totals(splits)
     landing_SD = y_ND.new_empty(n_rows, y_ND.shape[1])
     _begin(landing_SD, y_ND.contiguous(), landing_SD, n_received, n_sent, group)
