@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+from functools import partial
 from typing import Any
 
 import pytest
@@ -13,17 +14,19 @@ from moelm.config import ModelConfig, from_dict
 from moelm.model.gpt import GPT
 from moelm.model.init import initialize
 from moelm.moe.dispatch import expert_parallel
+from moelm.moe.dispatch.dropless import sort_by_expert
 from moelm.moe.dispatch.expert_parallel import ExpertParallel
+from moelm.moe.kernels import HAS_TRITON
 from moelm.moe.types import RouteContext
 
 T, D = 24, 32
 
 
 class Rank:
-    """A process group of threads, as one of them sees it."""
+    """A process group of threads, as one of them sees it. Only while they wait for each other do others run."""
 
-    def __init__(self, rank: int, ranks: list[Rank], barrier: threading.Barrier) -> None:
-        self.rank, self.ranks, self.barrier = rank, ranks, barrier
+    def __init__(self, rank: int, ranks: list[Rank], barrier: threading.Barrier, turn: threading.Lock) -> None:
+        self.rank, self.ranks, self.barrier, self.turn = rank, ranks, barrier, turn
         self.group_name = f"thread-{rank}"
         self.parts: list[torch.Tensor] = []
         self.sent = 0  # bytes, for other ranks
@@ -34,12 +37,19 @@ class Rank:
     def exchange(self, result, message, received=None, sent=None):
         self.parts = list(message.detach().split(sent or [len(message) // self.size()] * self.size()))
         self.sent += sum(part.nbytes for rank, part in enumerate(self.parts) if rank != self.rank)
-        self.barrier.wait(20)
+        self.wait_for_all()
         parts = [rank.parts[self.rank] for rank in self.ranks]
         assert [len(part) for part in parts] == (received or [len(part) for part in self.parts])
         with torch.no_grad():
             result.copy_(torch.cat(parts))
-        self.barrier.wait(20)
+        self.wait_for_all()
+
+    def wait_for_all(self):
+        self.turn.release()
+        try:
+            self.barrier.wait(60)
+        finally:
+            self.turn.acquire()
 
 
 class Landing:
@@ -69,16 +79,17 @@ def all_to_all(monkeypatch):
 
 def on_ranks(n_ranks, run):
     """What `run(group)` returns on each of `n_ranks` threads, and the groups."""
-    barrier, ranks = threading.Barrier(n_ranks), []
-    ranks += [Rank(rank, ranks, barrier) for rank in range(n_ranks)]
+    barrier, turn, ranks = threading.Barrier(n_ranks), threading.Lock(), []
+    ranks += [Rank(rank, ranks, barrier, turn) for rank in range(n_ranks)]
     results: list[Any] = [None] * n_ranks
 
     def task(rank):
-        try:
-            results[rank.rank] = run(rank)
-        except BaseException as error:
-            results[rank.rank] = error
-            barrier.abort()
+        with turn:
+            try:
+                results[rank.rank] = run(rank)
+            except BaseException as error:
+                results[rank.rank] = error
+                barrier.abort()
 
     threads = [threading.Thread(target=task, args=(rank,)) for rank in ranks]
     for thread in threads:
@@ -105,12 +116,15 @@ def make_block(moe):
     return model.blocks[0].moe
 
 
-def run_layer(layer, x_BLD, mask_BL):
+def run_layer(layer, x_BLD, mask_BL, mixed=False):
+    device = x_BLD.device
     x_BLD = x_BLD.clone().requires_grad_()
-    context = RouteContext(torch.zeros(x_BLD.shape[:2], dtype=torch.int64), mask_BL, True)
-    y_BLD, stats = layer(x_BLD, context)
-    grad_BLD = torch.randn(x_BLD.shape, generator=torch.Generator().manual_seed(5))
-    (y_BLD * grad_BLD).sum().backward()
+    context = RouteContext(torch.zeros(x_BLD.shape[:2], dtype=torch.int64, device=device), mask_BL, True)
+    with torch.autocast(device.type, torch.bfloat16, enabled=mixed):
+        y_BLD, stats = layer(x_BLD, context)
+    grad_BLD = torch.randn(x_BLD.shape, generator=torch.Generator().manual_seed(5)).to(device)
+    with torch.autograd.set_multithreading_enabled(False):  # one thread of autograd's would wait for itself
+        (y_BLD * grad_BLD).sum().backward()
     found = {"y": y_BLD.detach(), "x": x_BLD.grad, "kept": stats.kept_BE}
     return found | {name: parameter.grad for name, parameter in layer.named_parameters()}
 
@@ -125,42 +139,63 @@ CASES: dict[str, dict[str, Any]] = {
 }
 
 
-@pytest.mark.parametrize("n_ranks", [2, 4])
-@pytest.mark.parametrize("name", CASES)
-def test_ranks_that_share_the_experts_compute_what_one_does_that_has_them_all(all_to_all, name, n_ranks):
-    """Each with tokens of its own, some of them masked, and one rank with none that counts."""
-    x_PBLD = torch.randn(n_ranks, 2, T // 2, D, generator=torch.Generator().manual_seed(1))
+def shared_and_alone(moe, n_ranks, idle=False, mixed=False, device="cpu"):
+    """What ranks that share the experts find, each with tokens of its own, some of them masked, and one rank with none
+    that counts; and what each would find with all experts. With `idle` the last rank's experts are not chosen."""
+    x_PBLD = torch.randn(n_ranks, 2, T // 2, D, generator=torch.Generator().manual_seed(1)).to(device)
     mask_PBL = torch.rand(n_ranks, 2, T // 2, generator=torch.Generator().manual_seed(2)) < 0.8
     mask_PBL[-1] = False
     n_local = 8 // n_ranks
 
     def make(first=0, count=8):
-        layer = make_block(CASES[name])
-        if name == "one_rank_idle":
+        layer = make_block(moe)
+        if idle:
             layer.router.expert_bias[-n_local:] = -9.0
         for key, parameter in layer.experts.named_parameters():
             setattr(layer.experts, key, torch.nn.Parameter(parameter.detach()[first : first + count].clone()))
-        return layer
+        return layer.to(device)
 
     def run(group):
         layer = make(group.rank * n_local, n_local)
         layer.exchange = ExpertParallel(group, 8)
-        return run_layer(layer, x_PBLD[group.rank], mask_PBL[group.rank])
+        return run_layer(layer, x_PBLD[group.rank], mask_PBL[group.rank].to(device), mixed)
 
     shared, groups = on_ranks(n_ranks, run)
-    alone = [run_layer(make(), x_BLD, mask_BL) for x_BLD, mask_BL in zip(x_PBLD, mask_PBL, strict=True)]
+    assert all(group.sent for group in groups[:-1])
+    return shared, [run_layer(make(), x, mask.to(device), mixed) for x, mask in zip(x_PBLD, mask_PBL, strict=True)]
+
+
+def assert_same(shared, alone, close):
     for found, wanted in zip(shared, alone, strict=True):
         assert torch.equal(found["kept"], wanted["kept"])
         for key in found:
             if not key.startswith("experts."):
-                torch.testing.assert_close(found[key], wanted[key], rtol=1e-5, atol=1e-6)
+                close(found[key], wanted[key])
     for key in alone[0]:
         if key.startswith("experts."):  # one's gradient comes from the tokens of all ranks
-            together = torch.cat([found[key] for found in shared])
-            torch.testing.assert_close(together, sum(each[key] for each in alone), rtol=1e-5, atol=1e-6)
-    assert all(group.sent for group in groups[:-1])
-    if name == "one_rank_idle":
+            close(torch.cat([found[key] for found in shared]), sum(each[key] for each in alone))
+
+
+@pytest.mark.parametrize("n_ranks", [2, 4])
+@pytest.mark.parametrize("name", CASES)
+def test_ranks_that_share_the_experts_compute_what_one_does_that_has_them_all(all_to_all, name, n_ranks):
+    idle = name == "one_rank_idle"
+    shared, alone = shared_and_alone(CASES[name], n_ranks, idle)
+    assert_same(shared, alone, partial(torch.testing.assert_close, rtol=1e-5, atol=1e-6))
+    if idle:
         assert not shared[-1]["experts.down"].any()
+
+
+@pytest.mark.skipif(not HAS_TRITON, reason="needs Triton")
+@pytest.mark.parametrize("idle", [False, True], ids=["", "one_rank_idle"])
+def test_fused_experts_take_what_other_ranks_send(all_to_all, kernel_device, idle):
+    moe = {"experts": {"backend": "fused"}, "router": {"name": "top_k", "selection_bias": True}}
+    shared, alone = shared_and_alone(moe, 2, idle, mixed=True, device=kernel_device)
+
+    def close(found, wanted):
+        assert (found.float() - wanted.float()).norm() <= 0.01 * wanted.float().norm()
+
+    assert_same(shared, alone, close)
 
 
 def test_a_token_travels_once_to_each_of_its_ranks_and_back_and_no_rank_gets_rows_for_others(all_to_all):
@@ -200,3 +235,28 @@ def test_a_received_token_has_no_more_choices_than_there_are_local_experts(all_t
 
     found, _ = on_ranks(4, run)
     assert found == [((12, 2), 24)] * 4
+
+
+@pytest.mark.skipif(not HAS_TRITON, reason="needs Triton")
+def test_choices_of_experts_elsewhere_take_no_memory_in_fused_experts(kernel_device):
+    """In a quarter of the rows of a plan that has one for each choice, to the same result."""
+    experts = make_block({"experts": {"backend": "fused"}}).to(kernel_device).experts
+    ids_TK = torch.full((16, 4), 8)
+    ids_TK[:, 0] = torch.arange(16) % 8
+    x_TD = torch.randn(16, D, generator=torch.Generator().manual_seed(1)).to(kernel_device)
+    gates_TK = torch.ones(16, 4, device=kernel_device)
+    plan = sort_by_expert(ids_TK.to(kernel_device), 8)
+    found, saved = [], []
+    for n_rows in (64, 16):
+        few = plan._replace(choice_of_row_R=plan.choice_of_row_R[:n_rows].clone())
+        inputs = x_TD.clone().requires_grad_(), gates_TK.clone().requires_grad_()
+        with (
+            torch.autocast(kernel_device.type, torch.bfloat16),
+            torch.autograd.graph.saved_tensors_hooks(lambda each: saved.append(each.shape) or each, lambda each: each),
+        ):
+            y_TD = experts.mix(*inputs, few)
+        gradients = torch.autograd.grad(y_TD.float().square().sum(), [*inputs, *experts.parameters()])
+        found.append([y_TD, gradients[0], gradients[1][:, 0], *gradients[2:]])
+    for many, few in zip(*found, strict=True):
+        assert torch.equal(many, few)
+    assert saved.count((64, 32)) == saved.count((16, 32)) == 1
