@@ -9,6 +9,7 @@ from typing import Any
 import lightning.pytorch as pl
 import torch
 import torch.distributed as dist
+from lightning.pytorch.strategies import SingleDeviceStrategy
 from lightning.pytorch.utilities.types import OptimizerLRScheduler
 from torch import Tensor
 from torch.optim import Optimizer
@@ -20,6 +21,7 @@ from moelm.model.init import initialize
 from moelm.model.size import flops_per_token
 from moelm.moe.balancing.base import Balancer, auxiliary_losses
 from moelm.moe.load_metrics import dead_experts, max_violation
+from moelm.training.adamw import AdamW
 from moelm.training.evaluation import Evaluation, EvaluationSums, forward_batch
 from moelm.training.gradient_clipping import clip_gradients
 from moelm.training.optim import build_optimizer, lr_factor
@@ -86,8 +88,26 @@ class MoELightningModule(pl.LightningModule):
     def configure_optimizers(self) -> OptimizerLRScheduler:
         config = self.config
         optimizer = build_optimizer(self.model, config.optim)
+        if isinstance(optimizer, AdamW) and self._has_one_gradient_a_step:
+            self._shorten_gradients(optimizer)
         scheduler = LambdaLR(optimizer, lr_factor(config.optim.schedule, config.trainer.max_steps))
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
+
+    @property
+    def _has_one_gradient_a_step(self) -> bool:
+        """No sum over micro-batches or ranks, for which bfloat16 has too few digits."""
+        return isinstance(self.trainer.strategy, SingleDeviceStrategy) and self.trainer.accumulate_grad_batches == 1
+
+    def _shorten_gradients(self, optimizer: AdamW) -> None:
+        """Large fused experts get theirs in bfloat16: half the memory, and half of what norm and optimizer read.
+
+        They are products of bfloat16 factors, rounded then as autocast rounds those of every linear layer.
+        """
+        for layer in self.model.moe_layers if self.config.trainer.precision == "bf16-mixed" else ():
+            weights = layer.experts.gate_up, layer.experts.down
+            if layer.experts.backend == "fused" and all(optimizer.reads_bfloat16(weight) for weight in weights):
+                for weight in weights:
+                    weight.grad_dtype = torch.bfloat16
 
     @property
     def expert_bias_ME(self) -> Tensor | None:

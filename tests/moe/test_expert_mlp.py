@@ -4,6 +4,8 @@ On a GPU the kernels run in bfloat16 with their real tiles, else in Triton's int
 nobody has written holds NaN.
 """
 
+import copy
+
 import pytest
 import torch
 from test_experts import CASES as CHOICES
@@ -310,6 +312,47 @@ def test_recomputing_blocks_changes_no_bit(tiny_config, kernel_device, compiled)
         assert value.isfinite().all(), name
         assert torch.equal(value, results[1][name]), name
         assert torch.equal(value, results[2][name]), name
+
+
+@pytest.mark.parametrize("mode", ["none", "full"])
+@pytest.mark.parametrize("compiled", [False, True])
+def test_gradients_of_experts_are_bfloat16_as_the_op_wrote_them_where_parameters_say_so(
+    tiny_config, kernel_device, monkeypatch, compiled, mode
+):
+    model = make_model(tiny_config, kernel_device, "fused")
+    weights = [parameter for layer in model.moe_layers for parameter in layer.experts.parameters()]
+    loss_of(model).backward()
+    wanted = [weight.grad.bfloat16() for weight in weights]
+    backward, written, seen = expert_mlp.backward, [], []
+
+    def watched(*arguments):
+        gradients = backward(*arguments)
+        written.extend(each.data_ptr() for each in gradients[2:])
+        return gradients
+
+    monkeypatch.setattr(expert_mlp, "backward", watched)
+    model.activation_checkpointing = mode
+    if compiled:
+        compile_blocks(model)
+    model.zero_grad()
+    for weight in weights:
+        weight.grad_dtype = torch.bfloat16
+        weight.register_hook(lambda gradient: seen.append(gradient.dtype))
+    for step in range(2):
+        with torch._dynamo.config.patch(error_on_recompile=step > 0):
+            loss_of(model).backward()
+        with torch.no_grad():
+            loss_of(model)
+        found = [weight.grad for weight in weights]
+        assert [each.data_ptr() for each in found] == written, "copied or cast"
+        for gradient, rounded in zip(found, wanted, strict=True):
+            assert gradient.dtype == torch.bfloat16
+            assert ((gradient - rounded).abs() <= 2**-8 * rounded.abs()).all()
+        assert seen == [torch.bfloat16] * 2
+        written.clear()
+        seen.clear()
+        model.zero_grad()
+    loss_of(copy.deepcopy(model)).backward()
 
 
 def test_training_compiled_follows_the_grouped_experts_and_compiles_once(tiny_config, kernel_device):
