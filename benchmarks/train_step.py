@@ -157,7 +157,7 @@ def batches_of(config: Config, device: str) -> Iterator[Batch]:
 _initial: dict[str, dict[str, Tensor]] = {}
 
 
-def initialize_once(model: GPT, seed: int) -> None:
+def initialize_once(model: GPT, seed: int, *_: Any) -> None:
     """`initialize`, whose values are kept on the host: drawing 1.7 B of them takes longer than a run."""
     key = str([seed, *((name, tuple(value.shape)) for name, value in model.state_dict().items())])
     if key not in _initial:

@@ -78,9 +78,10 @@ class _ExpertMLP(torch.autograd.Function):
         offsets_E: Tensor,
         gate_up_EDF: Tensor,
         down_EFD: Tensor,
-        *copies: Tensor,
+        gate_up_copy_EDF: Tensor,  # not *copies: where no gradient is wanted, Dynamo tells by the number of names
+        down_copy_EFD: Tensor,  # whether there is a ctx
     ) -> Tensor:
-        inputs = x_TD, gates_TK, row_of_choice_TK, choice_of_row_R, offsets_E, *copies
+        inputs = x_TD, gates_TK, row_of_choice_TK, choice_of_row_R, offsets_E, gate_up_copy_EDF, down_copy_EFD
         y_TD, gate_up_R2F = _expert_mlp(*inputs)
         ctx.save_for_backward(*inputs, gate_up_R2F)
         ctx.dtype = gate_up_EDF.dtype

@@ -6,6 +6,7 @@ import torch
 pytest.importorskip("triton")
 
 from moelm.moe.kernels import rows
+from moelm.moe.kernels.products import row_tiles, row_tiles_reference
 from moelm.moe.kernels.sorting import sort_by_expert_reference
 
 # (T, K, E, D, F): widths that are multiples of 8 and of no block, more than one block, one choice, no token
@@ -43,31 +44,25 @@ class Case:
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("tile", [0, 4])  # 4: more tiles than blocks of tokens
-def test_spread_copies_each_token_into_its_rows_and_cuts_these_into_tiles(case, dtype, tile):
+def test_spread_copies_each_token_into_its_rows(case, dtype):
     x_TD = case.random(case.D, case.T, dtype=dtype).T  # strided, as a gradient may be
-    inputs = x_TD, case.row_of_choice_TK, case.offsets_E, tile
-    (found_RD, tiles), (wanted_RD, wanted_tiles) = rows.spread(*inputs), rows.spread_reference(*inputs)
-    assert torch.equal(found_RD, wanted_RD)
-    if tile:
-        assert torch.equal(tiles[:, 0], wanted_tiles[:, 0])
-        used = tiles[:, 0] >= 0
-        assert torch.equal(tiles[used], wanted_tiles[used])
-    else:
-        assert tiles is wanted_tiles is None
+    inputs = x_TD, case.row_of_choice_TK
+    assert torch.equal(rows.spread(*inputs), rows.spread_reference(*inputs))
+
+
+@pytest.mark.parametrize("size", [4, 128])
+def test_tiles_cut_each_experts_rows(case, size):
+    inputs = case.T * case.K, case.offsets_E, size
+    found, wanted = row_tiles(*inputs), row_tiles_reference(*inputs)
+    assert torch.equal(found[:, 0], wanted[:, 0])
+    used = found[:, 0] >= 0
+    assert torch.equal(found[used], wanted[used])
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("gated", [False, True])
-@pytest.mark.parametrize("added", [False, True])
-def test_gather_sum_adds_the_used_rows_of_each_token(case, dtype, gated, added):
-    arguments = (
-        case.rows(case.D, dtype),
-        case.row_of_choice_TK,
-        case.offsets_E,
-        case.gates_TK if gated else None,
-        case.random(case.T, case.D, dtype=dtype) if added else None,
-    )
+def test_gather_sum_adds_the_used_rows_of_each_token(case, dtype, gated):
+    arguments = case.rows(case.D, dtype), case.row_of_choice_TK, case.offsets_E, case.gates_TK if gated else None
     torch.testing.assert_close(rows.gather_sum(*arguments), rows.gather_sum_reference(*arguments), **TOLERANCE[dtype])
 
 

@@ -11,13 +11,15 @@ Choices of "none" have rows past offsets_E[-1], which are skipped everywhere: th
 from __future__ import annotations
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
-from moelm.moe.kernels.products import product, tile_rows, up_product, weight_gradient
+from moelm.moe.kernels.products import hopper, hopper_tiles
 from moelm.moe.kernels.rows import (
     gather_sum,
     gather_sum_reference,
     spread,
+    swiglu,
     swiglu_backward,
     swiglu_backward_reference,
     swiglu_reference,
@@ -35,12 +37,17 @@ def forward(
 ) -> tuple[Tensor, Tensor]:
     """(y [T, D], gate_up [R, 2F]) in the dtype of x and of both weights; gates float32, the permutation int32.
 
-    6 R D F operations. Elements moved, without the weights: T D + R D to spread the tokens, R D + 3 R F by the first
-    product (2 R F more with torch's), R F + R D by the second, R D + T D by the sum over a token's rows.
+    6 R D F operations. Elements moved, without the weights: T D + 3 R F by the first product, R F + R D by the second,
+    R D + T D by the sum over a token's rows. With torch's products the tokens are spread over rows first, 2 R D more,
+    and SwiGLU reads 2 R F.
     """
-    rows_RD, tiles = spread(x_TD, row_of_choice_TK, offsets_E, tile_rows(x_TD))
-    gate_up_R2F, h_RF = up_product(rows_RD, gate_up_EDF, offsets_E, tiles)
-    rows_RD = product(h_RF, down_EFD, offsets_E, tiles)
+    tiles = hopper_tiles(x_TD, choice_of_row_R.shape[0], offsets_E)
+    if tiles is None:
+        gate_up_R2F = F.grouped_mm(spread(x_TD, row_of_choice_TK), gate_up_EDF, offs=offsets_E)
+        rows_RD = F.grouped_mm(swiglu(gate_up_R2F, offsets_E), down_EFD, offs=offsets_E)
+    else:
+        gate_up_R2F, h_RF = hopper().up_product(x_TD, choice_of_row_R, gates_TK.shape[1], gate_up_EDF, tiles)
+        rows_RD = hopper().product(h_RF, down_EFD, tiles)
     return gather_sum(rows_RD, row_of_choice_TK, offsets_E, gates_TK), gate_up_R2F
 
 
@@ -62,21 +69,35 @@ def backward(
         grad_W2^e = sum_r (gate_tk h_r)^T grad_y_t      grad_W1^e = sum_r x_t^T grad_(gate, up)_r
         grad_x_t = sum_k grad_(gate, up)_r W1^eT
 
-    12 R D F operations. Elements moved, counted as in `forward`: T D + R D to spread grad_y, R D + R F by the first
-    product, 6 R F by SwiGLU, T D + R D to spread x again, 2 R D + 3 R F and (in `dtype`) 3 E D F by the gradients of
-    the weights, 2 R F + R D by the last product, R D + T D by the sum.
+    12 R D F operations. Elements moved, counted as in `forward`: T D + 5 R F by the first product and SwiGLU, T D +
+    3 R F and (in `dtype`) 3 E D F by the gradients of the weights with T D more, 2 R F + R D by the last product,
+    R D + T D by the sum. With torch's products tokens and gradients are spread over rows, 4 R D more, and SwiGLU reads
+    the gradient of h, 2 R F.
     """
-    grad_rows_RD, tiles = spread(grad_y_TD, row_of_choice_TK, offsets_E, tile_rows(x_TD))
-    grad_h_RF = product(grad_rows_RD, down_EFD, offsets_E, tiles, transposed=True)
-    grad_gate_up_R2F, gated_h_RF, grad_gates_TK = swiglu_backward(
-        grad_h_RF, gate_up_R2F, gates_TK, choice_of_row_R, offsets_E
-    )
-    grad_down_EFD = weight_gradient(gated_h_RF, grad_rows_RD, offsets_E, tiles, dtype)
-    del grad_h_RF, gated_h_RF, grad_rows_RD  # before others of their size are made
-    rows_RD, _ = spread(x_TD, row_of_choice_TK)
-    grad_gate_up_EDF = weight_gradient(rows_RD, grad_gate_up_R2F, offsets_E, tiles, dtype)
-    del rows_RD
-    grad_rows_RD = product(grad_gate_up_R2F, gate_up_EDF, offsets_E, tiles, transposed=True)
+    top_k = gates_TK.shape[1]
+    tiles = hopper_tiles(x_TD, choice_of_row_R.shape[0], offsets_E)
+    if tiles is None:
+        grad_rows_RD = spread(grad_y_TD, row_of_choice_TK)
+        grad_h_RF = F.grouped_mm(grad_rows_RD, down_EFD.mT, offs=offsets_E)
+        grad_gate_up_R2F, gated_h_RF, grad_gates_TK = swiglu_backward(
+            grad_h_RF, gate_up_R2F, gates_TK, choice_of_row_R, offsets_E
+        )
+        grad_down_EFD = F.grouped_mm(gated_h_RF.mT, grad_rows_RD, offs=offsets_E).to(dtype)
+        del grad_h_RF, gated_h_RF, grad_rows_RD  # before others of their size are made
+        rows_RD = spread(x_TD, row_of_choice_TK)
+        grad_gate_up_EDF = F.grouped_mm(rows_RD.mT, grad_gate_up_R2F, offs=offsets_E).to(dtype)
+        del rows_RD
+        grad_rows_RD = F.grouped_mm(grad_gate_up_R2F, gate_up_EDF.mT, offs=offsets_E)
+    else:
+        grad_y_TD = grad_y_TD.contiguous()
+        grad_gate_up_R2F, gated_h_RF, grad_gates_TK = hopper().down_backward(
+            grad_y_TD, gates_TK, choice_of_row_R, offsets_E, down_EFD, gate_up_R2F, tiles
+        )
+        by_token = choice_of_row_R, top_k, offsets_E, dtype
+        grad_down_EFD = hopper().weight_gradient(grad_y_TD, gated_h_RF, *by_token, rows_first=True)
+        del gated_h_RF
+        grad_gate_up_EDF = hopper().weight_gradient(x_TD, grad_gate_up_R2F, *by_token)
+        grad_rows_RD = hopper().product(grad_gate_up_R2F, gate_up_EDF, tiles, transposed=True)
     return gather_sum(grad_rows_RD, row_of_choice_TK, offsets_E), grad_gates_TK, grad_gate_up_EDF, grad_down_EFD
 
 

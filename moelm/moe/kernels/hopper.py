@@ -1,12 +1,13 @@
-"""The grouped products on Hopper GPUs: what `products.py` uses there.
+"""The grouped products on Hopper GPUs, which find the rows of tokens themselves: no sorted copy of them is ever made.
 
-One warp of a block fetches tiles by the bulk copy engine and goes on to the block's next tile while two groups of four
-warps multiply and store the last one. An H100 reaches 66 to 73 % of its 989 TFLOP/s with D 2048, F 1024, and 54 to 57 %
-with half of both (docs/performance.md): more than in torch's grouped product, since results reach memory in whole cache
-lines, SwiGLU needs no pass of its own and gradients of weights no cast to float32. Everything is summed in one order:
-the same bits every time.
+The warps of a block have parts: some fetch tiles into shared memory (the bulk copy engine where rows lie side by side,
+16 bytes a thread where they are gathered by token), two groups of four multiply, and in SwiGLU's backward four more
+compute on what comes out while the tensor cores go on. Each block goes on to its next tile while the last one is being
+stored; results reach memory in whole cache lines. docs/performance.md has what they reach. Everything is summed in one
+order: the same bits every time.
 
-Sizes: rows [R, K] and weights [E, ...] in bfloat16, contiguous, widths a multiple of 8 (16 bytes for the copy engine).
+Tokens [T, D], rows [R, ...] and weights [E, ...] in bfloat16, widths a multiple of 8 (16 bytes for the copy engine);
+`choice_of_row_R` and `tiles` as `sorting.py` and `products.py` make them. Rows past the last expert's are not read.
 Written in Gluon, the part of Triton in which layouts and barriers are explicit; it has no interpreter.
 """
 
@@ -18,6 +19,7 @@ import torch
 from torch import Tensor
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
+from triton.experimental.gluon.language.nvidia.ampere import async_copy
 from triton.experimental.gluon.language.nvidia.hopper import (
     fence_async_shared,
     mbarrier,
@@ -35,9 +37,11 @@ assert ROWS == 128  # 64 for each group of warps
 DEPTH = 64  # summed at a time
 STAGES = 4  # tiles in flight: 4 x 48 KiB of the 227 that a block may have
 GROUP = 16  # row tiles that go through all columns together, so that both operands stay in L2
-OPTIONS = {"num_warps": 4, "maxnreg": 168}  # 65,536 registers for 12 warps; 240 a thread where products are summed
 
 load = getattr(tma, "async_load", None) or tma.async_copy_global_to_shared  # its name from Triton 3.8 on, and before
+
+
+# ----------------------------------------------------------------------------- rows times an expert's matrix
 
 
 @gluon.jit
@@ -48,6 +52,30 @@ def _tile(index, tiles_ptr, n_row_tiles, n_columns: gl.constexpr, GROUP: gl.cons
     index = index % (GROUP * n_columns)
     at = tiles_ptr + 3 * (first + index % size)
     return gl.load(at), gl.load(at + 1), gl.load(at + 2), index // size
+
+
+@gluon.jit
+def _fetch_weights(
+    weights_desc,
+    weights,
+    barrier,
+    stage,
+    row,
+    k,
+    column,
+    N: gl.constexpr,
+    BN: gl.constexpr,
+    SWIGLU: gl.constexpr,
+    TRANSPOSED: gl.constexpr,
+):
+    """The tile of the matrix that begins at `row` of the stack of all."""
+    if SWIGLU:
+        load(weights_desc, [row + k, column * BN], barrier, weights.index(2 * stage))
+        load(weights_desc, [row + k, N + column * BN], barrier, weights.index(2 * stage + 1))
+    elif TRANSPOSED:
+        load(weights_desc, [row + column * BN, k], barrier, weights.index(stage))
+    else:
+        load(weights_desc, [row + k, column * BN], barrier, weights.index(stage))
 
 
 @gluon.jit
@@ -63,14 +91,14 @@ def _fetch_rows(
     K: gl.constexpr,
     N: gl.constexpr,
     PER_EXPERT: gl.constexpr,
-    SWIGLU: gl.constexpr,
     TRANSPOSED: gl.constexpr,
     BN: gl.constexpr,
     BK: gl.constexpr,
     STAGES: gl.constexpr,
     GROUP: gl.constexpr,
-    BYTES: gl.constexpr,
 ):
+    """One warp: rows that lie side by side."""
+    BYTES: gl.constexpr = 2 * rows_desc.block_type.nbytes + weights_desc.block_type.nbytes
     n_columns: gl.constexpr = (N + BN - 1) // BN
     stage = 0
     phase = 1
@@ -83,15 +111,66 @@ def _fetch_rows(
                 mbarrier.expect(barrier, BYTES)
                 load(rows_desc, [row, k], barrier, rows.index(2 * stage))
                 load(rows_desc, [row + 64, k], barrier, rows.index(2 * stage + 1))
-                if SWIGLU:
-                    load(weights_desc, [expert * PER_EXPERT + k, column * BN], barrier, weights.index(2 * stage))
-                    load(
-                        weights_desc, [expert * PER_EXPERT + k, N + column * BN], barrier, weights.index(2 * stage + 1)
-                    )
-                elif TRANSPOSED:
-                    load(weights_desc, [expert * PER_EXPERT + column * BN, k], barrier, weights.index(stage))
+                _fetch_weights(
+                    weights_desc, weights, barrier, stage, expert * PER_EXPERT, k, column, N, BN, False, TRANSPOSED
+                )
+                stage += 1
+                if stage == STAGES:
+                    stage = 0
+                    phase ^= 1
+
+
+@gluon.jit
+def _gather_rows(
+    x_ptr,
+    choice_ptr,
+    weights_desc,
+    rows,
+    weights,
+    full,
+    empty,
+    tiles_ptr,
+    n_row_tiles,
+    TOP_K: gl.constexpr,
+    K: gl.constexpr,
+    N: gl.constexpr,
+    PER_EXPERT: gl.constexpr,
+    SWIGLU: gl.constexpr,
+    BN: gl.constexpr,
+    BK: gl.constexpr,
+    STAGES: gl.constexpr,
+    GROUP: gl.constexpr,
+):
+    """Four warps: rows that are found by token. Where a tile ends before its expert's rows do, any token serves.
+    Without SwiGLU the matrix is transposed."""
+    BYTES: gl.constexpr = (2 if SWIGLU else 1) * weights_desc.block_type.nbytes
+    n_columns: gl.constexpr = (N + BN - 1) // BN
+    lines: gl.constexpr = gl.BlockedLayout([1, 8], [4, 8], [4, 1], [1, 0])
+    r = gl.arange(0, 64, gl.SliceLayout(1, lines))
+    c = gl.arange(0, BK, gl.SliceLayout(0, lines))[None, :]
+    stage = 0
+    phase = 1
+    for index in range(gl.program_id(0), n_row_tiles * n_columns, gl.num_programs(0)):
+        expert, row, stop, column = _tile(index, tiles_ptr, n_row_tiles, n_columns, GROUP)
+        if expert >= 0:
+            upper = gl.load(choice_ptr + row + r, mask=row + r < stop, other=0) // TOP_K
+            lower = gl.load(choice_ptr + row + 64 + r, mask=row + 64 + r < stop, other=0) // TOP_K
+            upper_ptrs = x_ptr + upper.to(gl.int64)[:, None] * K + c
+            lower_ptrs = x_ptr + lower.to(gl.int64)[:, None] * K + c
+            for k in range(0, K, BK):
+                mbarrier.wait(empty.index(stage), phase)
+                barrier = full.index(stage)
+                if K % BK == 0:
+                    async_copy.async_copy_global_to_shared(rows.index(2 * stage), upper_ptrs + k)
+                    async_copy.async_copy_global_to_shared(rows.index(2 * stage + 1), lower_ptrs + k)
                 else:
-                    load(weights_desc, [expert * PER_EXPERT + k, column * BN], barrier, weights.index(stage))
+                    async_copy.async_copy_global_to_shared(rows.index(2 * stage), upper_ptrs + k, mask=k + c < K)
+                    async_copy.async_copy_global_to_shared(rows.index(2 * stage + 1), lower_ptrs + k, mask=k + c < K)
+                async_copy.mbarrier_arrive(barrier, increment_count=False)  # once these copies have arrived
+                mbarrier.expect(barrier, BYTES)
+                _fetch_weights(
+                    weights_desc, weights, barrier, stage, expert * PER_EXPERT, k, column, N, BN, SWIGLU, not SWIGLU
+                )
                 stage += 1
                 if stage == STAGES:
                     stage = 0
@@ -108,6 +187,19 @@ def _store(out_ptr, tile, row, stop, column, N: gl.constexpr, STRIDE: gl.constex
     j = gl.arange(0, W, gl.SliceLayout(0, lines))[None, :]
     at = out_ptr + row.to(gl.int64) * STRIDE + column + (i * STRIDE + j)
     gl.store(at, tile, mask=(row + i < stop) & (column + j < N))
+
+
+@gluon.jit
+def _store_halves(out_ptr, tile, row, stop, column, N: gl.constexpr, STRIDE: gl.constexpr):
+    """Half of the columns after the other: their way through shared memory then leaves room for the stages."""
+    left, right = _split(tile)
+    _store(out_ptr, left, row, stop, column, N, STRIDE)
+    _store(out_ptr, right, row, stop, column + left.shape[1], N, STRIDE)
+
+
+@gluon.jit
+def _split(tile):
+    return tile.reshape(tile.shape[0], 2, tile.shape[1] // 2).permute(0, 2, 1).split()
 
 
 @gluon.jit
@@ -143,6 +235,7 @@ def _multiply_rows(
                 mbarrier.wait(full.index(stage), phase)
                 a = rows.index(2 * stage + HALF)
                 if SWIGLU:
+                    fence_async_shared()  # what threads have copied, for the tensor cores
                     acc = warpgroup_mma(a, weights.index(2 * stage), acc, is_async=True)
                     acc_up = warpgroup_mma(a, weights.index(2 * stage + 1), acc_up, is_async=True)
                     acc, acc_up = warpgroup_mma_wait(2, deps=[acc, acc_up])
@@ -172,11 +265,8 @@ def _multiply_rows(
                 _store(out_ptr, gate16, row, stop, column * BN, N, 2 * N)
                 _store(out_ptr + N, up16, row, stop, column * BN, N, 2 * N)
                 _store(hidden_ptr, hidden.to(gl.bfloat16), row, stop, column * BN, N, N)
-            else:  # in two halves: their way through shared memory then leaves room for the stages
-                tile = acc.to(gl.bfloat16).reshape(64, 2, BN // 2).permute(0, 2, 1)
-                left, right = tile.split()
-                _store(out_ptr, left, row, stop, column * BN, N, N)
-                _store(out_ptr, right, row, stop, column * BN + BN // 2, N, N)
+            else:
+                _store_halves(out_ptr, acc.to(gl.bfloat16), row, stop, column * BN, N, N)
 
 
 @Kernel
@@ -185,40 +275,365 @@ def _rows_product(
     rows_desc,
     weights_desc,
     out_ptr,
-    hidden_ptr,
     tiles_ptr,
     n_row_tiles,
     K: gl.constexpr,
     N: gl.constexpr,
     PER_EXPERT: gl.constexpr,
-    SWIGLU: gl.constexpr,
     TRANSPOSED: gl.constexpr,
     BN: gl.constexpr,
     STAGES: gl.constexpr,
     GROUP: gl.constexpr,
 ):
     BK: gl.constexpr = rows_desc.block_type.shape[1]
-    EACH: gl.constexpr = 2 if SWIGLU else 1
     rows = gl.allocate_shared_memory(rows_desc.dtype, [STAGES * 2, 64, BK], rows_desc.layout)
     DOWN: gl.constexpr = weights_desc.block_type.shape[0]
     ACROSS: gl.constexpr = weights_desc.block_type.shape[1]
-    weights = gl.allocate_shared_memory(weights_desc.dtype, [STAGES * EACH, DOWN, ACROSS], weights_desc.layout)
+    weights = gl.allocate_shared_memory(weights_desc.dtype, [STAGES, DOWN, ACROSS], weights_desc.layout)
     full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
     empty = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
     for i in gl.static_range(STAGES):
         mbarrier.init(full.index(i), count=1)
         mbarrier.init(empty.index(i), count=2)
-    BYTES: gl.constexpr = 2 * rows_desc.block_type.nbytes + EACH * weights_desc.block_type.nbytes
+    # fmt: off
+    gl.warp_specialize([
+        (_multiply_rows, (0, rows, weights, full, empty, tiles_ptr, n_row_tiles, out_ptr, out_ptr,
+                          K, N, False, TRANSPOSED, BN, BK, STAGES, GROUP)),
+        (_multiply_rows, (1, rows, weights, full, empty, tiles_ptr, n_row_tiles, out_ptr, out_ptr,
+                          K, N, False, TRANSPOSED, BN, BK, STAGES, GROUP)),
+        (_fetch_rows, (rows_desc, weights_desc, rows, weights, full, empty, tiles_ptr, n_row_tiles,
+                       K, N, PER_EXPERT, TRANSPOSED, BN, BK, STAGES, GROUP)),
+    ], [4, 1], [240, 24])
+    # fmt: on
+
+
+def product(rows_RK: Tensor, w: Tensor, tiles: Tensor, *, transposed: bool = False) -> Tensor:
+    """[R, N] rows_r W^e, or with `transposed` rows_r W^eT. 2 R K N operations; R K + E K N + R N elements moved."""
+    (R, K), n = rows_RK.shape, w.shape[1 if transposed else 2]
+    out_RN = rows_RK.new_empty(R, n)
+    _rows_product[_blocks(tiles.shape[0] * cdiv(n, COLUMNS), rows_RK.device)](
+        _blocks_of(rows_RK, ROWS // 2, DEPTH),
+        _blocks_of(w, *((COLUMNS, DEPTH) if transposed else (DEPTH, COLUMNS))),
+        out_RN,
+        tiles,
+        tiles.shape[0],
+        K,
+        n,
+        w.shape[1],
+        transposed,
+        COLUMNS,
+        STAGES,
+        GROUP,
+        num_warps=4,
+        maxnreg=168,  # 65,536 registers for 12 warps; 240 a thread where products are summed
+    )
+    return out_RN
+
+
+@Kernel
+@gluon.jit(do_not_specialize=["n_row_tiles"])
+def _up_product(
+    x_ptr,
+    choice_ptr,
+    weights_desc,
+    out_ptr,
+    hidden_ptr,
+    tiles_ptr,
+    n_row_tiles,
+    TOP_K: gl.constexpr,
+    K: gl.constexpr,
+    N: gl.constexpr,
+    BN: gl.constexpr,
+    BK: gl.constexpr,
+    STAGES: gl.constexpr,
+    GROUP: gl.constexpr,
+    ROWS_LAYOUT: gl.constexpr,
+):
+    rows = gl.allocate_shared_memory(weights_desc.dtype, [STAGES * 2, 64, BK], ROWS_LAYOUT)
+    weights = gl.allocate_shared_memory(weights_desc.dtype, [STAGES * 2, BK, BN], weights_desc.layout)
+    full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
+    empty = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
+    for i in gl.static_range(STAGES):
+        mbarrier.init(full.index(i), count=129)  # each thread that gathers, and the copy engine
+        mbarrier.init(empty.index(i), count=2)
     # fmt: off
     gl.warp_specialize([
         (_multiply_rows, (0, rows, weights, full, empty, tiles_ptr, n_row_tiles, out_ptr, hidden_ptr,
-                          K, N, SWIGLU, TRANSPOSED, BN, BK, STAGES, GROUP)),
+                          K, N, True, False, BN, BK, STAGES, GROUP)),
         (_multiply_rows, (1, rows, weights, full, empty, tiles_ptr, n_row_tiles, out_ptr, hidden_ptr,
-                          K, N, SWIGLU, TRANSPOSED, BN, BK, STAGES, GROUP)),
-        (_fetch_rows, (rows_desc, weights_desc, rows, weights, full, empty, tiles_ptr, n_row_tiles,
-                       K, N, PER_EXPERT, SWIGLU, TRANSPOSED, BN, BK, STAGES, GROUP, BYTES)),
-    ], [4, 1], [240, 24])
+                          K, N, True, False, BN, BK, STAGES, GROUP)),
+        (_gather_rows, (x_ptr, choice_ptr, weights_desc, rows, weights, full, empty, tiles_ptr, n_row_tiles,
+                        TOP_K, K, N, K, True, BN, BK, STAGES, GROUP)),
+    ], [4, 4], [216, 64])
     # fmt: on
+
+
+def up_product(
+    x_TD: Tensor, choice_of_row_R: Tensor, top_k: int, gate_up_EDF: Tensor, tiles: Tensor
+) -> tuple[Tensor, Tensor]:
+    """(gate_up [R, 2F], h [R, F]): gate_up_r = x_t W^e, and h = silu(gate) up of them once they are rounded.
+
+    4 R D F operations; T D + 2 E D F elements read, most rows R D from L2, 3 R F written.
+    """
+    R, D, n = choice_of_row_R.shape[0], x_TD.shape[1], gate_up_EDF.shape[2] // 2
+    gate_up_R2F, h_RF = x_TD.new_empty(R, 2 * n), x_TD.new_empty(R, n)
+    columns = COLUMNS // 2
+    _up_product[_blocks(tiles.shape[0] * cdiv(n, columns), x_TD.device)](
+        x_TD.contiguous(),
+        choice_of_row_R,
+        _blocks_of(gate_up_EDF, DEPTH, columns),
+        gate_up_R2F,
+        h_RF,
+        tiles,
+        tiles.shape[0],
+        top_k,
+        D,
+        n,
+        columns,
+        DEPTH,
+        STAGES,
+        GROUP,
+        _layout(ROWS // 2, DEPTH),
+        num_warps=4,
+        maxnreg=168,
+    )
+    return gate_up_R2F, h_RF
+
+
+# ----------------------------------------------------------------- the down-projection and SwiGLU, backward
+
+
+@gluon.jit
+def _multiply_and_hand_over(
+    HALF: gl.constexpr,
+    rows,
+    weights,
+    results,
+    full,
+    empty,
+    ready,
+    taken,
+    tiles_ptr,
+    n_row_tiles,
+    K: gl.constexpr,
+    N: gl.constexpr,
+    BN: gl.constexpr,
+    BK: gl.constexpr,
+    STAGES: gl.constexpr,
+    GROUP: gl.constexpr,
+):
+    n_columns: gl.constexpr = (N + BN - 1) // BN
+    layout: gl.constexpr = gl.NVMMADistributedLayout(version=[3, 0], warps_per_cta=[4, 1], instr_shape=[16, 128, 16])
+    stage = 0
+    phase = 0
+    handed = 1
+    for index in range(gl.program_id(0), n_row_tiles * n_columns, gl.num_programs(0)):
+        expert, _, _, _ = _tile(index, tiles_ptr, n_row_tiles, n_columns, GROUP)
+        if expert >= 0:
+            acc = gl.zeros([64, BN], gl.float32, layout)
+            for k in range(0, K, BK):
+                mbarrier.wait(full.index(stage), phase)
+                fence_async_shared()
+                a = rows.index(2 * stage + HALF)
+                acc = warpgroup_mma(a, weights.index(stage).permute((1, 0)), acc, is_async=True)
+                acc = warpgroup_mma_wait(1, deps=[acc])
+                mbarrier.arrive(empty.index((stage + STAGES - 1) % STAGES), pred=k > 0)
+                stage += 1
+                if stage == STAGES:
+                    stage = 0
+                    phase ^= 1
+            acc = warpgroup_mma_wait(0, deps=[acc])
+            mbarrier.arrive(empty.index((stage + STAGES - 1) % STAGES))
+            mbarrier.wait(taken.index(HALF), handed)
+            left, right = _split(acc.to(gl.bfloat16))
+            _hand_over(results, 8 * HALF, left)
+            _hand_over(results, 8 * HALF + 4, right)
+            mbarrier.arrive(ready.index(HALF))
+            handed ^= 1
+
+
+@gluon.jit
+def _hand_over(results, first: gl.constexpr, tile):
+    left, right = _split(tile)
+    a, b = _split(left)
+    c, d = _split(right)
+    results.index(first).store(a)
+    results.index(first + 1).store(b)
+    results.index(first + 2).store(c)
+    results.index(first + 3).store(d)
+
+
+@gluon.jit
+def _swiglu_backward(
+    results,
+    ready,
+    taken,
+    tiles_ptr,
+    offsets_ptr,
+    gates_ptr,
+    choice_ptr,
+    gate_up_ptr,
+    grad_gate_up_ptr,
+    gated_h_ptr,
+    grad_gates_ptr,
+    n_row_tiles,
+    n_rows,
+    E: gl.constexpr,
+    N: gl.constexpr,
+    BN: gl.constexpr,
+    GROUP: gl.constexpr,
+):
+    """Four warps, as `rows.swiglu_backward`, on the gradient of h as it comes out, 32 columns at a time."""
+    n_columns: gl.constexpr = (N + BN - 1) // BN
+    lines: gl.constexpr = gl.BlockedLayout([1, 8], [8, 4], [4, 1], [1, 0])
+    r = gl.arange(0, 64, gl.SliceLayout(1, lines))
+    i = r[:, None]
+    j = gl.arange(0, 32, gl.SliceLayout(0, lines))[None, :]
+    n_used = gl.load(offsets_ptr + E - 1)
+    phase = 0
+    for index in range(gl.program_id(0), n_row_tiles * n_columns, gl.num_programs(0)):
+        expert, row, stop, column = _tile(index, tiles_ptr, n_row_tiles, n_columns, GROUP)
+        if expert >= 0:
+            end = gl.where(stop == n_used, n_rows, stop)  # 0 in rows of nobody, which the sums over rows may reach
+            for half in range(2):
+                first = row + 64 * half
+                used = first + r < stop
+                choice = gl.load(choice_ptr + first + r, mask=used, other=0)
+                scale = gl.load(gates_ptr + choice, mask=used, other=0.0)[:, None]
+                dot = gl.zeros([64], gl.float32, gl.SliceLayout(1, lines))
+                at_2N = first.to(gl.int64) * (2 * N) + column * BN
+                at_N = first.to(gl.int64) * N + column * BN
+                inside = (first + i < stop) & (column * BN + j < N)
+                g16 = gl.load(gate_up_ptr + at_2N + i * (2 * N) + j, mask=inside, other=0.0)
+                u16 = gl.load(gate_up_ptr + at_2N + N + i * (2 * N) + j, mask=inside, other=0.0)
+                mbarrier.wait(ready.index(half), phase)
+                for q in range(BN // 32):
+                    c = 32 * q + j
+                    g = g16.to(gl.float32)
+                    u = u16.to(gl.float32)
+                    # the next ones, so that they are there when their turn comes
+                    after = (first + i < stop) & (column * BN + 32 + c < N) & (q + 1 < BN // 32)
+                    g16 = gl.load(gate_up_ptr + at_2N + i * (2 * N) + (32 + c), mask=after, other=0.0)
+                    u16 = gl.load(gate_up_ptr + at_2N + N + i * (2 * N) + (32 + c), mask=after, other=0.0)
+                    grad = results.index(8 * half + q).load(lines).to(gl.float32)
+                    grad = gl.where(first + i < stop, grad, 0.0)
+                    s = 1 / (1 + gl.exp(-g))
+                    silu = g * s
+                    h = (silu * u).to(gl.bfloat16).to(gl.float32)
+                    dot += gl.sum(grad * h, 1)
+                    written = (first + i < end) & (column * BN + c < N)
+                    gl.store(gated_h_ptr + at_N + i * N + c, (scale * h).to(gl.bfloat16), mask=written)
+                    grad = grad * scale
+                    grad_gate = grad * u * (s + silu * (1 - s))
+                    gl.store(grad_gate_up_ptr + at_2N + i * (2 * N) + c, grad_gate.to(gl.bfloat16), mask=written)
+                    at_up = grad_gate_up_ptr + at_2N + N
+                    gl.store(at_up + i * (2 * N) + c, (grad * silu).to(gl.bfloat16), mask=written)
+                mbarrier.arrive(taken.index(half))
+                gl.store(grad_gates_ptr + column * n_rows + choice, dot, mask=used)
+            phase ^= 1
+
+
+@Kernel
+@gluon.jit(do_not_specialize=["n_row_tiles", "n_rows"])
+def _down_backward(
+    grad_y_ptr,
+    choice_ptr,
+    weights_desc,
+    tiles_ptr,
+    offsets_ptr,
+    gates_ptr,
+    gate_up_ptr,
+    grad_gate_up_ptr,
+    gated_h_ptr,
+    grad_gates_ptr,
+    n_row_tiles,
+    n_rows,
+    TOP_K: gl.constexpr,
+    E: gl.constexpr,
+    K: gl.constexpr,
+    N: gl.constexpr,
+    BN: gl.constexpr,
+    BK: gl.constexpr,
+    STAGES: gl.constexpr,
+    GROUP: gl.constexpr,
+    ROWS_LAYOUT: gl.constexpr,
+    RESULTS_LAYOUT: gl.constexpr,
+):
+    rows = gl.allocate_shared_memory(weights_desc.dtype, [STAGES * 2, 64, BK], ROWS_LAYOUT)
+    weights = gl.allocate_shared_memory(weights_desc.dtype, [STAGES, BN, BK], weights_desc.layout)
+    results = gl.allocate_shared_memory(weights_desc.dtype, [16, 64, BN // 8], RESULTS_LAYOUT)
+    full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
+    empty = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
+    ready = gl.allocate_shared_memory(gl.int64, [2, 1], mbarrier.MBarrierLayout())
+    taken = gl.allocate_shared_memory(gl.int64, [2, 1], mbarrier.MBarrierLayout())
+    for i in gl.static_range(STAGES):
+        mbarrier.init(full.index(i), count=129)
+        mbarrier.init(empty.index(i), count=2)
+    for i in gl.static_range(2):
+        mbarrier.init(ready.index(i), count=1)
+        mbarrier.init(taken.index(i), count=1)
+    # fmt: off
+    gl.warp_specialize([
+        (_multiply_and_hand_over, (0, rows, weights, results, full, empty, ready, taken, tiles_ptr, n_row_tiles,
+                                   K, N, BN, BK, STAGES, GROUP)),
+        (_multiply_and_hand_over, (1, rows, weights, results, full, empty, ready, taken, tiles_ptr, n_row_tiles,
+                                   K, N, BN, BK, STAGES, GROUP)),
+        (_swiglu_backward, (results, ready, taken, tiles_ptr, offsets_ptr, gates_ptr, choice_ptr, gate_up_ptr,
+                            grad_gate_up_ptr, gated_h_ptr, grad_gates_ptr, n_row_tiles, n_rows, E, N, BN, GROUP)),
+        (_gather_rows, (grad_y_ptr, choice_ptr, weights_desc, rows, weights, full, empty, tiles_ptr, n_row_tiles,
+                        TOP_K, K, N, N, False, BN, BK, STAGES, GROUP)),
+    ], [4, 4, 4], [160, 120, 56])
+    # fmt: on
+
+
+def down_backward(
+    grad_y_TD: Tensor,
+    gates_TK: Tensor,
+    choice_of_row_R: Tensor,
+    offsets_E: Tensor,
+    down_EFD: Tensor,
+    gate_up_R2F: Tensor,
+    tiles: Tensor,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """`rows.swiglu_backward` of grad_h_r = grad_y_t W^eT, which is never stored: (grad_gate_up [R, 2F], gated_h [R, F],
+    grad_gates [T, K] float32).
+
+    2 R D F operations; T D + E F D + 2 R F elements read, most rows R D from L2, 3 R F written.
+    """
+    D, R, n = grad_y_TD.shape[1], choice_of_row_R.shape[0], down_EFD.shape[1]
+    grad_gate_up_R2F, gated_h_RF = torch.empty_like(gate_up_R2F), gate_up_R2F.new_empty(R, n)
+    n_columns = cdiv(n, COLUMNS)
+    grad_gates_cTK = torch.zeros(n_columns, *gates_TK.shape, device=gates_TK.device)  # those of "none" stay 0
+    _down_backward[_blocks(tiles.shape[0] * n_columns, grad_y_TD.device)](
+        grad_y_TD.contiguous(),
+        choice_of_row_R,
+        _blocks_of(down_EFD, COLUMNS, DEPTH),
+        tiles,
+        offsets_E,
+        gates_TK.contiguous(),
+        gate_up_R2F,
+        grad_gate_up_R2F,
+        gated_h_RF,
+        grad_gates_cTK,
+        tiles.shape[0],
+        R,
+        gates_TK.shape[1],
+        offsets_E.shape[0],
+        D,
+        n,
+        COLUMNS,
+        DEPTH,
+        STAGES - 1,  # what is handed over needs the room of one
+        GROUP,
+        _layout(ROWS // 2, DEPTH),
+        _layout(ROWS // 2, COLUMNS // 8),
+        num_warps=4,
+        maxnreg=128,
+    )
+    return grad_gate_up_R2F, gated_h_RF, grad_gates_cTK[0] if n_columns == 1 else grad_gates_cTK.sum(0)
+
+
+# ------------------------------------------------------------------------------------ gradients of weights
 
 
 @gluon.jit
@@ -231,33 +646,60 @@ def _gradient_tile(index, offsets_ptr, n_m: gl.constexpr, n_n: gl.constexpr):
 
 
 @gluon.jit
-def _fetch_pairs(
-    a_desc,
-    b_desc,
+def _fetch_and_gather_pairs(
+    tokens_ptr,
+    choice_ptr,
+    rows_desc,
     a,
     b,
     full,
     empty,
     offsets_ptr,
-    E,
+    TOP_K: gl.constexpr,
+    E: gl.constexpr,
+    GATHER_A: gl.constexpr,
+    M: gl.constexpr,
+    N: gl.constexpr,
     n_m: gl.constexpr,
     n_n: gl.constexpr,
     BN: gl.constexpr,
     BK: gl.constexpr,
     STAGES: gl.constexpr,
-    BYTES: gl.constexpr,
 ):
+    """Four warps. What they gather is 0 past an expert's rows; what the copy engine brings there is of others."""
+    WIDTH: gl.constexpr = 64 if GATHER_A else BN
+    STRIDE: gl.constexpr = M if GATHER_A else N
+    BYTES: gl.constexpr = (1 if GATHER_A else 2) * rows_desc.block_type.nbytes
+    lines: gl.constexpr = gl.BlockedLayout([1, 8], [256 // WIDTH, WIDTH // 8], [4, 1], [1, 0])
+    r = gl.arange(0, BK, gl.SliceLayout(1, lines))
+    c = gl.arange(0, WIDTH, gl.SliceLayout(0, lines))[None, :]
     stage = 0
     phase = 1
     for index in range(gl.program_id(0), E * n_m * n_n, gl.num_programs(0)):
         _, begin, end, m, n = _gradient_tile(index, offsets_ptr, n_m, n_n)
+        token = gl.load(choice_ptr + begin + r, mask=begin + r < end, other=0) // TOP_K
         for row in range(begin, end, BK):
+            # those of the next step, so that it need not wait for memory twice
+            after = gl.load(choice_ptr + row + BK + r, mask=row + BK + r < end, other=0) // TOP_K
+            inside = (row + r < end)[:, None]
+            column = (m * 128 if GATHER_A else n * BN) + c
+            ptrs = tokens_ptr + token.to(gl.int64)[:, None] * STRIDE + column
             mbarrier.wait(empty.index(stage), phase)
             barrier = full.index(stage)
+            if GATHER_A:
+                async_copy.async_copy_global_to_shared(a.index(2 * stage), ptrs, mask=inside & (column < STRIDE))
+                inside &= column + 64 < STRIDE
+                async_copy.async_copy_global_to_shared(a.index(2 * stage + 1), ptrs + 64, mask=inside)
+            else:
+                async_copy.async_copy_global_to_shared(b.index(stage), ptrs, mask=inside & (column < STRIDE))
+            async_copy.mbarrier_arrive(barrier, increment_count=False)
             mbarrier.expect(barrier, BYTES)
-            load(a_desc, [row, m * 128], barrier, a.index(2 * stage))
-            load(a_desc, [row, m * 128 + 64], barrier, a.index(2 * stage + 1))
-            load(b_desc, [row, n * BN], barrier, b.index(stage))
+            if GATHER_A:
+                load(rows_desc, [row, n * BN], barrier, b.index(stage))
+            else:
+                load(rows_desc, [row, m * 128], barrier, a.index(2 * stage))
+                load(rows_desc, [row, m * 128 + 64], barrier, a.index(2 * stage + 1))
+            token = after
             stage += 1
             if stage == STAGES:
                 stage = 0
@@ -273,7 +715,7 @@ def _multiply_pairs(
     empty,
     offsets_ptr,
     out_ptr,
-    E,
+    E: gl.constexpr,
     M: gl.constexpr,
     N: gl.constexpr,
     n_m: gl.constexpr,
@@ -283,7 +725,6 @@ def _multiply_pairs(
     STAGES: gl.constexpr,
 ):
     layout: gl.constexpr = gl.NVMMADistributedLayout(version=[3, 0], warps_per_cta=[4, 1], instr_shape=[16, BN, 16])
-    lines: gl.constexpr = gl.BlockedLayout([1, 8], [4, 8], [4, 1], [1, 0])
     stage = 0
     phase = 0
     for index in range(gl.program_id(0), E * n_m * n_n, gl.num_programs(0)):
@@ -291,12 +732,8 @@ def _multiply_pairs(
         acc = gl.zeros([64, BN], gl.float32, layout)
         for row in range(begin, end, BK):
             mbarrier.wait(full.index(stage), phase)
-            a_tile = a.index(2 * stage + HALF)
-            if row + BK > end:  # what follows are rows of the next expert
-                r = row + gl.arange(0, BK, gl.SliceLayout(1, lines))[:, None]
-                a_tile.store(gl.where(r < end, a_tile.load(lines), 0.0))
-                fence_async_shared()
-            acc = warpgroup_mma(a_tile.permute((1, 0)), b.index(stage), acc, is_async=True)
+            fence_async_shared()
+            acc = warpgroup_mma(a.index(2 * stage + HALF).permute((1, 0)), b.index(stage), acc, is_async=True)
             acc = warpgroup_mma_wait(1, deps=[acc])
             mbarrier.arrive(empty.index((stage + STAGES - 1) % STAGES), pred=row > begin)
             stage += 1
@@ -305,80 +742,96 @@ def _multiply_pairs(
                 phase ^= 1
         acc = warpgroup_mma_wait(0, deps=[acc])
         mbarrier.arrive(empty.index((stage + STAGES - 1) % STAGES), pred=end > begin)
-        i = m * 128 + 64 * HALF + gl.arange(0, 64, gl.SliceLayout(1, layout))[:, None]
-        j = n * BN + gl.arange(0, BN, gl.SliceLayout(0, layout))[None, :]
-        gl.store(out_ptr + expert.to(gl.int64) * (M * N) + i * N + j, acc, mask=(i < M) & (j < N))
+        out = out_ptr + expert.to(gl.int64) * (M * N)
+        row = m * 128 + 64 * HALF
+        if out_ptr.dtype.element_ty == gl.float32:  # a quarter of a cache line a thread is enough
+            i = row + gl.arange(0, 64, gl.SliceLayout(1, layout))[:, None]
+            j = n * BN + gl.arange(0, BN, gl.SliceLayout(0, layout))[None, :]
+            gl.store(out + i * N + j, acc, mask=(i < M) & (j < N))
+        else:
+            _store_halves(out, acc.to(gl.bfloat16), row, M, n * BN, N, N)
 
 
 @Kernel
 @gluon.jit
 def _weight_gradient(
-    a_desc,
-    b_desc,
+    tokens_ptr,
+    choice_ptr,
+    rows_desc,
     out_ptr,
     offsets_ptr,
-    E,
+    TOP_K: gl.constexpr,
+    E: gl.constexpr,
+    GATHER_A: gl.constexpr,
     M: gl.constexpr,
     N: gl.constexpr,
     BN: gl.constexpr,
+    BK: gl.constexpr,
     STAGES: gl.constexpr,
+    A_LAYOUT: gl.constexpr,
+    B_LAYOUT: gl.constexpr,
 ):
-    BK: gl.constexpr = a_desc.block_type.shape[0]
     n_m: gl.constexpr = (M + 127) // 128
     n_n: gl.constexpr = (N + BN - 1) // BN
-    a = gl.allocate_shared_memory(a_desc.dtype, [STAGES * 2, BK, 64], a_desc.layout)
-    b = gl.allocate_shared_memory(b_desc.dtype, [STAGES, BK, BN], b_desc.layout)
+    a = gl.allocate_shared_memory(rows_desc.dtype, [STAGES * 2, BK, 64], A_LAYOUT)
+    b = gl.allocate_shared_memory(rows_desc.dtype, [STAGES, BK, BN], B_LAYOUT)
     full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
     empty = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
     for i in gl.static_range(STAGES):
-        mbarrier.init(full.index(i), count=1)
+        mbarrier.init(full.index(i), count=129)
         mbarrier.init(empty.index(i), count=2)
-    BYTES: gl.constexpr = 2 * a_desc.block_type.nbytes + b_desc.block_type.nbytes
     # fmt: off
     gl.warp_specialize([
         (_multiply_pairs, (0, a, b, full, empty, offsets_ptr, out_ptr, E, M, N, n_m, n_n, BN, BK, STAGES)),
         (_multiply_pairs, (1, a, b, full, empty, offsets_ptr, out_ptr, E, M, N, n_m, n_n, BN, BK, STAGES)),
-        (_fetch_pairs, (a_desc, b_desc, a, b, full, empty, offsets_ptr, E, n_m, n_n, BN, BK, STAGES, BYTES)),
-    ], [4, 1], [240, 24])
+        (_fetch_and_gather_pairs, (tokens_ptr, choice_ptr, rows_desc, a, b, full, empty, offsets_ptr,
+                                   TOP_K, E, GATHER_A, M, N, n_m, n_n, BN, BK, STAGES)),
+    ], [4, 4], [208, 88])
     # fmt: on
 
 
-def rows_product(
-    rows_RK: Tensor, w: Tensor, tiles: Tensor, n: int, *, swiglu: bool = False, transposed: bool = False
-) -> tuple[Tensor, Tensor]:
-    """`products.product` and `products.up_product` (then n = F and the second is h, else it is the first again)."""
-    R, K = rows_RK.shape
-    out = rows_RK.new_empty(R, 2 * n if swiglu else n)
-    hidden = rows_RK.new_empty(R, n) if swiglu else out
-    columns = COLUMNS // 2 if swiglu else COLUMNS
-    _rows_product[_blocks(tiles.shape[0] * cdiv(n, columns), rows_RK.device)](
-        _blocks_of(rows_RK, ROWS // 2, DEPTH),
-        _blocks_of(w, *((columns, DEPTH) if transposed else (DEPTH, columns))),
-        out,
-        hidden,
-        tiles,
-        tiles.shape[0],
-        K,
-        n,
-        w.shape[1],
-        swiglu,
-        transposed,
-        columns,
+def weight_gradient(
+    tokens_TM: Tensor,
+    rows_RN: Tensor,
+    choice_of_row_R: Tensor,
+    top_k: int,
+    offsets_E: Tensor,
+    dtype: torch.dtype,
+    *,
+    rows_first: bool = False,
+) -> Tensor:
+    """[E, M, N] in `dtype`, float32 or bfloat16: the sum of token_r^T row_r over the rows of each expert; with
+    `rows_first` [E, N, M], row_r^T token_r. Rows right behind the last offset must be finite.
+
+    2 R M N operations; R N + T M elements read, most of R M from L2, E M N written.
+    """
+    E, M, N = offsets_E.shape[0], tokens_TM.shape[1], rows_RN.shape[1]
+    if rows_first:
+        M, N = N, M
+    out_EMN = tokens_TM.new_empty(E, M, N, dtype=dtype)
+    _weight_gradient[_blocks(E * cdiv(M, ROWS) * cdiv(N, COLUMNS), tokens_TM.device)](
+        tokens_TM.contiguous(),
+        choice_of_row_R,
+        _blocks_of(rows_RN, DEPTH, ROWS // 2 if rows_first else COLUMNS),
+        out_EMN,
+        offsets_E,
+        top_k,
+        E,
+        not rows_first,
+        M,
+        N,
+        COLUMNS,
+        DEPTH,
         STAGES,
-        GROUP,
-        **OPTIONS,
+        _layout(DEPTH, ROWS // 2),
+        _layout(DEPTH, COLUMNS),
+        num_warps=4,
+        maxnreg=168,
     )
-    return out, hidden
-
-
-def weight_gradient(a_RM: Tensor, b_RN: Tensor, offsets_E: Tensor) -> Tensor:
-    """`products.weight_gradient`."""
-    E, M, N = offsets_E.numel(), a_RM.shape[1], b_RN.shape[1]
-    out_EMN = a_RM.new_empty(E, M, N, dtype=torch.float32)
-    n_tiles = E * cdiv(M, ROWS) * cdiv(N, COLUMNS)
-    a, b = _blocks_of(a_RM, DEPTH, ROWS // 2), _blocks_of(b_RN, DEPTH, COLUMNS)
-    _weight_gradient[_blocks(n_tiles, a_RM.device)](a, b, out_EMN, offsets_E, E, M, N, COLUMNS, STAGES, **OPTIONS)
     return out_EMN
+
+
+# ------------------------------------------------------------------------------------------------ launches
 
 
 def _blocks_of(matrix: Tensor, rows: int, columns: int) -> TensorDescriptor:
@@ -392,8 +845,13 @@ def _blocks_of(matrix: Tensor, rows: int, columns: int) -> TensorDescriptor:
 def _blocks_of_shape(shape: torch.Size, rows: int, columns: int) -> TensorDescriptor:
     """The same without memory: what its constructor checks takes longer than a launch."""
     matrix = torch.empty(shape, dtype=torch.bfloat16, device="meta").flatten(0, -2)
-    layout = gl.NVMMASharedLayout.get_default_for([rows, columns], gl.bfloat16)
-    return TensorDescriptor.from_tensor(matrix, [rows, columns], layout)
+    return TensorDescriptor.from_tensor(matrix, [rows, columns], _layout(rows, columns))
+
+
+@cache
+def _layout(rows: int, columns: int) -> gl.NVMMASharedLayout:
+    """Of a tile in shared memory, as the copy engine and the tensor cores want it."""
+    return gl.NVMMASharedLayout.get_default_for([rows, columns], gl.bfloat16)
 
 
 @cache

@@ -1,7 +1,4 @@
-"""The grouped products of the experts, on rows sorted by expert: torch's, or on a Hopper GPU those of `hopper.py`.
-
-Rows past offsets_E[-1] belong to no expert: what they hold is not read, and in a result they are undefined.
-"""
+"""Which grouped products the experts use: those of `hopper.py` on a Hopper GPU, elsewhere torch's."""
 
 from __future__ import annotations
 
@@ -12,54 +9,65 @@ from types import ModuleType
 import torch
 import torch.nn.functional as F
 import triton
+import triton.language as tl
 from torch import Tensor
 
-from moelm.moe.kernels.rows import spread, swiglu
+from moelm.moe.kernels.launch import Kernel, cdiv, next_power_of_2
+from moelm.moe.kernels.rows import spread, swiglu, swiglu_backward
+from moelm.moe.kernels.sorting import sort_by_expert
 
 log = logging.getLogger(__name__)
 
 ROWS = 128  # of a tile of `hopper.py`
 
 
-def up_product(rows_RD: Tensor, gate_up_EDF: Tensor, offsets_E: Tensor, tiles: Tensor | None) -> tuple[Tensor, Tensor]:
-    """(gate_up [R, 2F], h [R, F]): gate_up_r = rows_r W^e, and h = silu(gate) up of them once they are rounded.
-
-    4 R D F operations; reads R D + 2 E D F and writes 3 R F elements, with torch's product 2 R F more are read.
-    """
-    if tiles is None:
-        gate_up_R2F = F.grouped_mm(rows_RD, gate_up_EDF, offs=offsets_E)
-        return gate_up_R2F, swiglu(gate_up_R2F, offsets_E)
-    pair: tuple[Tensor, Tensor] = _hopper().rows_product(
-        rows_RD, gate_up_EDF, tiles, gate_up_EDF.shape[2] // 2, swiglu=True
-    )
-    return pair
+def hopper_tiles(x: Tensor, n_rows: int, offsets_E: Tensor) -> Tensor | None:
+    """`row_tiles` if the products of `hopper.py` are used for tokens like `x`, else None."""
+    usable = x.dtype == torch.bfloat16 and x.is_cuda and x.numel() and _hopper_works(x.device)
+    return row_tiles(n_rows, offsets_E, ROWS) if usable else None
 
 
-def product(rows_RK: Tensor, w: Tensor, offsets_E: Tensor, tiles: Tensor | None, *, transposed: bool = False) -> Tensor:
-    """[R, N] rows_r W^e, or with `transposed` rows_r W^eT. 2 R K N operations on R K + E K N + R N elements."""
-    if tiles is None:
-        return F.grouped_mm(rows_RK, w.mT if transposed else w, offs=offsets_E)
-    n = w.shape[1 if transposed else 2]
-    out_RN: Tensor = _hopper().rows_product(rows_RK, w, tiles, n, transposed=transposed)[0]
-    return out_RN
+def row_tiles(n_rows: int, offsets_E: Tensor, size: int) -> Tensor:
+    """Each expert's rows, `size` at a time: int32 [n, 3] expert, first row, end of the expert's rows; expert -1 for a
+    tile without rows. As many as `n_rows` can need whatever the load, which the host does not know."""
+    E = offsets_E.shape[0]
+    n_tiles = min(n_rows, n_rows // size + E)
+    tiles_N3 = offsets_E.new_empty(n_tiles, 3)
+    block = 64
+    _row_tiles[cdiv(n_tiles, block), 1, 1](offsets_E, tiles_N3, n_tiles, E, next_power_of_2(E), size, block)
+    return tiles_N3
 
 
-def weight_gradient(a_RM: Tensor, b_RN: Tensor, offsets_E: Tensor, tiles: Tensor | None, dtype: torch.dtype) -> Tensor:
-    """[E, M, N] in `dtype`: the sum of a_r^T b_r over the rows of each expert. 2 R M N operations on R M + R N + E M N
-    elements. Rows of b past the last offset must be finite."""
-    if tiles is None:
-        return F.grouped_mm(a_RM.mT, b_RN, offs=offsets_E).to(dtype)
-    grad_EMN: Tensor = _hopper().weight_gradient(a_RM, b_RN, offsets_E)
-    return grad_EMN.to(dtype)
+def row_tiles_reference(n_rows: int, offsets_E: Tensor, size: int) -> Tensor:
+    ends = offsets_E.tolist()
+    tiles = [(e, row, end) for e, end in enumerate(ends) for row in range(ends[e - 1] if e else 0, end, size)]
+    tiles += [(-1, 0, 0)] * (min(n_rows, n_rows // size + len(ends)) - len(tiles))
+    return torch.tensor(tiles, dtype=torch.int32, device=offsets_E.device).view(-1, 3)
 
 
-def tile_rows(x: Tensor) -> int:
-    """How many rows a tile of `spread` has, if the products of `hopper.py` are used for rows like `x`; else 0."""
-    return ROWS if x.dtype == torch.bfloat16 and x.is_cuda and x.numel() and _hopper_works(x.device) else 0
+@Kernel
+@triton.jit(do_not_specialize=["n_tiles"])
+def _row_tiles(
+    offsets_E, tiles_N3, n_tiles, E: tl.constexpr, BLOCK_E: tl.constexpr, SIZE: tl.constexpr, BLOCK: tl.constexpr
+):
+    e = tl.arange(0, BLOCK_E)
+    end = tl.load(offsets_E + e, mask=e < E, other=0)
+    start = tl.load(offsets_E + e - 1, mask=(e > 0) & (e < E), other=0)
+    n = tl.where(e < E, tl.cdiv(end - start, SIZE), 0)
+    last = tl.cumsum(n, 0)
+    tile = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    expert = tl.sum((last[None, :] <= tile[:, None]).to(tl.int32), 1)
+    mine = e[None, :] == expert[:, None]
+    row = tl.sum(tl.where(mine, (start - (last - n) * SIZE)[None, :], 0), 1) + tile * SIZE
+    stop = tl.sum(tl.where(mine, end[None, :], 0), 1)
+    inside = tile < n_tiles
+    tl.store(tiles_N3 + 3 * tile, tl.where(expert < E, expert, -1), mask=inside)
+    tl.store(tiles_N3 + 3 * tile + 1, row, mask=inside)
+    tl.store(tiles_N3 + 3 * tile + 2, stop, mask=inside)
 
 
 @cache
-def _hopper() -> ModuleType:
+def hopper() -> ModuleType:
     from moelm.moe.kernels import hopper  # here, since other Tritons may lack what it imports
 
     return hopper
@@ -68,7 +76,9 @@ def _hopper() -> ModuleType:
 @cache
 def _hopper_works(device: torch.device) -> bool:
     """Gluon is young and changes: where its kernels do not compile, or compute something else, torch's are used."""
-    if torch.cuda.get_device_capability(device) != (9, 0):
+    capability = torch.cuda.get_device_capability(device)
+    if capability != (9, 0):
+        log.info("experts: torch's grouped product, since this GPU is %d.%d and no Hopper (9.0)", *capability)
         return False
     try:
         for _ in range(2):  # launched by Triton, and as `launch.py` remembers them
@@ -85,27 +95,48 @@ def _hopper_works(device: torch.device) -> bool:
 
 def _compare_with_torch(device: torch.device) -> None:
     """Raises if a kernel of `hopper.py` errs by more than rounding. The sizes let a block of threads have a second
-    tile, more steps than there are stages, and ends of rows, of columns and of sums inside a tile."""
+    tile, more steps than there are stages, and ends of rows, of columns and of sums inside a tile; some choices are
+    of "none"."""
     generator = torch.Generator(device).manual_seed(0)
-    rows_RD, wide_RF, w_EDF = (
+    T, K, D, n, E = 4220, 2, 328, 296, 3
+    x_TD, grad_y_TD, up_EDF, down_EFD = (
         torch.randn(shape, device=device, generator=generator).bfloat16()
-        for shape in ((8440, 328), (8440, 592), (3, 328, 592))
+        for shape in ((T, D), (T, D), (E, D, 2 * n), (E, n, D))
     )
-    offsets_E = torch.tensor([5000, 5000, 8440], dtype=torch.int32, device=device)
-    in_order_T1 = torch.arange(len(rows_RD), dtype=torch.int32, device=device).unsqueeze(1)
-    (rows_RD, tiles), hopper = spread(rows_RD, in_order_T1, offsets_E, ROWS), _hopper()
-    gate_up_R2F, hidden_RF = hopper.rows_product(rows_RD, w_EDF, tiles, 296, swiglu=True)
-    product_RF = F.grouped_mm(rows_RD, w_EDF, offs=offsets_E)
-    for found, wanted in (
-        (gate_up_R2F, product_RF),
-        (hidden_RF, swiglu(product_RF, offsets_E)),
-        (hopper.rows_product(rows_RD, w_EDF, tiles, 592)[0], product_RF),
+    ids_TK = torch.randint(0, 2 * E, (T, K), device=device, generator=generator).clamp(max=E)  # one expert idle
+    gates_TK = torch.rand(T, K, device=device, generator=generator)
+    row_of_choice_TK, choice_of_row_R, offsets_E = sort_by_expert(torch.where(ids_TK == 1, 0, ids_TK), E)
+    tiles, n_used = row_tiles(T * K, offsets_E, ROWS), int(offsets_E[-1])
+    rows_RD, grad_rows_RD = spread(x_TD, row_of_choice_TK), spread(grad_y_TD, row_of_choice_TK)
+
+    ours = hopper()
+    gate_up_R2F, h_RF = ours.up_product(x_TD, choice_of_row_R, K, up_EDF, tiles)
+    wanted_up_R2F = F.grouped_mm(rows_RD, up_EDF, offs=offsets_E)
+    wanted_h_RF = swiglu(wanted_up_R2F, offsets_E)
+    grad_h_RF = F.grouped_mm(grad_rows_RD, down_EFD.mT, offs=offsets_E)
+    backward = ours.down_backward(grad_y_TD, gates_TK, choice_of_row_R, offsets_E, down_EFD, wanted_up_R2F, tiles)
+    wanted_backward = swiglu_backward(grad_h_RF, wanted_up_R2F, gates_TK, choice_of_row_R, offsets_E)
+    grad_up_R2F, gated_h_RF, _ = wanted_backward
+    wanted_x_RD = F.grouped_mm(grad_up_R2F, up_EDF.mT, offs=offsets_E)
+    grad_down_EFD = F.grouped_mm(gated_h_RF.mT, grad_rows_RD, offs=offsets_E)
+    grad_up_EDF = F.grouped_mm(rows_RD.mT, grad_up_R2F, offs=offsets_E)
+    pairs = [
+        (gate_up_R2F[:n_used], wanted_up_R2F[:n_used]),
+        (h_RF[:n_used], wanted_h_RF[:n_used]),
+        (backward[0][:n_used], wanted_backward[0][:n_used]),
+        (backward[1][:n_used], wanted_backward[1][:n_used]),
+        (backward[2], wanted_backward[2]),
         (
-            hopper.rows_product(wide_RF, w_EDF, tiles, 328, transposed=True)[0],
-            F.grouped_mm(wide_RF, w_EDF.mT, offs=offsets_E),
+            ours.product(wanted_h_RF, down_EFD, tiles)[:n_used],
+            F.grouped_mm(wanted_h_RF, down_EFD, offs=offsets_E)[:n_used],
         ),
-        (hopper.weight_gradient(rows_RD, wide_RF, offsets_E), F.grouped_mm(rows_RD.mT, wide_RF, offs=offsets_E)),
-    ):
+        (ours.product(grad_up_R2F, up_EDF, tiles, transposed=True)[:n_used], wanted_x_RD[:n_used]),
+    ]
+    for dtype in (torch.float32, torch.bfloat16):
+        by_token = choice_of_row_R, K, offsets_E, dtype
+        pairs.append((ours.weight_gradient(x_TD, backward[0], *by_token), grad_up_EDF))
+        pairs.append((ours.weight_gradient(grad_y_TD, backward[1], *by_token, rows_first=True), grad_down_EFD))
+    for found, wanted in pairs:
         error = (found.float() - wanted.float()).abs().max() / wanted.float().abs().max()
         if not error <= 2**-7:
             raise ValueError(f"an error of {error.item():.1e}")

@@ -18,81 +18,36 @@ from moelm.moe.kernels.launch import Kernel, cdiv, next_power_of_2
 BLOCK = 2048  # elements of a tile: 16 a thread of 4 warps, two 16-byte loads in bfloat16
 
 
-def spread(
-    x_TD: Tensor, row_of_choice_TK: Tensor, offsets_E: Tensor | None = None, tile: int = 0
-) -> tuple[Tensor, Tensor | None]:
-    """(rows [R, D], tiles). rows[row(t, k)] = x_t; rows of "none" are copies of their token too.
-
-    Tiles, None if `tile` is 0: each expert's rows, `tile` at a time, made here since it costs no launch. int32 [n, 3]:
-    expert, first row, end of the expert's rows; expert -1 for a tile without rows. As many as R rows can need whatever
-    the load, which the host does not know.
-
-    (1 + K) T D s bytes: a token is read once.
-    """
+def spread(x_TD: Tensor, row_of_choice_TK: Tensor) -> Tensor:
+    """[R, D]: rows[row(t, k)] = x_t; rows of "none" are copies of their token too. (1 + K) T D s bytes: a token is read
+    once."""
     (T, D), K = x_TD.shape, row_of_choice_TK.shape[1]
     rows_RD = x_TD.new_empty(T * K, D)
     block_d = min(BLOCK, next_power_of_2(D))
     block_t = BLOCK // block_d
-    n_t, n_d, E, n_tiles, tiles = cdiv(T, block_t), cdiv(D, block_d), 0, 0, None
-    if offsets_E is not None and tile:
-        E = offsets_E.shape[0]
-        n_tiles = min(T * K, T * K // tile + E)
-        tiles = offsets_E.new_empty(n_tiles, 3)
-        n_t = max(n_t, cdiv(n_tiles, n_d))
-    _spread[n_t, n_d, 1](
-        x_TD.contiguous(),
-        row_of_choice_TK.contiguous(),
-        rows_RD,
-        offsets_E,
-        tiles,
-        T,
-        n_tiles,
-        K,
-        D,
-        E,
-        next_power_of_2(E),
-        tile,
-        block_t,
-        block_d,
+    _spread[cdiv(T, block_t), cdiv(D, block_d), 1](
+        x_TD.contiguous(), row_of_choice_TK.contiguous(), rows_RD, T, K, D, block_t, block_d
     )
-    return rows_RD, tiles
+    return rows_RD
 
 
-def spread_reference(
-    x_TD: Tensor, row_of_choice_TK: Tensor, offsets_E: Tensor | None = None, tile: int = 0
-) -> tuple[Tensor, Tensor | None]:
+def spread_reference(x_TD: Tensor, row_of_choice_TK: Tensor) -> Tensor:
     token_of_row_R = row_of_choice_TK.flatten().argsort() // row_of_choice_TK.shape[1]
-    rows_RD = x_TD.index_select(0, token_of_row_R)
-    if offsets_E is None or not tile:
-        return rows_RD, None
-    ends, R = offsets_E.tolist(), len(rows_RD)
-    tiles = [(e, row, end) for e, end in enumerate(ends) for row in range(ends[e - 1] if e else 0, end, tile)]
-    tiles += [(-1, 0, 0)] * (min(R, R // tile + len(ends)) - len(tiles))
-    return rows_RD, torch.tensor(tiles, dtype=torch.int32, device=x_TD.device).view(-1, 3)
+    return x_TD.index_select(0, token_of_row_R)
 
 
 @Kernel
-@triton.jit(do_not_specialize=["T", "n_tiles"])
+@triton.jit(do_not_specialize=["T"])
 def _spread(
     x_TD,
     row_of_choice_TK,
     rows_RD,
-    offsets_E,
-    tiles_N3,
     T,
-    n_tiles,
     K: tl.constexpr,
     D: tl.constexpr,
-    E: tl.constexpr,
-    BLOCK_E: tl.constexpr,
-    TILE: tl.constexpr,
     BLOCK_T: tl.constexpr,
     BLOCK_D: tl.constexpr,
 ):
-    if tiles_N3 is not None:
-        tile = tl.program_id(0) * tl.num_programs(1) + tl.program_id(1)
-        if tile < n_tiles:
-            _write_tile(offsets_E, tiles_N3, tile, E, BLOCK_E, TILE)
     t = tl.program_id(0) * BLOCK_T + tl.arange(0, BLOCK_T)
     d = tl.program_id(1) * BLOCK_D + tl.arange(0, BLOCK_D)
     inside = (t < T)[:, None] & (d < D)[None, :]
@@ -102,31 +57,10 @@ def _spread(
         tl.store(rows_RD + row[:, None] * D + d[None, :], x, mask=inside)
 
 
-@triton.jit
-def _write_tile(offsets_E, tiles_N3, tile, E: tl.constexpr, BLOCK_E: tl.constexpr, TILE: tl.constexpr):
-    e = tl.arange(0, BLOCK_E)
-    end = tl.load(offsets_E + e, mask=e < E, other=0)
-    start = tl.load(offsets_E + e - 1, mask=(e > 0) & (e < E), other=0)
-    n = tl.where(e < E, tl.cdiv(end - start, TILE), 0)
-    last = tl.cumsum(n, 0)
-    expert = tl.sum((last <= tile).to(tl.int32))
-    row = tl.sum(tl.where(e == expert, start + (tile - last + n) * TILE, 0))
-    stop = tl.sum(tl.where(e == expert, end, 0))
-    tl.store(tiles_N3 + 3 * tile, tl.where(expert < E, expert, -1))
-    tl.store(tiles_N3 + 3 * tile + 1, row)
-    tl.store(tiles_N3 + 3 * tile + 2, stop)
+def gather_sum(rows_RD: Tensor, row_of_choice_TK: Tensor, offsets_E: Tensor, gates_TK: Tensor | None = None) -> Tensor:
+    """y [T, D] in the type of the rows: y_t = sum_k gate_tk rows[row(t, k)], added in the order of k.
 
-
-def gather_sum(
-    rows_RD: Tensor,
-    row_of_choice_TK: Tensor,
-    offsets_E: Tensor,
-    gates_TK: Tensor | None = None,
-    add_TD: Tensor | None = None,
-) -> Tensor:
-    """y [T, D] in the type of the rows: y_t = sum_k gate_tk rows[row(t, k)] + add_t, added in the order of k.
-
-    No gates means 1. (K + 1) T D s bytes, and T D s for `add_TD`.
+    No gates means 1. (K + 1) T D s bytes.
     """
     (T, K), D = row_of_choice_TK.shape, rows_RD.shape[1]
     y_TD = rows_RD.new_empty(T, D)
@@ -138,7 +72,6 @@ def gather_sum(
         row_of_choice_TK.contiguous(),
         offsets_E,
         None if gates_TK is None else gates_TK.contiguous(),
-        None if add_TD is None else add_TD.contiguous(),
         y_TD,
         T,
         K,
@@ -151,18 +84,13 @@ def gather_sum(
 
 
 def gather_sum_reference(
-    rows_RD: Tensor,
-    row_of_choice_TK: Tensor,
-    offsets_E: Tensor,
-    gates_TK: Tensor | None = None,
-    add_TD: Tensor | None = None,
+    rows_RD: Tensor, row_of_choice_TK: Tensor, offsets_E: Tensor, gates_TK: Tensor | None = None
 ) -> Tensor:
     chosen_TKD = rows_RD.float()[row_of_choice_TK]
     if gates_TK is not None:
         chosen_TKD = chosen_TKD * gates_TK.unsqueeze(-1)
     used_TK = row_of_choice_TK < offsets_E[-1]
-    y_TD = torch.where(used_TK.unsqueeze(-1), chosen_TKD, 0.0).sum(1)
-    return (y_TD if add_TD is None else y_TD + add_TD).to(rows_RD.dtype)
+    return torch.where(used_TK.unsqueeze(-1), chosen_TKD, 0.0).sum(1).to(rows_RD.dtype)
 
 
 @Kernel
@@ -172,7 +100,6 @@ def _gather_sum(
     row_of_choice_TK,
     offsets_E,
     gates_TK,
-    add_TD,
     y_TD,
     T,
     K: tl.constexpr,
@@ -195,10 +122,7 @@ def _gather_sum(
         else:
             y += tl.load(gates_TK + t * K + k, mask=used, other=0.0).to(tl.float32)[:, None] * chosen
     inside = (t < T)[:, None] & (d < D)[None, :]
-    at = t.to(tl.int64)[:, None] * D + d[None, :]
-    if add_TD is not None:
-        y += tl.load(add_TD + at, mask=inside).to(tl.float32)
-    tl.store(y_TD + at, y.to(y_TD.dtype.element_ty), mask=inside)
+    tl.store(y_TD + t.to(tl.int64)[:, None] * D + d[None, :], y.to(y_TD.dtype.element_ty), mask=inside)
 
 
 def swiglu(gate_up_RF: Tensor, offsets_E: Tensor) -> Tensor:
