@@ -333,8 +333,7 @@ def test_recomputing_blocks_changes_nothing(tiny_config, kernel_device, compiled
         assert value.isfinite().all(), name
 
 
-@pytest.mark.parametrize("mode", ["none", "full"])
-@pytest.mark.parametrize("compiled", [False, True])
+@pytest.mark.parametrize(("compiled", "mode"), [(False, "full"), (True, "none")])
 def test_gradients_of_experts_are_bfloat16_as_the_op_wrote_them_where_parameters_say_so(
     tiny_config, kernel_device, monkeypatch, compiled, mode
 ):
