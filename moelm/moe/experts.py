@@ -182,7 +182,8 @@ class Experts(nn.Module):
 
     @torch.compiler.disable  # type: ignore[untyped-decorator]
     def refresh(self) -> None:
-        """Bring the working copies up to date, if the dtype and the device want copies at all."""
+        """Bring the working copies up to date, if the dtype and the device want copies at all. Where gradients are to
+        have their dtype, they take the place of the weights in the next forward pass."""
         self.stand_ins = ()
         if not self.keeps_copies:
             return
@@ -192,7 +193,7 @@ class Experts(nn.Module):
         if dtype != self.gate_up.dtype and self.fuses(self.gate_up):
             self.gate_up_copy = refreshed(self.gate_up, self.gate_up_copy, dtype)
             self.down_copy = refreshed(self.down, self.down_copy, dtype)
-            if self.gate_up.grad_dtype == self.down.grad_dtype == dtype:
+            if all(weight.is_leaf and weight.grad_dtype == dtype for weight in (self.gate_up, self.down)):
                 self.stand_ins = stand_in(self.gate_up, self.gate_up_copy), stand_in(self.down, self.down_copy)
 
     def forward(self, rows_RD: Tensor, offsets_E: Tensor) -> Tensor:
