@@ -21,10 +21,9 @@ from moelm.model.init import initialize
 from moelm.model.size import flops_per_token
 from moelm.moe.balancing.base import Balancer, auxiliary_losses
 from moelm.moe.load_metrics import dead_experts, max_violation
-from moelm.training.adamw import AdamW
 from moelm.training.evaluation import Evaluation, EvaluationSums, forward_batch
 from moelm.training.gradient_clipping import clip_gradients
-from moelm.training.optim import build_optimizer, lr_factor
+from moelm.training.optim import build_optimizer, lr_factor, shorten_gradients
 from moelm.training.rng import rng_state, seed_rank, set_rng_state
 from moelm.training.shards import held_part, local
 from moelm.training.statistics import RecentLoad, StepAccumulator, StepStatistics, world_size
@@ -88,8 +87,8 @@ class MoELightningModule(pl.LightningModule):
     def configure_optimizers(self) -> OptimizerLRScheduler:
         config = self.config
         optimizer = build_optimizer(self.model, config.optim)
-        if isinstance(optimizer, AdamW) and self._has_one_gradient_a_step:
-            self._shorten_gradients(optimizer)
+        if config.trainer.precision == "bf16-mixed" and self._has_one_gradient_a_step:
+            shorten_gradients(self.model, optimizer)
         scheduler = LambdaLR(optimizer, lr_factor(config.optim.schedule, config.trainer.max_steps))
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
 
@@ -97,17 +96,6 @@ class MoELightningModule(pl.LightningModule):
     def _has_one_gradient_a_step(self) -> bool:
         """No sum over micro-batches or ranks, for which bfloat16 has too few digits."""
         return isinstance(self.trainer.strategy, SingleDeviceStrategy) and self.trainer.accumulate_grad_batches == 1
-
-    def _shorten_gradients(self, optimizer: AdamW) -> None:
-        """Large fused experts get theirs in bfloat16: half the memory, and half of what norm and optimizer read.
-
-        They are products of bfloat16 factors, rounded then as autocast rounds those of every linear layer.
-        """
-        for layer in self.model.moe_layers if self.config.trainer.precision == "bf16-mixed" else ():
-            weights = layer.experts.gate_up, layer.experts.down
-            if layer.experts.backend == "fused" and all(optimizer.reads_bfloat16(weight) for weight in weights):
-                for weight in weights:
-                    weight.grad_dtype = torch.bfloat16
 
     @property
     def expert_bias_ME(self) -> Tensor | None:
