@@ -1,10 +1,10 @@
 """The grouped products on Hopper GPUs, which find the rows of tokens themselves: no sorted copy of them is ever made.
 
 The warps of a block have parts: some fetch tiles into shared memory (the bulk copy engine where rows lie side by side,
-16 bytes a thread where they are gathered by token), two groups of four multiply, and in SwiGLU's backward four more
-compute on what comes out while the tensor cores go on. Each block goes on to its next tile while the last one is being
-stored; results reach memory in whole cache lines. docs/performance.md has what they reach. Everything is summed in one
-order: the same bits every time.
+16 bytes a thread where they are gathered by token), two groups of four multiply, and where SwiGLU or its gradient
+follows four more compute it while the tensor cores go on. Each block goes on to its next tile while the last one is
+being stored; results reach memory in whole cache lines. docs/performance.md has what they reach. Everything is summed
+in one order: the same bits every time.
 
 Tokens [T, D], rows [R, ...] and weights [E, ...] in bfloat16, widths a multiple of 8 (16 bytes for the copy engine);
 `choice_of_row_R` and `tiles` as `sorting.py` and `products.py` make them. Rows past the last expert's are not read.
@@ -121,6 +121,138 @@ def _fetch_rows(
 
 
 @gluon.jit
+def _store(out_ptr, tile, row, stop, column, N: gl.constexpr, STRIDE: gl.constexpr):
+    """A [64, W] tile, in whole cache lines: as the tensor cores leave it, a thread has four bytes of a row."""
+    W: gl.constexpr = tile.shape[1]
+    lines: gl.constexpr = gl.BlockedLayout([1, 8], [256 // W, W // 8], [4, 1], [1, 0])
+    tile = gl.convert_layout(tile, lines)
+    i = gl.arange(0, 64, gl.SliceLayout(1, lines))[:, None]
+    j = gl.arange(0, W, gl.SliceLayout(0, lines))[None, :]
+    at = out_ptr + row.to(gl.int64) * STRIDE + column + (i * STRIDE + j)
+    gl.store(at, tile, mask=(row + i < stop) & (column + j < N))
+
+
+@gluon.jit
+def _store_halves(out_ptr, tile, row, stop, column, N: gl.constexpr, STRIDE: gl.constexpr):
+    """Half of the columns after the other: their way through shared memory then leaves room for the stages."""
+    left, right = _split(tile)
+    _store(out_ptr, left, row, stop, column, N, STRIDE)
+    _store(out_ptr, right, row, stop, column + left.shape[1], N, STRIDE)
+
+
+@gluon.jit
+def _split(tile):
+    return tile.reshape(tile.shape[0], 2, tile.shape[1] // 2).permute(0, 2, 1).split()
+
+
+@gluon.jit
+def _multiply_rows(
+    HALF: gl.constexpr,
+    rows,
+    weights,
+    full,
+    empty,
+    tiles_ptr,
+    n_row_tiles,
+    out_ptr,
+    K: gl.constexpr,
+    N: gl.constexpr,
+    TRANSPOSED: gl.constexpr,
+    BN: gl.constexpr,
+    BK: gl.constexpr,
+    STAGES: gl.constexpr,
+    GROUP: gl.constexpr,
+):
+    n_columns: gl.constexpr = (N + BN - 1) // BN
+    layout: gl.constexpr = gl.NVMMADistributedLayout(version=[3, 0], warps_per_cta=[4, 1], instr_shape=[16, BN, 16])
+    stage = 0
+    phase = 0
+    for index in range(gl.program_id(0), n_row_tiles * n_columns, gl.num_programs(0)):
+        expert, row, stop, column = _tile(index, tiles_ptr, n_row_tiles, n_columns, GROUP)
+        if expert >= 0:
+            acc = gl.zeros([64, BN], gl.float32, layout)
+            for k in range(0, K, BK):
+                mbarrier.wait(full.index(stage), phase)
+                a = rows.index(2 * stage + HALF)
+                b = weights.index(stage)
+                acc = warpgroup_mma(a, b.permute((1, 0)) if TRANSPOSED else b, acc, is_async=True)
+                acc = warpgroup_mma_wait(1, deps=[acc])
+                # one product stays in flight, so it is the stage before whose tiles have been read
+                mbarrier.arrive(empty.index((stage + STAGES - 1) % STAGES), pred=k > 0)
+                stage += 1
+                if stage == STAGES:
+                    stage = 0
+                    phase ^= 1
+            acc = warpgroup_mma_wait(0, deps=[acc])
+            mbarrier.arrive(empty.index((stage + STAGES - 1) % STAGES))
+            _store_halves(out_ptr, acc.to(gl.bfloat16), row + 64 * HALF, stop, column * BN, N, N)
+
+
+@Kernel
+@gluon.jit(do_not_specialize=["n_row_tiles"])
+def _rows_product(
+    rows_desc,
+    weights_desc,
+    out_ptr,
+    tiles_ptr,
+    n_row_tiles,
+    K: gl.constexpr,
+    N: gl.constexpr,
+    PER_EXPERT: gl.constexpr,
+    TRANSPOSED: gl.constexpr,
+    BN: gl.constexpr,
+    STAGES: gl.constexpr,
+    GROUP: gl.constexpr,
+):
+    BK: gl.constexpr = rows_desc.block_type.shape[1]
+    rows = gl.allocate_shared_memory(rows_desc.dtype, [STAGES * 2, 64, BK], rows_desc.layout)
+    DOWN: gl.constexpr = weights_desc.block_type.shape[0]
+    ACROSS: gl.constexpr = weights_desc.block_type.shape[1]
+    weights = gl.allocate_shared_memory(weights_desc.dtype, [STAGES, DOWN, ACROSS], weights_desc.layout)
+    full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
+    empty = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
+    for i in gl.static_range(STAGES):
+        mbarrier.init(full.index(i), count=1)
+        mbarrier.init(empty.index(i), count=2)
+    # fmt: off
+    gl.warp_specialize([
+        (_multiply_rows, (0, rows, weights, full, empty, tiles_ptr, n_row_tiles, out_ptr,
+                          K, N, TRANSPOSED, BN, BK, STAGES, GROUP)),
+        (_multiply_rows, (1, rows, weights, full, empty, tiles_ptr, n_row_tiles, out_ptr,
+                          K, N, TRANSPOSED, BN, BK, STAGES, GROUP)),
+        (_fetch_rows, (rows_desc, weights_desc, rows, weights, full, empty, tiles_ptr, n_row_tiles,
+                       K, N, PER_EXPERT, TRANSPOSED, BN, BK, STAGES, GROUP)),
+    ], [4, 1], [240, 24])
+    # fmt: on
+
+
+def product(rows_RK: Tensor, w: Tensor, tiles: Tensor, *, transposed: bool = False) -> Tensor:
+    """[R, N] rows_r W^e, or with `transposed` rows_r W^eT. 2 R K N operations; R K + E K N + R N elements moved."""
+    (R, K), n = rows_RK.shape, w.shape[1 if transposed else 2]
+    out_RN = rows_RK.new_empty(R, n)
+    _rows_product[_blocks(tiles.shape[0] * cdiv(n, COLUMNS), rows_RK.device)](
+        _blocks_of(rows_RK, ROWS // 2, DEPTH),
+        _blocks_of(w, *((COLUMNS, DEPTH) if transposed else (DEPTH, COLUMNS))),
+        out_RN,
+        tiles,
+        tiles.shape[0],
+        K,
+        n,
+        w.shape[1],
+        transposed,
+        COLUMNS,
+        STAGES,
+        GROUP,
+        num_warps=4,
+        maxnreg=168,  # 65,536 registers for 12 warps; 240 a thread where products are summed
+    )
+    return out_RN
+
+
+# ------------------------------------------- products of tokens; what comes out is taken over by warps of their own
+
+
+@gluon.jit
 def _gather_rows(
     x_ptr,
     choice_ptr,
@@ -178,74 +310,47 @@ def _gather_rows(
 
 
 @gluon.jit
-def _store(out_ptr, tile, row, stop, column, N: gl.constexpr, STRIDE: gl.constexpr):
-    """A [64, W] tile, in whole cache lines: as the tensor cores leave it, a thread has four bytes of a row."""
-    W: gl.constexpr = tile.shape[1]
-    lines: gl.constexpr = gl.BlockedLayout([1, 8], [256 // W, W // 8], [4, 1], [1, 0])
-    tile = gl.convert_layout(tile, lines)
-    i = gl.arange(0, 64, gl.SliceLayout(1, lines))[:, None]
-    j = gl.arange(0, W, gl.SliceLayout(0, lines))[None, :]
-    at = out_ptr + row.to(gl.int64) * STRIDE + column + (i * STRIDE + j)
-    gl.store(at, tile, mask=(row + i < stop) & (column + j < N))
-
-
-@gluon.jit
-def _store_halves(out_ptr, tile, row, stop, column, N: gl.constexpr, STRIDE: gl.constexpr):
-    """Half of the columns after the other: their way through shared memory then leaves room for the stages."""
-    left, right = _split(tile)
-    _store(out_ptr, left, row, stop, column, N, STRIDE)
-    _store(out_ptr, right, row, stop, column + left.shape[1], N, STRIDE)
-
-
-@gluon.jit
-def _split(tile):
-    return tile.reshape(tile.shape[0], 2, tile.shape[1] // 2).permute(0, 2, 1).split()
-
-
-@gluon.jit
-def _multiply_rows(
+def _multiply_tokens(
     HALF: gl.constexpr,
     rows,
     weights,
+    results,
     full,
     empty,
+    ready,
+    taken,
     tiles_ptr,
     n_row_tiles,
-    out_ptr,
-    hidden_ptr,
     K: gl.constexpr,
     N: gl.constexpr,
     SWIGLU: gl.constexpr,
-    TRANSPOSED: gl.constexpr,
     BN: gl.constexpr,
     BK: gl.constexpr,
     STAGES: gl.constexpr,
     GROUP: gl.constexpr,
 ):
+    """A half's results are handed over in pieces: 8 of 32 columns, with SwiGLU 2 of 64 of the gate and 2 of up."""
     n_columns: gl.constexpr = (N + BN - 1) // BN
-    layout: gl.constexpr = gl.NVMMADistributedLayout(version=[3, 0], warps_per_cta=[4, 1], instr_shape=[16, BN, 16])
+    layout: gl.constexpr = gl.NVMMADistributedLayout(version=[3, 0], warps_per_cta=[4, 1], instr_shape=[16, 128, 16])
     stage = 0
     phase = 0
+    handed = 1
     for index in range(gl.program_id(0), n_row_tiles * n_columns, gl.num_programs(0)):
-        expert, row, stop, column = _tile(index, tiles_ptr, n_row_tiles, n_columns, GROUP)
+        expert, _, _, _ = _tile(index, tiles_ptr, n_row_tiles, n_columns, GROUP)
         if expert >= 0:
             acc = gl.zeros([64, BN], gl.float32, layout)
             acc_up = gl.zeros([64, BN], gl.float32, layout)
             for k in range(0, K, BK):
                 mbarrier.wait(full.index(stage), phase)
+                fence_async_shared()  # what threads have copied, for the tensor cores
                 a = rows.index(2 * stage + HALF)
                 if SWIGLU:
-                    fence_async_shared()  # what threads have copied, for the tensor cores
                     acc = warpgroup_mma(a, weights.index(2 * stage), acc, is_async=True)
                     acc_up = warpgroup_mma(a, weights.index(2 * stage + 1), acc_up, is_async=True)
                     acc, acc_up = warpgroup_mma_wait(2, deps=[acc, acc_up])
-                elif TRANSPOSED:
+                else:
                     acc = warpgroup_mma(a, weights.index(stage).permute((1, 0)), acc, is_async=True)
                     acc = warpgroup_mma_wait(1, deps=[acc])
-                else:
-                    acc = warpgroup_mma(a, weights.index(stage), acc, is_async=True)
-                    acc = warpgroup_mma_wait(1, deps=[acc])
-                # one product stays in flight, so it is the stage before whose tiles have been read
                 mbarrier.arrive(empty.index((stage + STAGES - 1) % STAGES), pred=k > 0)
                 stage += 1
                 if stage == STAGES:
@@ -256,78 +361,69 @@ def _multiply_rows(
             else:
                 acc = warpgroup_mma_wait(0, deps=[acc])
             mbarrier.arrive(empty.index((stage + STAGES - 1) % STAGES))
-            row += 64 * HALF
+            mbarrier.wait(taken.index(HALF), handed)
             if SWIGLU:
-                gate16 = acc.to(gl.bfloat16)
-                up16 = acc_up.to(gl.bfloat16)
-                gate = gate16.to(gl.float32)  # as backward will find it
-                hidden = gate / (1 + gl.exp(-gate)) * up16.to(gl.float32)
-                _store(out_ptr, gate16, row, stop, column * BN, N, 2 * N)
-                _store(out_ptr + N, up16, row, stop, column * BN, N, 2 * N)
-                _store(hidden_ptr, hidden.to(gl.bfloat16), row, stop, column * BN, N, N)
+                _hand_over(results, 4 * HALF, acc.to(gl.bfloat16))
+                _hand_over(results, 4 * HALF + 2, acc_up.to(gl.bfloat16))
             else:
-                _store_halves(out_ptr, acc.to(gl.bfloat16), row, stop, column * BN, N, N)
+                left, right = _split(acc.to(gl.bfloat16))
+                a, b = _split(left)
+                c, d = _split(right)
+                _hand_over(results, 8 * HALF, a)
+                _hand_over(results, 8 * HALF + 2, b)
+                _hand_over(results, 8 * HALF + 4, c)
+                _hand_over(results, 8 * HALF + 6, d)
+            mbarrier.arrive(ready.index(HALF))
+            handed ^= 1
 
 
-@Kernel
-@gluon.jit(do_not_specialize=["n_row_tiles"])
-def _rows_product(
-    rows_desc,
-    weights_desc,
-    out_ptr,
+@gluon.jit
+def _hand_over(results, first: gl.constexpr, tile):
+    left, right = _split(tile)
+    results.index(first).store(left)
+    results.index(first + 1).store(right)
+
+
+@gluon.jit
+def _swiglu(
+    results,
+    ready,
+    taken,
     tiles_ptr,
+    gate_up_ptr,
+    hidden_ptr,
     n_row_tiles,
-    K: gl.constexpr,
     N: gl.constexpr,
-    PER_EXPERT: gl.constexpr,
-    TRANSPOSED: gl.constexpr,
     BN: gl.constexpr,
-    STAGES: gl.constexpr,
     GROUP: gl.constexpr,
 ):
-    BK: gl.constexpr = rows_desc.block_type.shape[1]
-    rows = gl.allocate_shared_memory(rows_desc.dtype, [STAGES * 2, 64, BK], rows_desc.layout)
-    DOWN: gl.constexpr = weights_desc.block_type.shape[0]
-    ACROSS: gl.constexpr = weights_desc.block_type.shape[1]
-    weights = gl.allocate_shared_memory(weights_desc.dtype, [STAGES, DOWN, ACROSS], weights_desc.layout)
-    full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
-    empty = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
-    for i in gl.static_range(STAGES):
-        mbarrier.init(full.index(i), count=1)
-        mbarrier.init(empty.index(i), count=2)
-    # fmt: off
-    gl.warp_specialize([
-        (_multiply_rows, (0, rows, weights, full, empty, tiles_ptr, n_row_tiles, out_ptr, out_ptr,
-                          K, N, False, TRANSPOSED, BN, BK, STAGES, GROUP)),
-        (_multiply_rows, (1, rows, weights, full, empty, tiles_ptr, n_row_tiles, out_ptr, out_ptr,
-                          K, N, False, TRANSPOSED, BN, BK, STAGES, GROUP)),
-        (_fetch_rows, (rows_desc, weights_desc, rows, weights, full, empty, tiles_ptr, n_row_tiles,
-                       K, N, PER_EXPERT, TRANSPOSED, BN, BK, STAGES, GROUP)),
-    ], [4, 1], [240, 24])
-    # fmt: on
-
-
-def product(rows_RK: Tensor, w: Tensor, tiles: Tensor, *, transposed: bool = False) -> Tensor:
-    """[R, N] rows_r W^e, or with `transposed` rows_r W^eT. 2 R K N operations; R K + E K N + R N elements moved."""
-    (R, K), n = rows_RK.shape, w.shape[1 if transposed else 2]
-    out_RN = rows_RK.new_empty(R, n)
-    _rows_product[_blocks(tiles.shape[0] * cdiv(n, COLUMNS), rows_RK.device)](
-        _blocks_of(rows_RK, ROWS // 2, DEPTH),
-        _blocks_of(w, *((COLUMNS, DEPTH) if transposed else (DEPTH, COLUMNS))),
-        out_RN,
-        tiles,
-        tiles.shape[0],
-        K,
-        n,
-        w.shape[1],
-        transposed,
-        COLUMNS,
-        STAGES,
-        GROUP,
-        num_warps=4,
-        maxnreg=168,  # 65,536 registers for 12 warps; 240 a thread where products are summed
-    )
-    return out_RN
+    """Four warps: h of gate and up, 64 columns at a time."""
+    n_columns: gl.constexpr = (N + BN - 1) // BN
+    lines: gl.constexpr = gl.BlockedLayout([1, 8], [4, 8], [4, 1], [1, 0])
+    i = gl.arange(0, 64, gl.SliceLayout(1, lines))[:, None]
+    j = gl.arange(0, 64, gl.SliceLayout(0, lines))[None, :]
+    phase = 0
+    for index in range(gl.program_id(0), n_row_tiles * n_columns, gl.num_programs(0)):
+        expert, row, stop, column = _tile(index, tiles_ptr, n_row_tiles, n_columns, GROUP)
+        if expert >= 0:
+            for half in range(2):
+                first = row + 64 * half
+                gate_out = gate_up_ptr + first.to(gl.int64) * (2 * N) + column * BN
+                up_out = gate_out + N
+                hidden_out = hidden_ptr + first.to(gl.int64) * N + column * BN
+                mbarrier.wait(ready.index(half), phase)
+                for q in range(BN // 64):
+                    c = 64 * q + j
+                    inside = (first + i < stop) & (column * BN + c < N)
+                    gate16 = results.index(4 * half + q).load(lines)
+                    up16 = results.index(4 * half + 2 + q).load(lines)
+                    gate = gate16.to(gl.float32)  # as backward will find it
+                    hidden = gate / (1 + gl.exp(-gate)) * up16.to(gl.float32)
+                    gl.store(gate_out + i * (2 * N) + c, gate16, mask=inside)
+                    gl.store(up_out + i * (2 * N) + c, up16, mask=inside)
+                    gl.store(hidden_out + i * N + c, hidden.to(gl.bfloat16), mask=inside)
+                mbarrier.arrive(taken.index(half))
+            phase ^= 1
 
 
 @Kernel
@@ -336,7 +432,7 @@ def _up_product(
     x_ptr,
     choice_ptr,
     weights_desc,
-    out_ptr,
+    gate_up_ptr,
     hidden_ptr,
     tiles_ptr,
     n_row_tiles,
@@ -351,20 +447,27 @@ def _up_product(
 ):
     rows = gl.allocate_shared_memory(weights_desc.dtype, [STAGES * 2, 64, BK], ROWS_LAYOUT)
     weights = gl.allocate_shared_memory(weights_desc.dtype, [STAGES * 2, BK, BN], weights_desc.layout)
+    results = gl.allocate_shared_memory(weights_desc.dtype, [8, 64, 64], ROWS_LAYOUT)
     full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
     empty = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
+    ready = gl.allocate_shared_memory(gl.int64, [2, 1], mbarrier.MBarrierLayout())
+    taken = gl.allocate_shared_memory(gl.int64, [2, 1], mbarrier.MBarrierLayout())
     for i in gl.static_range(STAGES):
         mbarrier.init(full.index(i), count=129)  # each thread that gathers, and the copy engine
         mbarrier.init(empty.index(i), count=2)
+    for i in gl.static_range(2):
+        mbarrier.init(ready.index(i), count=1)
+        mbarrier.init(taken.index(i), count=1)
     # fmt: off
     gl.warp_specialize([
-        (_multiply_rows, (0, rows, weights, full, empty, tiles_ptr, n_row_tiles, out_ptr, hidden_ptr,
-                          K, N, True, False, BN, BK, STAGES, GROUP)),
-        (_multiply_rows, (1, rows, weights, full, empty, tiles_ptr, n_row_tiles, out_ptr, hidden_ptr,
-                          K, N, True, False, BN, BK, STAGES, GROUP)),
+        (_multiply_tokens, (0, rows, weights, results, full, empty, ready, taken, tiles_ptr, n_row_tiles,
+                            K, N, True, BN, BK, STAGES, GROUP)),
+        (_multiply_tokens, (1, rows, weights, results, full, empty, ready, taken, tiles_ptr, n_row_tiles,
+                            K, N, True, BN, BK, STAGES, GROUP)),
+        (_swiglu, (results, ready, taken, tiles_ptr, gate_up_ptr, hidden_ptr, n_row_tiles, N, BN, GROUP)),
         (_gather_rows, (x_ptr, choice_ptr, weights_desc, rows, weights, full, empty, tiles_ptr, n_row_tiles,
                         TOP_K, K, N, K, True, BN, BK, STAGES, GROUP)),
-    ], [4, 4], [216, 64])
+    ], [4, 4, 4], [168, 88, 64])
     # fmt: on
 
 
@@ -391,76 +494,13 @@ def up_product(
         n,
         columns,
         DEPTH,
-        STAGES,
-        GROUP,
+        STAGES - 1,  # what is handed over needs the room of one
+        GROUP // 2,
         _layout(ROWS // 2, DEPTH),
         num_warps=4,
-        maxnreg=168,
+        maxnreg=128,
     )
     return gate_up_R2F, h_RF
-
-
-# ----------------------------------------------------------------- the down-projection and SwiGLU, backward
-
-
-@gluon.jit
-def _multiply_and_hand_over(
-    HALF: gl.constexpr,
-    rows,
-    weights,
-    results,
-    full,
-    empty,
-    ready,
-    taken,
-    tiles_ptr,
-    n_row_tiles,
-    K: gl.constexpr,
-    N: gl.constexpr,
-    BN: gl.constexpr,
-    BK: gl.constexpr,
-    STAGES: gl.constexpr,
-    GROUP: gl.constexpr,
-):
-    n_columns: gl.constexpr = (N + BN - 1) // BN
-    layout: gl.constexpr = gl.NVMMADistributedLayout(version=[3, 0], warps_per_cta=[4, 1], instr_shape=[16, 128, 16])
-    stage = 0
-    phase = 0
-    handed = 1
-    for index in range(gl.program_id(0), n_row_tiles * n_columns, gl.num_programs(0)):
-        expert, _, _, _ = _tile(index, tiles_ptr, n_row_tiles, n_columns, GROUP)
-        if expert >= 0:
-            acc = gl.zeros([64, BN], gl.float32, layout)
-            for k in range(0, K, BK):
-                mbarrier.wait(full.index(stage), phase)
-                fence_async_shared()
-                a = rows.index(2 * stage + HALF)
-                acc = warpgroup_mma(a, weights.index(stage).permute((1, 0)), acc, is_async=True)
-                acc = warpgroup_mma_wait(1, deps=[acc])
-                mbarrier.arrive(empty.index((stage + STAGES - 1) % STAGES), pred=k > 0)
-                stage += 1
-                if stage == STAGES:
-                    stage = 0
-                    phase ^= 1
-            acc = warpgroup_mma_wait(0, deps=[acc])
-            mbarrier.arrive(empty.index((stage + STAGES - 1) % STAGES))
-            mbarrier.wait(taken.index(HALF), handed)
-            left, right = _split(acc.to(gl.bfloat16))
-            _hand_over(results, 8 * HALF, left)
-            _hand_over(results, 8 * HALF + 4, right)
-            mbarrier.arrive(ready.index(HALF))
-            handed ^= 1
-
-
-@gluon.jit
-def _hand_over(results, first: gl.constexpr, tile):
-    left, right = _split(tile)
-    a, b = _split(left)
-    c, d = _split(right)
-    results.index(first).store(a)
-    results.index(first + 1).store(b)
-    results.index(first + 2).store(c)
-    results.index(first + 3).store(d)
 
 
 @gluon.jit
@@ -561,7 +601,7 @@ def _down_backward(
 ):
     rows = gl.allocate_shared_memory(weights_desc.dtype, [STAGES * 2, 64, BK], ROWS_LAYOUT)
     weights = gl.allocate_shared_memory(weights_desc.dtype, [STAGES, BN, BK], weights_desc.layout)
-    results = gl.allocate_shared_memory(weights_desc.dtype, [16, 64, BN // 8], RESULTS_LAYOUT)
+    results = gl.allocate_shared_memory(weights_desc.dtype, [16, 64, 32], RESULTS_LAYOUT)
     full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
     empty = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
     ready = gl.allocate_shared_memory(gl.int64, [2, 1], mbarrier.MBarrierLayout())
@@ -574,10 +614,10 @@ def _down_backward(
         mbarrier.init(taken.index(i), count=1)
     # fmt: off
     gl.warp_specialize([
-        (_multiply_and_hand_over, (0, rows, weights, results, full, empty, ready, taken, tiles_ptr, n_row_tiles,
-                                   K, N, BN, BK, STAGES, GROUP)),
-        (_multiply_and_hand_over, (1, rows, weights, results, full, empty, ready, taken, tiles_ptr, n_row_tiles,
-                                   K, N, BN, BK, STAGES, GROUP)),
+        (_multiply_tokens, (0, rows, weights, results, full, empty, ready, taken, tiles_ptr, n_row_tiles,
+                            K, N, False, BN, BK, STAGES, GROUP)),
+        (_multiply_tokens, (1, rows, weights, results, full, empty, ready, taken, tiles_ptr, n_row_tiles,
+                            K, N, False, BN, BK, STAGES, GROUP)),
         (_swiglu_backward, (results, ready, taken, tiles_ptr, offsets_ptr, gates_ptr, choice_ptr, gate_up_ptr,
                             grad_gate_up_ptr, gated_h_ptr, grad_gates_ptr, n_row_tiles, n_rows, E, N, BN, GROUP)),
         (_gather_rows, (grad_y_ptr, choice_ptr, weights_desc, rows, weights, full, empty, tiles_ptr, n_row_tiles,
@@ -623,7 +663,7 @@ def down_backward(
         n,
         COLUMNS,
         DEPTH,
-        STAGES - 1,  # what is handed over needs the room of one
+        STAGES - 1,
         GROUP,
         _layout(ROWS // 2, DEPTH),
         _layout(ROWS // 2, COLUMNS // 8),
