@@ -24,7 +24,10 @@ WARM_UP, N_STEPS = 10, 5  # optimizer steps before the profile (kernels are comp
 REST = "norms and elementwise"
 CATEGORIES = (  # the first whose pattern a name has; a kernel is asked first, then the ops that it was launched by
     ("expert products", r"^_(rows_product|up_product|down_backward|weight_gradient)|[Gg]rouped|GroupProblem"),
-    ("row movement", r"^_(spread|row_tiles|gather_sum|swiglu|count|sum_blocks|place)|sort|sum_by_|^_?(Dispatch|Combine|Spread)"),
+    (
+        "row movement",
+        r"^_(spread|row_tiles|gather_sum|swiglu|count|sum_blocks|place)|sort|sum_by_|^_?(Dispatch|Combine|Spread)",
+    ),
     ("router", r"^_(top_k|sums|write_parts|logits|grad_x|grad_weight)|topk|TopK|router|sums_of_choices"),
     ("router", r"^moelm::(keep_choice|choose|best_ids)|^triton_.*(softmax|logsumexp|scatter)"),
     ("loss", r"^_(cross_entropy)|CrossEntropy|log_softmax|nll_loss"),

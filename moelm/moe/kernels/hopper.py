@@ -518,7 +518,7 @@ def _swiglu_backward(
     grad_gates_ptr,
     n_row_tiles,
     n_rows,
-    E: gl.constexpr,
+    E,
     N: gl.constexpr,
     BN: gl.constexpr,
     GROUP: gl.constexpr,
@@ -574,7 +574,7 @@ def _swiglu_backward(
 
 
 @Kernel
-@gluon.jit(do_not_specialize=["n_row_tiles", "n_rows"])
+@gluon.jit(do_not_specialize=["n_row_tiles", "n_rows", "E"])
 def _down_backward(
     grad_y_ptr,
     choice_ptr,
@@ -588,8 +588,8 @@ def _down_backward(
     grad_gates_ptr,
     n_row_tiles,
     n_rows,
+    E,
     TOP_K: gl.constexpr,
-    E: gl.constexpr,
     K: gl.constexpr,
     N: gl.constexpr,
     BN: gl.constexpr,
@@ -657,8 +657,8 @@ def down_backward(
         grad_gates_cTK,
         tiles.shape[0],
         R,
-        gates_TK.shape[1],
         offsets_E.shape[0],
+        gates_TK.shape[1],
         D,
         n,
         COLUMNS,
@@ -695,8 +695,8 @@ def _fetch_and_gather_pairs(
     full,
     empty,
     offsets_ptr,
+    E,
     TOP_K: gl.constexpr,
-    E: gl.constexpr,
     GATHER_A: gl.constexpr,
     M: gl.constexpr,
     N: gl.constexpr,
@@ -755,7 +755,7 @@ def _multiply_pairs(
     empty,
     offsets_ptr,
     out_ptr,
-    E: gl.constexpr,
+    E,
     M: gl.constexpr,
     N: gl.constexpr,
     n_m: gl.constexpr,
@@ -793,15 +793,15 @@ def _multiply_pairs(
 
 
 @Kernel
-@gluon.jit
+@gluon.jit(do_not_specialize=["E"])
 def _weight_gradient(
     tokens_ptr,
     choice_ptr,
     rows_desc,
     out_ptr,
     offsets_ptr,
+    E,
     TOP_K: gl.constexpr,
-    E: gl.constexpr,
     GATHER_A: gl.constexpr,
     M: gl.constexpr,
     N: gl.constexpr,
@@ -825,7 +825,7 @@ def _weight_gradient(
         (_multiply_pairs, (0, a, b, full, empty, offsets_ptr, out_ptr, E, M, N, n_m, n_n, BN, BK, STAGES)),
         (_multiply_pairs, (1, a, b, full, empty, offsets_ptr, out_ptr, E, M, N, n_m, n_n, BN, BK, STAGES)),
         (_fetch_and_gather_pairs, (tokens_ptr, choice_ptr, rows_desc, a, b, full, empty, offsets_ptr,
-                                   TOP_K, E, GATHER_A, M, N, n_m, n_n, BN, BK, STAGES)),
+                                   E, TOP_K, GATHER_A, M, N, n_m, n_n, BN, BK, STAGES)),
     ], [4, 4], [208, 88])
     # fmt: on
 
@@ -855,8 +855,8 @@ def weight_gradient(
         _blocks_of(rows_RN, DEPTH, ROWS // 2 if rows_first else COLUMNS),
         out_EMN,
         offsets_E,
-        top_k,
         E,
+        top_k,
         not rows_first,
         M,
         N,
