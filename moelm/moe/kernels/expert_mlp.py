@@ -94,7 +94,7 @@ def backward(
         grad_gate_up_R2F, gated_h_RF, grad_gates_TK = hopper().down_backward(
             grad_y_TD, gates_TK, choice_of_row_R, offsets_E, down_EFD, gate_up_R2F, tiles
         )
-        by_token = choice_of_row_R, top_k, offsets_E, dtype
+        by_token = choice_of_row_R, top_k, offsets_E, tiles, dtype
         grad_down_EFD = hopper().weight_gradient(grad_y_TD, gated_h_RF, *by_token, rows_first=True)
         del gated_h_RF
         grad_gate_up_EDF = hopper().weight_gradient(x_TD, grad_gate_up_R2F, *by_token)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 from functools import cache
 from types import ModuleType
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -21,9 +22,16 @@ log = logging.getLogger(__name__)
 ROWS = 128  # of a tile of `hopper.py`
 
 
+class Tiles(NamedTuple):
+    """How the rows are worked on, whatever the load, which the host does not know."""
+
+    tiles_N3: Tensor  # int32 expert, first row, end of the expert's rows; expert -1 for a tile without rows
+    experts_E: Tensor  # int32, most rows first: who takes the next of them whenever it is free is done about together
+
+
 def hopper_tiles(
     x_TD: Tensor, n_rows: int, top_k: int, d_expert: int, offsets_E: Tensor, dtype: torch.dtype | None = None
-) -> Tensor | None:
+) -> Tiles | None:
     """`row_tiles` if the products of `hopper.py` are used for tokens like these, else None. `dtype` is that of the
     gradients of weights, for the products of a backward pass."""
     if x_TD.dtype != torch.bfloat16 or not x_TD.is_cuda or not x_TD.numel():
@@ -32,28 +40,37 @@ def hopper_tiles(
     return row_tiles(n_rows, offsets_E, ROWS) if works else None
 
 
-def row_tiles(n_rows: int, offsets_E: Tensor, size: int) -> Tensor:
-    """Each expert's rows, `size` at a time: int32 [n, 3] expert, first row, end of the expert's rows; expert -1 for a
-    tile without rows. As many as `n_rows` can need whatever the load, which the host does not know."""
+def row_tiles(n_rows: int, offsets_E: Tensor, size: int) -> Tiles:
+    """Each expert's rows, `size` at a time; as many tiles as `n_rows` can need."""
     E = offsets_E.shape[0]
     n_tiles = min(n_rows, n_rows // size + E)
-    tiles_N3 = offsets_E.new_empty(n_tiles, 3)
+    tiles_N3, experts_E = offsets_E.new_empty(n_tiles, 3), torch.empty_like(offsets_E)
     block = 64
-    _row_tiles[cdiv(n_tiles, block), 1, 1](offsets_E, tiles_N3, n_tiles, E, next_power_of_2(E), size, block)
-    return tiles_N3
+    _row_tiles[cdiv(max(n_tiles, E), block), 1, 1](
+        offsets_E, tiles_N3, experts_E, n_tiles, E, next_power_of_2(E), size, block
+    )
+    return Tiles(tiles_N3, experts_E)
 
 
-def row_tiles_reference(n_rows: int, offsets_E: Tensor, size: int) -> Tensor:
+def row_tiles_reference(n_rows: int, offsets_E: Tensor, size: int) -> Tiles:
     ends = offsets_E.tolist()
     tiles = [(e, row, end) for e, end in enumerate(ends) for row in range(ends[e - 1] if e else 0, end, size)]
     tiles += [(-1, 0, 0)] * (min(n_rows, n_rows // size + len(ends)) - len(tiles))
-    return torch.tensor(tiles, dtype=torch.int32, device=offsets_E.device).view(-1, 3)
+    tiles_N3 = torch.tensor(tiles, dtype=torch.int32, device=offsets_E.device).view(-1, 3)
+    return Tiles(tiles_N3, offsets_E.diff(prepend=offsets_E.new_zeros(1)).argsort(descending=True, stable=True).int())
 
 
 @Kernel
 @triton.jit(do_not_specialize=["n_tiles"])
 def _row_tiles(
-    offsets_E, tiles_N3, n_tiles, E: tl.constexpr, BLOCK_E: tl.constexpr, SIZE: tl.constexpr, BLOCK: tl.constexpr
+    offsets_E,
+    tiles_N3,
+    experts_E,
+    n_tiles,
+    E: tl.constexpr,
+    BLOCK_E: tl.constexpr,
+    SIZE: tl.constexpr,
+    BLOCK: tl.constexpr,
 ):
     e = tl.arange(0, BLOCK_E)
     end = tl.load(offsets_E + e, mask=e < E, other=0)
@@ -61,6 +78,11 @@ def _row_tiles(
     n = tl.where(e < E, tl.cdiv(end - start, SIZE), 0)
     last = tl.cumsum(n, 0)
     tile = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    mine_end = tl.load(offsets_E + tile, mask=tile < E, other=0)
+    mine_start = tl.load(offsets_E + tile - 1, mask=(tile > 0) & (tile < E), other=0)
+    rows, mine_rows = tl.where(e < E, end - start, -1)[None, :], (mine_end - mine_start)[:, None]
+    before = (rows > mine_rows) | ((rows == mine_rows) & (e[None, :] < tile[:, None]))
+    tl.store(experts_E + tl.sum(before.to(tl.int32), 1), tile, mask=tile < E)
     expert = tl.sum((last[None, :] <= tile[:, None]).to(tl.int32), 1)
     mine = e[None, :] == expert[:, None]
     row = tl.sum(tl.where(mine, (start - (last - n) * SIZE)[None, :], 0), 1) + tile * SIZE
@@ -127,7 +149,7 @@ def _compare_with_torch(device: torch.device, D: int, F_: int, K: int, dtype: to
         grad_rows_RD = spread(grad_y_TD, row_of_choice_TK)
         grad_h_RF = F.grouped_mm(grad_rows_RD, down_EFD.mT, offs=offsets_E)
         grads = swiglu_backward(grad_h_RF, gate_up_R2F, gates_TK, choice_of_row_R, offsets_E)
-        by_token = choice_of_row_R, K, offsets_E, dtype
+        by_token = choice_of_row_R, K, offsets_E, tiles, dtype
         mine = ours.down_backward(grad_y_TD, gates_TK, choice_of_row_R, offsets_E, down_EFD, gate_up_R2F, tiles)
         found = (
             *mine,
