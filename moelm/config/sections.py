@@ -264,8 +264,7 @@ class TrainerConfig:
     # what backward computes again instead of keeping it. selective: what is elementwise; full: each block, but for the
     # routers' choices
     activation_checkpointing: str = setting("none", allowed=("none", "selective", "full"))
-    # per block; auto: on CUDA only; cuda_graphs: and replayed with one launch, for models too small to keep a GPU busy
-    compile: bool | str = setting("auto", allowed=("auto", True, False, "cuda_graphs"))
+    compile: bool | str = setting("auto", allowed=("auto", True, False))  # per block; auto: on CUDA only
     float32_matmul_precision: str = setting("highest", allowed=("highest", "high", "medium"))
     expert_parallel: int = setting(1, ge=1, le=1)
     accumulate_unreduced: bool = False  # fsdp: a device sums its own gradients of all weights, sent once a step
