@@ -73,7 +73,8 @@ class Profile(Callback):
         self.warm_up = min(1, self.first - done)  # of the profiler itself
 
     def _is_quiet(self, step: int) -> bool:
-        return all(each % every for each in range(step + 1, step + self.n_steps) for every in self.events)
+        """Of the steps after `step`: what is logged of that one itself is written in the first of them."""
+        return all(each % every for each in range(step, step + self.n_steps) for every in self.events)
 
     def on_train_batch_start(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int

@@ -199,7 +199,7 @@ def test_a_layer_equals_a_loop_over_tokens_forward_and_backward(tiny_config, ker
     plain = on_device(layer, x_BLD, mask_BL)
     for name, value in wanted.items():
         errors = [(each[name].cpu().double() - value.cpu().double()).norm() / value.norm() for each in (found, plain)]
-        assert errors[0] <= 1.5 * errors[1] + 0.005, name
+        assert errors[0] <= 1.5 * errors[1] + 0.02, name
 
 
 ROUTINGS = {
