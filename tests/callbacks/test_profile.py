@@ -47,9 +47,9 @@ def test_without_the_key_there_is_none(tiny: Callable[..., Config]) -> None:
 @pytest.mark.parametrize(
     ("steps", "done", "every", "first"),
     [
-        (1000, 0, (10, 200, 200), 11),  # 11 to 15
-        (1000, 0, (7, 200, 200), 15),  # 15 to 19: log steps are 14 and 21
-        (1000, 0, (2, 200, 200), 11),  # no five steps are free of them
+        (1000, 0, (10, 200, 200), 11),  # 12 to 16: step 10 is logged in what follows it
+        (1000, 0, (7, 200, 200), 15),  # 16 to 20: log steps are 14 and 21
+        (1000, 0, (2, 200, 200), 10),  # no five steps are free of them
         (1000, 190, (10, 203, 1000), 204),
         (12, 0, (100, 100, 100), 7),
         (3, 0, (100, 100, 100), 0),
