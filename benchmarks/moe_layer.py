@@ -104,9 +104,17 @@ def wanted_logits(shape: Shape, load: str, generator: torch.Generator) -> Tensor
 # --------------------------------------------------------------------------------------------- variants
 
 
-def moelm_layer(shape: Shape, backend: str, weights: str = "fp32", compiled: bool = True) -> Layer:
+def moelm_layer(
+    shape: Shape,
+    backend: str,
+    weights: str = "fp32",
+    compiled: bool = True,
+    short_gradients: bool = False,
+    graphs: bool = False,
+) -> Layer:
     """`weights` fp32: as moelm trains, float32 masters under bf16 autocast; bf16: as the peers have them; else float32
-    without autocast."""
+    without autocast. `short_gradients`: those of experts bf16, as where a step has one micro-batch. `graphs`: each pass
+    is launched as one CUDA graph."""
     section = {
         "d_model": shape.D,
         "moe": {
@@ -125,9 +133,13 @@ def moelm_layer(shape: Shape, backend: str, weights: str = "fp32", compiled: boo
         layer = layer.bfloat16()
     if compiled:
         torch._functorch.config.backward_pass_autocast = "off"  # as GPT.compile_blocks does with the block around it
-        layer.compile(dynamic=False)
+        layer.compile(dynamic=False, mode="reduce-overhead" if graphs else None)
+    if short_gradients:
+        layer.experts.gate_up.grad_dtype = layer.experts.down.grad_dtype = torch.bfloat16
 
     def run(x_TD: Tensor) -> Tensor:
+        if graphs:
+            torch.compiler.cudagraph_mark_step_begin()
         x_BLD = x_TD.view(-1, min(SEQ_LEN, x_TD.shape[0]), shape.D)
         context = RouteContext(_token_ids(*x_BLD.shape[:2], x_TD.device), None, True)
         with torch.autocast(x_TD.device.type, torch.bfloat16, enabled=weights == "fp32"):
@@ -145,7 +157,7 @@ def moelm_layer(shape: Shape, backend: str, weights: str = "fp32", compiled: boo
             "up": of(gate_up)[..., shape.F :],
             "down": of(down),
         },
-        "fp32, bf16 compute" if weights == "fp32" else weights,
+        ("fp32, bf16 compute" if weights == "fp32" else weights) + (" and gradients" if short_gradients else ""),
     )
 
 
@@ -196,6 +208,8 @@ VARIANTS: dict[str, Callable[[Shape], Layer]] = {
     "limit": partial(dense, compiled=False),
     "limit compiled": partial(dense, compiled=True),
     "moelm fused": partial(moelm_layer, backend="fused"),
+    "moelm fused bf16 gradients": partial(moelm_layer, backend="fused", short_gradients=True),
+    "moelm fused graphs": partial(moelm_layer, backend="fused", graphs=True),
     "moelm fused bf16": partial(moelm_layer, backend="fused", weights="bf16"),
     "moelm grouped": partial(moelm_layer, backend="grouped"),
     "plain grouped_mm compiled": partial(peers.plain_grouped, compiled=True),

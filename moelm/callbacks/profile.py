@@ -24,8 +24,11 @@ WARM_UP, N_STEPS = 10, 5  # optimizer steps before the profile (kernels are comp
 REST = "norms and elementwise"
 CATEGORIES = (  # the first whose pattern a name has; a kernel is asked first, then the ops that it was launched by
     ("communication", r"^(nccl|gloo:|c10d::|fsdp::)|^moelm::exchange_counts$"),
-    ("expert products", r"^_(rows_product|weight_gradient)|[Gg]rouped|GroupProblem"),
-    ("row movement", r"^_(spread|gather_sum|swiglu|count|sum_blocks|place)|sort|sum_by_|^_?(Dispatch|Combine|Spread)"),
+    ("expert products", r"^_(rows_product|up_product|down_backward|weight_gradient)|[Gg]rouped|GroupProblem"),
+    (
+        "row movement",
+        r"^_(spread|row_tiles|gather_sum|swiglu|count|sum_blocks|place)|sort|sum_by_|^_?(Dispatch|Combine|Spread)",
+    ),
     ("row movement", r"^moelm::(send|receive|send_back|gather_home|send_choices|return_choices)$"),
     ("router", r"^_(top_k|sums|write_parts|logits|grad_x|grad_weight)|topk|TopK|router|sums_of_choices"),
     ("router", r"^moelm::(keep_choice|choose|best_ids)|^triton_.*(softmax|logsumexp|scatter)"),
@@ -72,7 +75,8 @@ class Profile(Callback):
         self.warm_up = min(1, self.first - done)  # of the profiler itself
 
     def _is_quiet(self, step: int) -> bool:
-        return all(each % every for each in range(step + 1, step + self.n_steps) for every in self.events)
+        """Of the steps after `step`: what is logged of that one itself is written in the first of them."""
+        return all(each % every for each in range(step, step + self.n_steps) for every in self.events)
 
     def on_train_batch_start(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int

@@ -67,9 +67,9 @@ def ranks_of_token(moe: MoEConfig, n_ranks: int) -> float:
 
 def _ddp(config: Config, counts: Counts, n_devices: int) -> OnDevices:
     memory = training_memory(config)
-    both = memory.gradients + memory.activations  # gradients lie in buckets that stay
+    states = 2 * memory.weights + memory.optimizer  # gradients lie in buckets that stay
     sent = 8 * counts.total * (n_devices - 1) // n_devices
-    return OnDevices("ddp", memory.weights + memory.optimizer + both + memory.working, sent)
+    return OnDevices("ddp", states + memory.activations + memory.working, sent)
 
 
 def _fsdp(config: Config, counts: Counts, n_fsdp: int, n_ep: int) -> OnDevices:

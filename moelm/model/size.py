@@ -126,7 +126,7 @@ class Memory:
     """Bytes on one device at the peak of a training step."""
 
     weights: int  # float32 master weights
-    gradients: int  # float32
+    gradients: int  # float32; bfloat16 of fused experts where a step has one micro-batch on one device
     optimizer: int  # two moments, in optim.moments; under Muon one, and two of the embeddings
     activations: int  # saved for backward, for one micro-batch
     working: int  # bf16 copies of the weights under bf16-mixed, and what the loss holds
@@ -172,7 +172,11 @@ def training_memory(config: Config, n_shards: int = 1) -> Memory:
     moments = n_parameters // n_shards + second // n_shards
     width = 2 if config.optim.moments == "bfloat16" else 4  # the small ones, always float32, are not told apart
     accumulates = config.optim.batch_tokens > micro  # on one device; on more, DDP keeps its buckets of gradients
-    return Memory(state, state, width * moments, activations, working, accumulates)
+    gradients = state
+    if not accumulates and n_shards == 1 and config.optim.optimizer == "adamw" and _is_fused(model, mixed):
+        assert model.moe is not None
+        gradients -= 2 * size.routed_expert * model.moe.n_experts * len(model.routed_layers)
+    return Memory(state, gradients, width * moments, activations, working, accumulates)
 
 
 def _activation_bytes(model: ModelConfig, layer: int, tokens: int, mixed: bool, compiled: bool) -> int:

@@ -22,7 +22,7 @@ from moelm.moe.dispatch.dropless import Permutation
 from moelm.moe.fused import expert_mlp
 from moelm.moe.kernels import HAS_TRITON, INTERPRETED
 from moelm.moe.ops import op
-from moelm.moe.working_copies import refreshed
+from moelm.moe.working_copies import refreshed, stand_in
 
 log = logging.getLogger(__name__)
 
@@ -138,7 +138,7 @@ class Experts(nn.Module):
     stacked parameter, which never hangs FSDP or trips DDP.
 
     The fused kernels multiply bfloat16 copies of float32 weights: buffers that no checkpoint holds, kept up to date by
-    `refresh`.
+    `refresh`. Gradients of weights then have the weights' `grad_dtype`, float32 or bfloat16.
     """
 
     def __init__(self, moe: MoEConfig, d_in: int) -> None:
@@ -156,9 +156,14 @@ class Experts(nn.Module):
         self.down_copy: Tensor | None
         self.register_buffer("gate_up_copy", None, persistent=False)
         self.register_buffer("down_copy", None, persistent=False)
+        self.stand_ins: tuple[Tensor, ...] = ()  # for the weights, where their gradients are bfloat16
         self.keeps_copies = True  # False: where the weights arrive in the dtype that is multiplied
         self.held: dict[str, Tensor] = {}  # what is multiplied in the place of parameters, by name; see `hold`
         self.backend = fastest_backend(moe, d_in) if moe.experts.backend == "auto" else moe.experts.backend
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Without what belongs to the last forward pass, and could not be copied."""
+        return {**super().__getstate__(), "stand_ins": (), "held": {}}
 
     def fuses(self, x: Tensor) -> bool:
         """Do tokens like `x` go through `mix`? Else the fused backend is the grouped one."""
@@ -173,7 +178,7 @@ class Experts(nn.Module):
         if not torch.compiler.is_compiling():
             self.refresh()
         x_TD = x_TD.to(compute_dtype(x_TD))
-        weights = self._weight("gate_up"), self._weight("down")
+        weights = self.stand_ins or (self._weight("gate_up"), self._weight("down"))
         copies = [
             weight.detach().to(x_TD.dtype) if copy is None or weight.dtype == x_TD.dtype else copy
             for weight, copy in zip(weights, (self.gate_up_copy, self.down_copy), strict=True)
@@ -184,7 +189,9 @@ class Experts(nn.Module):
 
     @torch.compiler.disable  # type: ignore[untyped-decorator]
     def refresh(self) -> None:
-        """Bring the working copies up to date, if the dtype and the device want copies at all."""
+        """Bring the working copies up to date, if the dtype and the device want copies at all. Where gradients are to
+        have their dtype, they take the place of the weights in the next forward pass."""
+        self.stand_ins = ()
         if not self.keeps_copies:
             return
         dtype = compute_dtype(self.gate_up)
@@ -193,6 +200,8 @@ class Experts(nn.Module):
         if dtype != self.gate_up.dtype and self.fuses(self.gate_up):
             self.gate_up_copy = refreshed(self.gate_up, self.gate_up_copy, dtype)
             self.down_copy = refreshed(self.down, self.down_copy, dtype)
+            if all(weight.is_leaf and weight.grad_dtype == dtype for weight in (self.gate_up, self.down)):
+                self.stand_ins = stand_in(self.gate_up, self.gate_up_copy), stand_in(self.down, self.down_copy)
 
     def forward(self, rows_RD: Tensor, offsets_E: Tensor) -> Tensor:
         """[R, D], in the autocast dtype if autocast is on. Rows past offsets_E[-1] are undefined."""

@@ -69,8 +69,8 @@ def _expert_mlp_backward(
 
 
 class _ExpertMLP(torch.autograd.Function):
-    """y [T, D] in the dtype of x. Takes each weight twice: the parameter, which receives the gradient in its own dtype,
-    and what is multiplied, a copy of it in the dtype of x. gates float32, the permutation as `sort_by_expert` makes it.
+    """y [T, D] in the dtype of x. Takes each weight twice: what receives the gradient, in its own dtype, and what is
+    multiplied, a copy in the dtype of x. gates float32, the permutation as `sort_by_expert` makes it.
     """
 
     @staticmethod

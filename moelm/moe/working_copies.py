@@ -3,6 +3,8 @@
 A parameter names its copy (`working_copy`) and the version of itself that this holds (`working_version`), so that an
 optimizer can write it in the pass in which it writes the weight. Of a DTensor it holds what this process has. What is
 written through `parameter.data` counts no version and goes unnoticed.
+
+A weight whose `grad_dtype` is that of its copy gets its gradient through the copy, in one pass and without a cast.
 """
 
 from __future__ import annotations
@@ -26,6 +28,25 @@ def refreshed(weight: Any, copy: Tensor | None, dtype: torch.dtype) -> Tensor:
         return copy
     recast: Tensor = _recast(weight, held, copy, dtype)
     return recast
+
+
+class _StandIn(torch.autograd.Function):
+    """The copy, as a function of the weight with derivative 1. Its gradient has the dtype of the copy and goes on to
+    the weight as it is, whose `grad_dtype` must allow that.
+
+    A compiled region that takes the weight itself would cast the gradient to float32: it knows no `grad_dtype`.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, weight: Tensor, copy: Tensor) -> Tensor:
+        return copy.view_as(copy)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:
+        return gradient, None
+
+
+stand_in = _StandIn.apply
 
 
 @torch.inference_mode(False)  # a tensor of inference mode would serve no training

@@ -80,6 +80,10 @@ class AdamW(torch.optim.AdamW):
             return True
         return is_large(parameter) and (has_kernel(parameter) or self.moments != torch.float32)
 
+    def reads_bfloat16(self, parameter: Tensor) -> bool:
+        """Does a step take less time if the gradient of this parameter is bfloat16?"""
+        return is_large(parameter) and has_kernel(parameter)
+
     def _update_alone(self, parameters: dict[int, Tensor], **options: Any) -> None:
         if not parameters:
             return

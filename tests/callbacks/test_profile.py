@@ -47,10 +47,10 @@ def test_without_the_key_there_is_none(tiny: Callable[..., Config]) -> None:
 @pytest.mark.parametrize(
     ("steps", "done", "every", "first"),
     [
-        (1000, 0, (10, 200, 200), 10),  # 11 to 15
-        (1000, 0, (7, 200, 200), 14),  # 15 to 19: log steps are 14 and 21
+        (1000, 0, (10, 200, 200), 11),  # 12 to 16: step 10 is logged in what follows it
+        (1000, 0, (7, 200, 200), 15),  # 16 to 20: log steps are 14 and 21
         (1000, 0, (2, 200, 200), 10),  # no five steps are free of them
-        (1000, 190, (10, 203, 1000), 203),
+        (1000, 190, (10, 203, 1000), 204),
         (12, 0, (100, 100, 100), 7),
         (3, 0, (100, 100, 100), 0),
     ],
@@ -69,6 +69,8 @@ def test_the_steps_are_free_of_logging_validation_and_saving(
 
 KERNELS = {
     "_rows_product": "expert products",
+    "_down_backward": "expert products",
+    "_row_tiles": "row movement",
     "_weight_gradient": "expert products",
     "void cutlass::device_kernel<at::cuda::detail::enable_3x_kernel_for_sm9x<GemmUniversal<GroupProblemShape<": (
         "expert products"

@@ -283,6 +283,24 @@ def test_the_memory_of_fused_experts_is_what_their_op_keeps(tiny_config):
     assert rows == n_tokens * (2 * (4 * 16 + 12) - (4 * 8 + 12))
 
 
+def test_gradients_of_fused_experts_are_bfloat16_where_they_are_no_sums(tiny_config):
+    raw = to_dict(Config()) | {"model": to_dict(tiny_config(moe={"first_moe_layer": 1}, multi_token_prediction={}))}
+    raw["trainer"]["precision"] = "bf16-mixed"
+    raw["optim"] |= {"micro_batch_size": 2, "batch_tokens": 2 * raw["data"]["seq_len"]}
+    config = from_dict(Config, raw)
+    size = model_size(config.model)
+    weights, experts = size.total + size.multi_token_prediction, 2 * 8 * 3 * 32 * 16
+    assert training_memory(config).gradients == 4 * weights - 2 * experts
+    assert training_memory(config, n_shards=2).gradients == 4 * weights // 2
+    for section, key, value in [
+        ("optim", "micro_batch_size", 1),
+        ("optim", "optimizer", "muon"),
+        ("trainer", "precision", "32-true"),
+    ]:
+        other = from_dict(Config, raw | {section: raw[section] | {key: value}})
+        assert training_memory(other).gradients == 4 * weights
+
+
 def saved_bytes(run, model):
     """What autograd keeps of `run()`, without parameters."""
     weights = {parameter.untyped_storage().data_ptr() for parameter in model.parameters()}

@@ -4,6 +4,8 @@ On a GPU the kernels run in bfloat16 with their real tiles, else in Triton's int
 nobody has written holds NaN.
 """
 
+import copy
+
 import pytest
 import torch
 from test_experts import CASES as CHOICES
@@ -121,7 +123,7 @@ def test_kernels_equal_the_reference(kernel_device, case, dtype):
 def test_many_tiles_and_steps_are_the_reference_too(hopper, monkeypatch):
     """More tiles than processors, more steps than stages, and no width or load that a tile divides."""
     if not hopper:
-        monkeypatch.setattr(products, "_hopper_works", lambda device: False)
+        monkeypatch.setattr(products, "_hopper_works", lambda *_: False)
     grad_y_TD, arguments = make_case(ids(4100, 3), "cuda", torch.bfloat16, D=584, F=328)
     n_used = int(arguments[4][-1])
     y_TD, gate_up_R2F = expert_mlp.forward(*arguments)
@@ -197,7 +199,7 @@ def test_a_layer_equals_a_loop_over_tokens_forward_and_backward(tiny_config, ker
     plain = on_device(layer, x_BLD, mask_BL)
     for name, value in wanted.items():
         errors = [(each[name].cpu().double() - value.cpu().double()).norm() / value.norm() for each in (found, plain)]
-        assert errors[0] <= 1.5 * errors[1] + 0.005, name
+        assert errors[0] <= 1.5 * errors[1] + 0.02, name
 
 
 ROUTINGS = {
@@ -329,6 +331,58 @@ def test_recomputing_blocks_changes_nothing(tiny_config, kernel_device, compiled
             else:
                 assert torch.equal(value, again), name
         assert value.isfinite().all(), name
+
+
+@pytest.mark.parametrize(("compiled", "mode"), [(False, "full"), (True, "none")])
+def test_gradients_of_experts_are_what_the_op_wrote_in_float32_or_in_bfloat16_if_parameters_say_so(
+    tiny_config, kernel_device, monkeypatch, compiled, mode
+):
+    model = make_model(tiny_config, kernel_device, "fused")
+    weights = [parameter for layer in model.moe_layers for parameter in layer.experts.parameters()]
+    backward, written, hooked = expert_mlp.backward, [], []
+
+    def watched(*arguments):
+        gradients = backward(*arguments)
+        written.extend(each.data_ptr() for each in gradients[2:])
+        return gradients
+
+    def step():
+        written.clear()
+        hooked.clear()
+        loss_of(model).backward()
+        gradients = [weight.grad for weight in weights]
+        assert [each.data_ptr() for each in gradients] == written, "copied or cast"
+        return gradients
+
+    monkeypatch.setattr(expert_mlp, "backward", watched)
+    full = step()
+    assert {each.dtype for each in full} == {torch.float32}
+    model.activation_checkpointing = mode
+    if compiled:
+        compile_blocks(model)
+    model.zero_grad()
+    for weight in weights:
+        weight.grad_dtype = torch.bfloat16
+        weight.register_hook(lambda gradient: hooked.append(gradient.dtype))
+    for again in (False, True):
+        with torch._dynamo.config.patch(error_on_recompile=again):
+            short = step()
+        for gradient, wanted in zip(short, full, strict=True):
+            assert ((gradient - wanted).abs() <= 2**-8 * wanted.abs()).all()
+        assert [each.dtype for each in short] == hooked == [torch.bfloat16] * 2
+        copy.deepcopy(model)  # in which nothing may be left of the step
+        with torch.no_grad():
+            loss_of(model)  # compiles beside gradients of another dtype than their parameters
+        model.zero_grad()
+
+
+def test_weights_may_themselves_be_computed(tiny_config, kernel_device):
+    model = make_model(tiny_config, kernel_device, "fused")
+    computed = {name: 1 * parameter for name, parameter in model.named_parameters()}
+    tokens_BL = torch.arange(6, device=kernel_device).view(2, 3)
+    with torch.autocast(kernel_device.type, torch.bfloat16):
+        torch.func.functional_call(model, computed, (tokens_BL, tokens_BL)).loss.backward()
+    assert (model.moe_layers[0].experts.down.grad != 0).any()
 
 
 def test_training_compiled_follows_the_grouped_experts_and_compiles_once(tiny_config, kernel_device):

@@ -51,9 +51,10 @@ def test_spread_copies_each_token_into_its_rows(case, dtype):
 
 
 @pytest.mark.parametrize("size", [4, 128])
-def test_tiles_cut_each_experts_rows(case, size):
+def test_tiles_cut_each_experts_rows_and_the_busiest_expert_comes_first(case, size):
     inputs = case.T * case.K, case.offsets_E, size
-    found, wanted = row_tiles(*inputs), row_tiles_reference(*inputs)
+    (found, experts_E), (wanted, wanted_E) = row_tiles(*inputs), row_tiles_reference(*inputs)
+    assert torch.equal(experts_E, wanted_E)
     assert torch.equal(found[:, 0], wanted[:, 0])
     used = found[:, 0] >= 0
     assert torch.equal(found[used], wanted[used])

@@ -42,13 +42,13 @@ def forward(
     R D + T D by the sum over a token's rows. With torch's products the tokens are spread over rows first, 2 R D more,
     and SwiGLU reads 2 R F.
     """
-    R = choice_of_row_R.shape[0]
-    tiles = hopper_tiles(x_TD, R, offsets_E)
+    top_k, R = gates_TK.shape[1], choice_of_row_R.shape[0]
+    tiles = hopper_tiles(x_TD, R, top_k, down_EFD.shape[1], offsets_E)
     if tiles is None:
         gate_up_R2F = F.grouped_mm(spread(x_TD, row_of_choice_TK)[:R], gate_up_EDF, offs=offsets_E)
         rows_RD = F.grouped_mm(swiglu(gate_up_R2F, offsets_E), down_EFD, offs=offsets_E)
     else:
-        gate_up_R2F, h_RF = hopper().up_product(x_TD, choice_of_row_R, gates_TK.shape[1], gate_up_EDF, tiles)
+        gate_up_R2F, h_RF = hopper().up_product(x_TD, choice_of_row_R, top_k, gate_up_EDF, tiles)
         rows_RD = hopper().product(h_RF, down_EFD, tiles)
     return gather_sum(rows_RD, row_of_choice_TK, offsets_E, gates_TK), gate_up_R2F
 
@@ -77,7 +77,7 @@ def backward(
     the gradient of h, 2 R F.
     """
     top_k, R = gates_TK.shape[1], choice_of_row_R.shape[0]
-    tiles = hopper_tiles(x_TD, R, offsets_E)
+    tiles = hopper_tiles(x_TD, R, top_k, down_EFD.shape[1], offsets_E, dtype)
     if tiles is None:
         grad_rows_RD = spread(grad_y_TD, row_of_choice_TK)[:R]
         grad_h_RF = F.grouped_mm(grad_rows_RD, down_EFD.mT, offs=offsets_E)
@@ -95,7 +95,7 @@ def backward(
         grad_gate_up_R2F, gated_h_RF, grad_gates_TK = hopper().down_backward(
             grad_y_TD, gates_TK, choice_of_row_R, offsets_E, down_EFD, gate_up_R2F, tiles
         )
-        by_token = choice_of_row_R, top_k, offsets_E, dtype
+        by_token = choice_of_row_R, top_k, offsets_E, tiles, dtype
         grad_down_EFD = hopper().weight_gradient(grad_y_TD, gated_h_RF, *by_token, rows_first=True)
         del gated_h_RF
         grad_gate_up_EDF = hopper().weight_gradient(x_TD, grad_gate_up_R2F, *by_token)

@@ -30,7 +30,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
 from moelm.moe.kernels.launch import Kernel, cdiv
-from moelm.moe.kernels.products import ROWS
+from moelm.moe.kernels.products import ROWS, Tiles
 
 COLUMNS = 256  # of a tile, in SwiGLU 128 of the gate and as many of up
 assert ROWS == 128  # 64 for each group of warps
@@ -226,16 +226,16 @@ def _rows_product(
     # fmt: on
 
 
-def product(rows_RK: Tensor, w: Tensor, tiles: Tensor, *, transposed: bool = False) -> Tensor:
+def product(rows_RK: Tensor, w: Tensor, tiles: Tiles, *, transposed: bool = False) -> Tensor:
     """[R, N] rows_r W^e, or with `transposed` rows_r W^eT. 2 R K N operations; R K + E K N + R N elements moved."""
     (R, K), n = rows_RK.shape, w.shape[1 if transposed else 2]
     out_RN = rows_RK.new_empty(R, n)
-    _rows_product[_blocks(tiles.shape[0] * cdiv(n, COLUMNS), rows_RK.device)](
+    _rows_product[_blocks(tiles.tiles_N3.shape[0] * cdiv(n, COLUMNS), rows_RK.device)](
         _blocks_of(rows_RK, ROWS // 2, DEPTH),
         _blocks_of(w, *((COLUMNS, DEPTH) if transposed else (DEPTH, COLUMNS))),
         out_RN,
-        tiles,
-        tiles.shape[0],
+        tiles.tiles_N3,
+        tiles.tiles_N3.shape[0],
         K,
         n,
         w.shape[1],
@@ -472,7 +472,7 @@ def _up_product(
 
 
 def up_product(
-    x_TD: Tensor, choice_of_row_R: Tensor, top_k: int, gate_up_EDF: Tensor, tiles: Tensor
+    x_TD: Tensor, choice_of_row_R: Tensor, top_k: int, gate_up_EDF: Tensor, tiles: Tiles
 ) -> tuple[Tensor, Tensor]:
     """(gate_up [R, 2F], h [R, F]): gate_up_r = x_t W^e, and h = silu(gate) up of them once they are rounded.
 
@@ -481,14 +481,14 @@ def up_product(
     R, D, n = choice_of_row_R.shape[0], x_TD.shape[1], gate_up_EDF.shape[2] // 2
     gate_up_R2F, h_RF = x_TD.new_empty(R, 2 * n), x_TD.new_empty(R, n)
     columns = COLUMNS // 2
-    _up_product[_blocks(tiles.shape[0] * cdiv(n, columns), x_TD.device)](
+    _up_product[_blocks(tiles.tiles_N3.shape[0] * cdiv(n, columns), x_TD.device)](
         x_TD.contiguous(),
         choice_of_row_R,
         _blocks_of(gate_up_EDF, DEPTH, columns),
         gate_up_R2F,
         h_RF,
-        tiles,
-        tiles.shape[0],
+        tiles.tiles_N3,
+        tiles.tiles_N3.shape[0],
         top_k,
         D,
         n,
@@ -518,7 +518,7 @@ def _swiglu_backward(
     grad_gates_ptr,
     n_row_tiles,
     n_rows,
-    E: gl.constexpr,
+    E,
     N: gl.constexpr,
     BN: gl.constexpr,
     GROUP: gl.constexpr,
@@ -574,7 +574,7 @@ def _swiglu_backward(
 
 
 @Kernel
-@gluon.jit(do_not_specialize=["n_row_tiles", "n_rows"])
+@gluon.jit(do_not_specialize=["n_row_tiles", "n_rows", "E"])
 def _down_backward(
     grad_y_ptr,
     choice_ptr,
@@ -588,8 +588,8 @@ def _down_backward(
     grad_gates_ptr,
     n_row_tiles,
     n_rows,
+    E,
     TOP_K: gl.constexpr,
-    E: gl.constexpr,
     K: gl.constexpr,
     N: gl.constexpr,
     BN: gl.constexpr,
@@ -633,7 +633,7 @@ def down_backward(
     offsets_E: Tensor,
     down_EFD: Tensor,
     gate_up_R2F: Tensor,
-    tiles: Tensor,
+    tiles: Tiles,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """`rows.swiglu_backward` of grad_h_r = grad_y_t W^eT, which is never stored: (grad_gate_up [R, 2F], gated_h [R, F],
     grad_gates [T, K] float32).
@@ -644,21 +644,21 @@ def down_backward(
     grad_gate_up_R2F, gated_h_RF = torch.empty_like(gate_up_R2F), gate_up_R2F.new_empty(R, n)
     n_columns = cdiv(n, COLUMNS)
     grad_gates_cTK = torch.zeros(n_columns, *gates_TK.shape, device=gates_TK.device)  # those of "none" stay 0
-    _down_backward[_blocks(tiles.shape[0] * n_columns, grad_y_TD.device)](
+    _down_backward[_blocks(tiles.tiles_N3.shape[0] * n_columns, grad_y_TD.device)](
         grad_y_TD.contiguous(),
         choice_of_row_R,
         _blocks_of(down_EFD, COLUMNS, DEPTH),
-        tiles,
+        tiles.tiles_N3,
         offsets_E,
         gates_TK.contiguous(),
         gate_up_R2F,
         grad_gate_up_R2F,
         gated_h_RF,
         grad_gates_cTK,
-        tiles.shape[0],
+        tiles.tiles_N3.shape[0],
         R,
-        gates_TK.shape[1],
         offsets_E.shape[0],
+        gates_TK.shape[1],
         D,
         n,
         COLUMNS,
@@ -677,9 +677,9 @@ def down_backward(
 
 
 @gluon.jit
-def _gradient_tile(index, offsets_ptr, n_m: gl.constexpr, n_n: gl.constexpr):
-    """Expert, first and last row of it, and the tile of its matrix."""
-    expert = index // (n_m * n_n)
+def _gradient_tile(index, offsets_ptr, experts_ptr, n_m: gl.constexpr, n_n: gl.constexpr):
+    """Expert, first and last row of it, and the tile of its matrix. The longest sums come first."""
+    expert = gl.load(experts_ptr + index // (n_m * n_n))
     index = index % (n_m * n_n)
     begin = gl.load(offsets_ptr + expert - 1, mask=expert > 0, other=0)
     return expert, begin, gl.load(offsets_ptr + expert), index % n_m, index // n_m
@@ -695,8 +695,9 @@ def _fetch_and_gather_pairs(
     full,
     empty,
     offsets_ptr,
+    experts_ptr,
+    E,
     TOP_K: gl.constexpr,
-    E: gl.constexpr,
     GATHER_A: gl.constexpr,
     M: gl.constexpr,
     N: gl.constexpr,
@@ -716,7 +717,7 @@ def _fetch_and_gather_pairs(
     stage = 0
     phase = 1
     for index in range(gl.program_id(0), E * n_m * n_n, gl.num_programs(0)):
-        _, begin, end, m, n = _gradient_tile(index, offsets_ptr, n_m, n_n)
+        _, begin, end, m, n = _gradient_tile(index, offsets_ptr, experts_ptr, n_m, n_n)
         token = gl.load(choice_ptr + begin + r, mask=begin + r < end, other=0) // TOP_K
         for row in range(begin, end, BK):
             # those of the next step, so that it need not wait for memory twice
@@ -754,8 +755,9 @@ def _multiply_pairs(
     full,
     empty,
     offsets_ptr,
+    experts_ptr,
     out_ptr,
-    E: gl.constexpr,
+    E,
     M: gl.constexpr,
     N: gl.constexpr,
     n_m: gl.constexpr,
@@ -768,7 +770,7 @@ def _multiply_pairs(
     stage = 0
     phase = 0
     for index in range(gl.program_id(0), E * n_m * n_n, gl.num_programs(0)):
-        expert, begin, end, m, n = _gradient_tile(index, offsets_ptr, n_m, n_n)
+        expert, begin, end, m, n = _gradient_tile(index, offsets_ptr, experts_ptr, n_m, n_n)
         acc = gl.zeros([64, BN], gl.float32, layout)
         for row in range(begin, end, BK):
             mbarrier.wait(full.index(stage), phase)
@@ -793,15 +795,16 @@ def _multiply_pairs(
 
 
 @Kernel
-@gluon.jit
+@gluon.jit(do_not_specialize=["E"])
 def _weight_gradient(
     tokens_ptr,
     choice_ptr,
     rows_desc,
     out_ptr,
     offsets_ptr,
+    experts_ptr,
+    E,
     TOP_K: gl.constexpr,
-    E: gl.constexpr,
     GATHER_A: gl.constexpr,
     M: gl.constexpr,
     N: gl.constexpr,
@@ -822,10 +825,10 @@ def _weight_gradient(
         mbarrier.init(empty.index(i), count=2)
     # fmt: off
     gl.warp_specialize([
-        (_multiply_pairs, (0, a, b, full, empty, offsets_ptr, out_ptr, E, M, N, n_m, n_n, BN, BK, STAGES)),
-        (_multiply_pairs, (1, a, b, full, empty, offsets_ptr, out_ptr, E, M, N, n_m, n_n, BN, BK, STAGES)),
-        (_fetch_and_gather_pairs, (tokens_ptr, choice_ptr, rows_desc, a, b, full, empty, offsets_ptr,
-                                   TOP_K, E, GATHER_A, M, N, n_m, n_n, BN, BK, STAGES)),
+        (_multiply_pairs, (0, a, b, full, empty, offsets_ptr, experts_ptr, out_ptr, E, M, N, n_m, n_n, BN, BK, STAGES)),
+        (_multiply_pairs, (1, a, b, full, empty, offsets_ptr, experts_ptr, out_ptr, E, M, N, n_m, n_n, BN, BK, STAGES)),
+        (_fetch_and_gather_pairs, (tokens_ptr, choice_ptr, rows_desc, a, b, full, empty, offsets_ptr, experts_ptr,
+                                   E, TOP_K, GATHER_A, M, N, n_m, n_n, BN, BK, STAGES)),
     ], [4, 4], [208, 88])
     # fmt: on
 
@@ -836,6 +839,7 @@ def weight_gradient(
     choice_of_row_R: Tensor,
     top_k: int,
     offsets_E: Tensor,
+    tiles: Tiles,
     dtype: torch.dtype,
     *,
     rows_first: bool = False,
@@ -855,8 +859,9 @@ def weight_gradient(
         _blocks_of(rows_RN, DEPTH, ROWS // 2 if rows_first else COLUMNS),
         out_EMN,
         offsets_E,
-        top_k,
+        tiles.experts_E,
         E,
+        top_k,
         not rows_first,
         M,
         N,

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 from functools import cache
 from types import ModuleType
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -21,34 +22,55 @@ log = logging.getLogger(__name__)
 ROWS = 128  # of a tile of `hopper.py`
 
 
-def hopper_tiles(x: Tensor, n_rows: int, offsets_E: Tensor) -> Tensor | None:
-    """`row_tiles` if the products of `hopper.py` are used for tokens like `x`, else None."""
-    usable = x.dtype == torch.bfloat16 and x.is_cuda and x.numel() and _hopper_works(x.device)
-    return row_tiles(n_rows, offsets_E, ROWS) if usable else None
+class Tiles(NamedTuple):
+    """How the rows are worked on, whatever the load, which the host does not know."""
+
+    tiles_N3: Tensor  # int32 expert, first row, end of the expert's rows; expert -1 for a tile without rows
+    experts_E: Tensor  # int32, most rows first: who takes the next of them whenever it is free is done about together
 
 
-def row_tiles(n_rows: int, offsets_E: Tensor, size: int) -> Tensor:
-    """Each expert's rows, `size` at a time: int32 [n, 3] expert, first row, end of the expert's rows; expert -1 for a
-    tile without rows. As many as `n_rows` can need whatever the load, which the host does not know."""
+def hopper_tiles(
+    x_TD: Tensor, n_rows: int, top_k: int, d_expert: int, offsets_E: Tensor, dtype: torch.dtype | None = None
+) -> Tiles | None:
+    """`row_tiles` if the products of `hopper.py` are used for tokens like these, else None. `dtype` is that of the
+    gradients of weights, for the products of a backward pass."""
+    if x_TD.dtype != torch.bfloat16 or not x_TD.is_cuda or not x_TD.numel():
+        return None
+    works = _hopper_works(x_TD.device, x_TD.shape[1], d_expert, top_k, dtype)
+    return row_tiles(n_rows, offsets_E, ROWS) if works else None
+
+
+def row_tiles(n_rows: int, offsets_E: Tensor, size: int) -> Tiles:
+    """Each expert's rows, `size` at a time; as many tiles as `n_rows` can need."""
     E = offsets_E.shape[0]
     n_tiles = min(n_rows, n_rows // size + E)
-    tiles_N3 = offsets_E.new_empty(n_tiles, 3)
+    tiles_N3, experts_E = offsets_E.new_empty(n_tiles, 3), torch.empty_like(offsets_E)
     block = 64
-    _row_tiles[cdiv(n_tiles, block), 1, 1](offsets_E, tiles_N3, n_tiles, E, next_power_of_2(E), size, block)
-    return tiles_N3
+    _row_tiles[cdiv(max(n_tiles, E), block), 1, 1](
+        offsets_E, tiles_N3, experts_E, n_tiles, E, next_power_of_2(E), size, block
+    )
+    return Tiles(tiles_N3, experts_E)
 
 
-def row_tiles_reference(n_rows: int, offsets_E: Tensor, size: int) -> Tensor:
+def row_tiles_reference(n_rows: int, offsets_E: Tensor, size: int) -> Tiles:
     ends = offsets_E.tolist()
     tiles = [(e, row, end) for e, end in enumerate(ends) for row in range(ends[e - 1] if e else 0, end, size)]
     tiles += [(-1, 0, 0)] * (min(n_rows, n_rows // size + len(ends)) - len(tiles))
-    return torch.tensor(tiles, dtype=torch.int32, device=offsets_E.device).view(-1, 3)
+    tiles_N3 = torch.tensor(tiles, dtype=torch.int32, device=offsets_E.device).view(-1, 3)
+    return Tiles(tiles_N3, offsets_E.diff(prepend=offsets_E.new_zeros(1)).argsort(descending=True, stable=True).int())
 
 
 @Kernel
 @triton.jit(do_not_specialize=["n_tiles"])
 def _row_tiles(
-    offsets_E, tiles_N3, n_tiles, E: tl.constexpr, BLOCK_E: tl.constexpr, SIZE: tl.constexpr, BLOCK: tl.constexpr
+    offsets_E,
+    tiles_N3,
+    experts_E,
+    n_tiles,
+    E: tl.constexpr,
+    BLOCK_E: tl.constexpr,
+    SIZE: tl.constexpr,
+    BLOCK: tl.constexpr,
 ):
     e = tl.arange(0, BLOCK_E)
     end = tl.load(offsets_E + e, mask=e < E, other=0)
@@ -56,6 +78,11 @@ def _row_tiles(
     n = tl.where(e < E, tl.cdiv(end - start, SIZE), 0)
     last = tl.cumsum(n, 0)
     tile = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    mine_end = tl.load(offsets_E + tile, mask=tile < E, other=0)
+    mine_start = tl.load(offsets_E + tile - 1, mask=(tile > 0) & (tile < E), other=0)
+    rows, mine_rows = tl.where(e < E, end - start, -1)[None, :], (mine_end - mine_start)[:, None]
+    before = (rows > mine_rows) | ((rows == mine_rows) & (e[None, :] < tile[:, None]))
+    tl.store(experts_E + tl.sum(before.to(tl.int32), 1), tile, mask=tile < E)
     expert = tl.sum((last[None, :] <= tile[:, None]).to(tl.int32), 1)
     mine = e[None, :] == expert[:, None]
     row = tl.sum(tl.where(mine, (start - (last - n) * SIZE)[None, :], 0), 1) + tile * SIZE
@@ -74,15 +101,16 @@ def hopper() -> ModuleType:
 
 
 @cache
-def _hopper_works(device: torch.device) -> bool:
-    """Gluon is young and changes: where its kernels do not compile, or compute something else, torch's are used."""
+def _hopper_works(device: torch.device, d_in: int, d_expert: int, top_k: int, dtype: torch.dtype | None) -> bool:
+    """Gluon is young and changes: where its kernels do not compile, or compute something else, torch's are used. Asked
+    of the very binaries that will be used, so that it costs no compilation of its own."""
     capability = torch.cuda.get_device_capability(device)
     if capability != (9, 0):
         log.info("experts: torch's grouped product, since this GPU is %d.%d and no Hopper (9.0)", *capability)
         return False
     try:
         for _ in range(2):  # launched by Triton, and as `launch.py` remembers them
-            _compare_with_torch(device)
+            _compare_with_torch(device, d_in, d_expert, top_k, dtype)
     except torch.OutOfMemoryError:
         raise
     except Exception as error:  # of whatever kind: Triton raises its own, Python those of names that have changed
@@ -93,50 +121,50 @@ def _hopper_works(device: torch.device) -> bool:
     return True
 
 
-def _compare_with_torch(device: torch.device) -> None:
-    """Raises if a kernel of `hopper.py` errs by more than rounding. The sizes let a block of threads have a second
-    tile, more steps than there are stages, and ends of rows, of columns and of sums inside a tile; some choices are
-    of "none"."""
+def _compare_with_torch(device: torch.device, D: int, F_: int, K: int, dtype: torch.dtype | None) -> None:
+    """Raises if a kernel of `hopper.py` errs by more than rounding: of the forward pass, or with `dtype` of the other.
+
+    Rows enough that blocks of threads have more than one tile and sums more steps than there are stages; experts end
+    inside a tile, one is idle, and some choices are of "none".
+    """
     generator = torch.Generator(device).manual_seed(0)
-    T, K, D, n, E = 4220, 2, 328, 296, 3
+    T, E = cdiv(8440, K), 3
     x_TD, grad_y_TD, up_EDF, down_EFD = (
         torch.randn(shape, device=device, generator=generator).bfloat16()
-        for shape in ((T, D), (T, D), (E, D, 2 * n), (E, n, D))
+        for shape in ((T, D), (T, D), (E, D, 2 * F_), (E, F_, D))
     )
-    ids_TK = torch.randint(0, 2 * E, (T, K), device=device, generator=generator).clamp(max=E)  # one expert idle
+    ids_TK = torch.randint(0, 2 * E, (T, K), device=device, generator=generator).clamp(max=E)
     gates_TK = torch.rand(T, K, device=device, generator=generator)
     row_of_choice_TK, choice_of_row_R, offsets_E = sort_by_expert(torch.where(ids_TK == 1, 0, ids_TK), E)
-    tiles, n_used = row_tiles(T * K, offsets_E, ROWS), int(offsets_E[-1])
-    rows_RD, grad_rows_RD = spread(x_TD, row_of_choice_TK), spread(grad_y_TD, row_of_choice_TK)
-
-    ours = hopper()
-    gate_up_R2F, h_RF = ours.up_product(x_TD, choice_of_row_R, K, up_EDF, tiles)
-    wanted_up_R2F = F.grouped_mm(rows_RD, up_EDF, offs=offsets_E)
-    wanted_h_RF = swiglu(wanted_up_R2F, offsets_E)
-    grad_h_RF = F.grouped_mm(grad_rows_RD, down_EFD.mT, offs=offsets_E)
-    backward = ours.down_backward(grad_y_TD, gates_TK, choice_of_row_R, offsets_E, down_EFD, wanted_up_R2F, tiles)
-    wanted_backward = swiglu_backward(grad_h_RF, wanted_up_R2F, gates_TK, choice_of_row_R, offsets_E)
-    grad_up_R2F, gated_h_RF, _ = wanted_backward
-    wanted_x_RD = F.grouped_mm(grad_up_R2F, up_EDF.mT, offs=offsets_E)
-    grad_down_EFD = F.grouped_mm(gated_h_RF.mT, grad_rows_RD, offs=offsets_E)
-    grad_up_EDF = F.grouped_mm(rows_RD.mT, grad_up_R2F, offs=offsets_E)
-    pairs = [
-        (gate_up_R2F[:n_used], wanted_up_R2F[:n_used]),
-        (h_RF[:n_used], wanted_h_RF[:n_used]),
-        (backward[0][:n_used], wanted_backward[0][:n_used]),
-        (backward[1][:n_used], wanted_backward[1][:n_used]),
-        (backward[2], wanted_backward[2]),
-        (
-            ours.product(wanted_h_RF, down_EFD, tiles)[:n_used],
-            F.grouped_mm(wanted_h_RF, down_EFD, offs=offsets_E)[:n_used],
-        ),
-        (ours.product(grad_up_R2F, up_EDF, tiles, transposed=True)[:n_used], wanted_x_RD[:n_used]),
-    ]
-    for dtype in (torch.float32, torch.bfloat16):
-        by_token = choice_of_row_R, K, offsets_E, dtype
-        pairs.append((ours.weight_gradient(x_TD, backward[0], *by_token), grad_up_EDF))
-        pairs.append((ours.weight_gradient(grad_y_TD, backward[1], *by_token, rows_first=True), grad_down_EFD))
-    for found, wanted in pairs:
-        error = (found.float() - wanted.float()).abs().max() / wanted.float().abs().max()
+    tiles, n_used, ours = row_tiles(T * K, offsets_E, ROWS), int(offsets_E[-1]), hopper()
+    rows_RD = spread(x_TD, row_of_choice_TK)
+    gate_up_R2F = F.grouped_mm(rows_RD, up_EDF, offs=offsets_E)
+    h_RF = swiglu(gate_up_R2F, offsets_E)
+    found: tuple[Tensor, ...]
+    wanted: tuple[Tensor, ...]
+    if dtype is None:
+        found = *ours.up_product(x_TD, choice_of_row_R, K, up_EDF, tiles), ours.product(h_RF, down_EFD, tiles)
+        wanted = gate_up_R2F, h_RF, F.grouped_mm(h_RF, down_EFD, offs=offsets_E)
+    else:
+        grad_rows_RD = spread(grad_y_TD, row_of_choice_TK)
+        grad_h_RF = F.grouped_mm(grad_rows_RD, down_EFD.mT, offs=offsets_E)
+        grads = swiglu_backward(grad_h_RF, gate_up_R2F, gates_TK, choice_of_row_R, offsets_E)
+        by_token = choice_of_row_R, K, offsets_E, tiles, dtype
+        mine = ours.down_backward(grad_y_TD, gates_TK, choice_of_row_R, offsets_E, down_EFD, gate_up_R2F, tiles)
+        found = (
+            *mine,
+            ours.product(grads[0], up_EDF, tiles, transposed=True),
+            ours.weight_gradient(x_TD, mine[0], *by_token),
+            ours.weight_gradient(grad_y_TD, mine[1], *by_token, rows_first=True),
+        )
+        wanted = (
+            *grads,
+            F.grouped_mm(grads[0], up_EDF.mT, offs=offsets_E),
+            F.grouped_mm(rows_RD.mT, grads[0], offs=offsets_E),
+            F.grouped_mm(grads[1].mT, grad_rows_RD, offs=offsets_E),
+        )
+    for one, other in zip(found, wanted, strict=True):
+        n = n_used if len(one) == T * K else None  # of rows the last are of nobody
+        error = (one[:n].float() - other[:n].float()).abs().max() / other[:n].float().abs().max()
         if not error <= 2**-7:
             raise ValueError(f"an error of {error.item():.1e}")
