@@ -27,5 +27,5 @@ def test_ranks_are_asked_for_sigterm_only_after_log_steps(
 
 def test_devices_that_cannot_share_the_experts_are_refused(tiny: Callable[..., Config]) -> None:
     config = tiny({"trainer.devices": 3, "trainer.strategy": "fsdp", "trainer.expert_parallel": 2})
-    with pytest.raises(ConfigError, match="expert_parallel.*2 does not divide the 3 devices"):
+    with pytest.raises(ConfigError, match=r"expert_parallel.*2 does not divide the 3 devices"):
         build_trainer(config)
