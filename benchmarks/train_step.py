@@ -42,7 +42,7 @@ from moelm.train import train
 from moelm.training.checkpoint_io import FolderCheckpointIO
 from moelm.training.evaluation import forward_batch
 from moelm.training.lightning_module import MoELightningModule
-from moelm.training.optim import build_optimizer, shorten_gradients
+from moelm.training.optim import build_optimizer, place_gradients
 
 MOE, DENSE = ROOT / "configs/bench/moe_1_7b.yaml", ROOT / "configs/bench/dense_0_3b.yaml"
 MICRO_TOKENS = 16384  # sequence length x micro-batch size of these configs
@@ -85,8 +85,7 @@ def bare_loop(config: Config, device: str) -> list[Interval]:
     model.activation_checkpointing = config.trainer.activation_checkpointing
     module.model = model
     optimizer = build_optimizer(model, config.optim)
-    if config.optim.batch_tokens == MICRO_TOKENS:
-        shorten_gradients(model, optimizer)
+    place_gradients(model, optimizer, config.optim.batch_tokens // MICRO_TOKENS)
 
     def loss(batch: Batch) -> Tensor:
         with torch.autocast(device, torch.bfloat16):

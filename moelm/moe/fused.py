@@ -13,6 +13,7 @@ from torch.autograd.function import once_differentiable
 
 from moelm.moe.kernels import HAS_TRITON
 from moelm.moe.ops import op
+from moelm.moe.working_copies import sum_so_far
 
 if HAS_TRITON:
     from moelm.moe.kernels import expert_mlp as kernels
@@ -58,9 +59,11 @@ def _expert_mlp_backward(
     gate_up_R2F: Tensor,
     dtype: torch.dtype,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Gradients of x, gates, and of both weights in `dtype`."""
-    permutation = row_of_choice_TK, choice_of_row_R, offsets_E
-    return kernels.backward(grad_y_TD, x_TD, gates_TK, *permutation, gate_up_EDF, down_EFD, gate_up_R2F, dtype)
+    """Gradients of x, gates, and of both weights in `dtype`: added to `sum_so_far` of the weights, which then is what
+    this returns, where there is one."""
+    inputs = x_TD, gates_TK, row_of_choice_TK, choice_of_row_R, offsets_E, gate_up_EDF, down_EFD
+    sums = sum_so_far(gate_up_EDF, dtype), sum_so_far(down_EFD, dtype)
+    return kernels.backward(grad_y_TD, *inputs, gate_up_R2F, dtype, *sums)
 
 
 class _ExpertMLP(torch.autograd.Function):
