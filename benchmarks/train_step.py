@@ -201,9 +201,8 @@ def config_of(variant: Variant, accumulation: int, steps: int, folder: str, name
         "trainer.enable_progress_bar=false",
         f"run.name={name}",
         f"run.dir={folder}/runs",
-        f"data.corpus.dir={folder}/data",
     ]
-    return load_config(variant.config, [*variant.overrides, *overrides, *ours])
+    return load_config(variant.config, [*variant.overrides, f"data.corpus.dir={folder}/data", *overrides, *ours])
 
 
 def measure_run(variant: Variant, config: Config, device: str) -> dict[str, Any]:
