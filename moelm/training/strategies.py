@@ -84,9 +84,9 @@ class ShardedStrategy(ModelParallelStrategy):
         mixed = float32
         if self.options.precision == "bf16-mixed":
             mixed = MixedPrecisionPolicy(torch.bfloat16, torch.float32, cast_forward_inputs=False)
-        self.device_mesh["fsdp", "ep"]._flatten("shard")
-        mesh = self._replicated("shard")
-        placement = partial(placement_of, n_ranks=self.device_mesh["shard"].size())
+        shard = self.device_mesh["fsdp", "ep"]._flatten("shard")
+        mesh = self._with_replicas(shard)
+        placement = partial(placement_of, n_ranks=shard.size())
         alone = set(router_parameters(model))  # what FSDP2 leaves as it is
         for block in model.all_blocks:
             if block.moe is not None:
@@ -111,13 +111,14 @@ class ShardedStrategy(ModelParallelStrategy):
             experts.keeps_copies = True
             return set(experts.parameters())
         placement = partial(placement_of, n_ranks=fsdp.size(), n_shares=ep.size())
-        fully_shard(experts, mesh=self._replicated("fsdp"), mp_policy=policy, shard_placement_fn=placement)
+        fully_shard(experts, mesh=self._with_replicas(fsdp), mp_policy=policy, shard_placement_fn=placement)
         gather_with(block, experts)
         return set()
 
-    def _replicated(self, axis: str) -> DeviceMesh:
+    def _with_replicas(self, axis: DeviceMesh) -> DeviceMesh:
         """The mesh of one axis, behind that of the replicas if there are several: FSDP2 shards over the last."""
-        return self.device_mesh["replica", axis] if self.options.replicas > 1 else self.device_mesh[axis]
+        assert axis.mesh_dim_names is not None
+        return self.device_mesh["replica", axis.mesh_dim_names[0]] if self.options.replicas > 1 else axis
 
     @property
     def _gpt(self) -> Any:
