@@ -138,7 +138,7 @@ def _silence_lightning() -> None:
         ".*`max_epochs`.*",
         ".*isinstance.treespec, LeafSpec.*",
         ".*`broadcast_buffers` is deprecated.*",  # since torch 2.13, and 2.11 has nothing else
-        ".*Slicing a flattened dim from root mesh.*",  # torch 2.11 to 2.13 have no other way to name two axes, one so made
+        ".*Slicing a flattened dim from root mesh.*",  # up to torch 2.13 the only way
         ".*recommended to use `self.log.*sync_dist=True.*",
         ".*FSDP2-wrapped module .* returned a view tensor.*",  # statistics, into which nothing writes
     ):
