@@ -1,13 +1,16 @@
 """Checkpoints on disk: folders `step-XXXXXXXX/` that are either whole or not there.
 
-    model.safetensors    weights and expert biases, under the names of GPT; a converted model has several, model-*
-    training.pt          optimizer, schedule, RNG, position; without it the checkpoint holds weights only, which can
-                         be evaluated, generate and be converted, but not continued
-    config.yaml          the resolved config
-    tokenizer.json       may be missing where there is no training.pt
-    manifest.json        size and sha256 of each file; written last
+    model.safetensors      weights and expert biases, under the names of GPT
+    optimizer.safetensors  moments, under "<moment>.<parameter>"
+    training.pt            all else of the optimizer, schedule, RNG, position; without it the checkpoint holds weights
+                           only, which can be evaluated, generate and be converted, but not continued
+    config.yaml            the resolved config
+    tokenizer.json         may be missing where there is no training.pt
+    manifest.json          size and sha256 of each file; written last
 
-`training.pt` loads with `torch.load(weights_only=True)`; nothing else is pickled.
+There may be several `model-*` and `optimizer-*` (of a converted model, of a run whose ranks wrote one each), of which
+each has some tensors or a part of each (`weight_files.py`). `training.pt` loads with `torch.load(weights_only=True)`;
+nothing else is pickled.
 """
 
 from __future__ import annotations
@@ -17,27 +20,31 @@ import os
 import re
 import shutil
 import sys
-import time
+from collections.abc import Mapping
 from fnmatch import fnmatchcase
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import lightning
-import lightning.pytorch as pl
 import torch
-from lightning.fabric.plugins.io.checkpoint_io import CheckpointIO
-from lightning.pytorch.callbacks import Checkpoint
 
 import moelm
-from moelm.config import Config, from_dict, read_yaml, to_yaml
+from moelm.config import Config, from_dict, read_yaml
 from moelm.data.token_shards import hash_file
-from moelm.training.lightning_module import MoELightningModule
-from moelm.training.weight_files import CheckpointError, read_weights, write_weights
+from moelm.training.weight_files import CheckpointError, TensorFiles, read_weights
 
-FORMAT = 2
+FORMAT = 3
 STEP_FOLDER = re.compile(r"step-(\d{8})")
-WEIGHT_FILES = "model*.safetensors"
+WEIGHT_FILES, MOMENT_FILES = "model*.safetensors", "optimizer*.safetensors"
 PREFIX = "model."  # of the GPT in the state dict of MoELightningModule
+Facts = dict[str, Any]
+
+
+class Held(NamedTuple):
+    """Which part of a parameter a rank has."""
+
+    whole: tuple[int, ...]  # shape
+    slices: tuple[slice, ...]
 
 
 def step_folder(run_folder: Path, step: int) -> Path:
@@ -52,9 +59,9 @@ def step_of(folder: Path) -> int:
 def _read_manifest(folder: Path) -> dict[str, Any]:
     try:
         manifest: dict[str, Any] = json.loads((folder / "manifest.json").read_text(encoding="utf-8"))
-        if manifest["format"] != FORMAT:
+        if manifest["format"] not in (2, FORMAT):  # in 2 the moments lie in training.pt
             older = "; an older moelm wrote it, which can still read it" if manifest["format"] == 1 else ""
-            raise CheckpointError(f"{folder}: format {manifest['format']}, this moelm reads {FORMAT}{older}")
+            raise CheckpointError(f"{folder}: format {manifest['format']}, this moelm reads {FORMAT} and 2{older}")
         _ = int(manifest["step"])
         for name, facts in manifest["files"].items():
             if Path(name).name != name:
@@ -65,51 +72,13 @@ def _read_manifest(folder: Path) -> dict[str, Any]:
     return manifest
 
 
-class FolderCheckpointIO(CheckpointIO):
-    """Stages beside the target, writes the manifest last, syncs, then renames: a kill leaves the old or the new."""
-
-    def __init__(self, config: Config) -> None:
-        self.config = config
-
-    def save_checkpoint(self, checkpoint: dict[str, Any], path: Any, storage_options: Any = None) -> None:
-        target = Path(path)
-        stage = target.with_name(f".{target.name}.tmp-{os.getpid()}")
-        try:
-            shutil.rmtree(stage, ignore_errors=True)
-            stage.mkdir(parents=True)
-            rest = {key: value for key, value in checkpoint.items() if key != "state_dict"}
-            write_weights(
-                {name.removeprefix(PREFIX): value for name, value in checkpoint["state_dict"].items()},
-                stage / "model.safetensors",
-            )
-            torch.save(rest, stage / "training.pt")
-            (stage / "config.yaml").write_text(to_yaml(self.config), encoding="utf-8")
-            shutil.copyfile(self.config.data.corpus.path / "tokenizer.json", stage / "tokenizer.json")
-            write_manifest(stage, int(checkpoint["moelm"]["step"]))
-            if target.exists():
-                shutil.rmtree(target)
-            os.replace(stage, target)
-            sync(target.parent)
-        except (OSError, RuntimeError) as error:  # torch.save raises RuntimeError on a full disk
-            shutil.rmtree(stage, ignore_errors=True)
-            raise CheckpointError(f"{target}: the checkpoint could not be written: {error}") from error
-
-    def load_checkpoint(self, path: Any, map_location: Any = None, weights_only: bool | None = None) -> dict[str, Any]:
-        folder = Path(path)
-        verify_checkpoint(folder)
-        checkpoint = load_tensors(training_state(folder))
-        checkpoint["state_dict"] = {f"{PREFIX}{name}": value for name, value in load_weights(folder).items()}
-        return checkpoint
-
-    def remove_checkpoint(self, path: Any) -> None:
-        shutil.rmtree(path, ignore_errors=True)
-
-
-def write_manifest(folder: Path, step: int) -> None:
+def write_manifest(folder: Path, step: int, known: Mapping[str, Facts] | None = None) -> None:
+    """Of all files in the folder; of those that are `known`, the size only is looked up. Raises OSError."""
     files = {}
     for file in sorted(folder.iterdir()):
-        sync(file)
-        files[file.name] = {"bytes": file.stat().st_size, "sha256": hash_file(file)}
+        files[file.name] = facts = (known or {}).get(file.name) or synced_facts(file)
+        if file.stat().st_size != facts["bytes"]:
+            raise OSError(f"{file.name} has {file.stat().st_size} bytes, {facts['bytes']} were written")
     manifest = {
         "format": FORMAT,
         "step": step,
@@ -119,6 +88,12 @@ def write_manifest(folder: Path, step: int) -> None:
     (folder / "manifest.json").write_text(json.dumps(manifest, indent=1), encoding="utf-8")
     sync(folder / "manifest.json")
     sync(folder)
+
+
+def synced_facts(file: Path) -> Facts:
+    """What the manifest says of a file, once it is on the disk. Raises OSError."""
+    sync(file)
+    return {"bytes": file.stat().st_size, "sha256": hash_file(file)}
 
 
 def sync(path: Path) -> None:
@@ -132,8 +107,10 @@ def sync(path: Path) -> None:
 
 def verify_checkpoint(folder: Path) -> None:
     """Raises CheckpointError that names the first file which is not what the manifest says."""
-    files = _read_manifest(folder)["files"]
-    for needed in ("config.yaml", WEIGHT_FILES):
+    manifest = _read_manifest(folder)
+    files = manifest["files"]
+    moments = (MOMENT_FILES,) if manifest["format"] == FORMAT and "training.pt" in files else ()
+    for needed in ("config.yaml", WEIGHT_FILES, *moments):
         if not any(fnmatchcase(name, needed) for name in files):
             raise CheckpointError(f"{folder / needed}: missing in manifest.json")
     for name, expected in files.items():
@@ -148,7 +125,15 @@ def verify_checkpoint(folder: Path) -> None:
 
 def weight_files(folder: Path) -> list[Path]:
     """The files whose tensors together are the state dict of the GPT, by name."""
-    return [folder / name for name in sorted(_read_manifest(folder)["files"]) if fnmatchcase(name, WEIGHT_FILES)]
+    return _listed(folder, WEIGHT_FILES)
+
+
+def moment_files(folder: Path) -> list[Path]:
+    return _listed(folder, MOMENT_FILES)
+
+
+def _listed(folder: Path, pattern: str) -> list[Path]:
+    return [folder / name for name in sorted(_read_manifest(folder)["files"]) if fnmatchcase(name, pattern)]
 
 
 def training_state(folder: Path) -> Path:
@@ -184,6 +169,35 @@ def load_tensors(file: Path) -> dict[str, Any]:
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise CheckpointError(f"{file}: cannot be loaded: {reason}") from None
     return loaded
+
+
+def load_training(folder: Path, held: Mapping[str, Held] | None = None) -> dict[str, Any]:
+    """What Lightning saved, on the CPU. Of a parameter that `held` names, and of its moments, only that part is read.
+
+    Raises CheckpointError, also where the checkpoint has a tensor of another shape than `held`.
+    """
+    verify_checkpoint(folder)
+    held = held or {}
+    checkpoint = load_tensors(training_state(folder))
+    weights, moments = TensorFiles(weight_files(folder)), TensorFiles(moment_files(folder))
+    checkpoint["state_dict"] = {f"{PREFIX}{name}": _part(weights, name, held.get(name), folder) for name in weights}
+    try:
+        states = checkpoint["optimizer_states"][0]["state"]
+        numbers = {name: i for i, name in enumerate(checkpoint["moelm"]["parameters"])} if len(moments) else {}
+        for stored in moments:
+            key, _, name = stored.partition(".")
+            states.setdefault(numbers[name], {})[key] = _part(moments, stored, held.get(name), folder)
+    except (KeyError, IndexError, TypeError, AttributeError) as error:
+        raise CheckpointError(f"{folder / 'training.pt'}: is not that of these moments: {error!r}") from None
+    return checkpoint
+
+
+def _part(tensors: TensorFiles, name: str, held: Held | None, folder: Path) -> torch.Tensor:
+    if held is None:
+        return tensors[name]
+    if tensors.shapes[name] != held.whole:
+        raise CheckpointError(f"{folder}: {name} has the shape {tensors.shapes[name]}, the model's is {held.whole}")
+    return tensors.part(name, held.slices)
 
 
 def load_weights(folder: Path) -> dict[str, torch.Tensor]:
@@ -240,47 +254,6 @@ def set_aside_later(run_folder: Path, step: int) -> None:
             print(f"{folder} is later than the checkpoint that is continued: renamed to {left.name}", file=sys.stderr)
     for stage in run_folder.glob(".step-*.tmp-*"):
         shutil.rmtree(stage, ignore_errors=True)
-
-
-class StepCheckpoint(Checkpoint):
-    """Saves every n optimizer steps and at the end, after the validation if one is due, and keeps the last k."""
-
-    def __init__(self, config: Config) -> None:
-        self.every, self.keep_last, self.run_folder = (
-            config.checkpoint.every_n_steps,
-            config.checkpoint.keep_last,
-            config.run_folder,
-        )
-        self._saved_step = -1
-
-    def on_train_batch_end(
-        self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
-    ) -> None:
-        assert isinstance(pl_module, MoELightningModule)
-        if pl_module.is_step_end and not pl_module.is_validation_step:
-            self._save_if_due(trainer, pl_module)  # else after the validation
-
-    def on_validation_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        if not trainer.sanity_checking:
-            self._save_if_due(trainer, pl_module, force=trainer.should_stop)
-
-    def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        self._save_if_due(trainer, pl_module, force=True)
-
-    def _save_if_due(self, trainer: pl.Trainer, module: pl.LightningModule, force: bool = False) -> None:
-        assert isinstance(module, MoELightningModule)
-        step = trainer.global_step
-        due = step % self.every == 0 or force
-        if not due or step == self._saved_step:
-            return
-        if module.device.type == "cuda":
-            torch.cuda.synchronize(module.device)  # what is still queued is training, not saving
-        self._saved_step, started = step, time.perf_counter()
-        trainer.save_checkpoint(step_folder(self.run_folder, step))
-        if trainer.is_global_zero:
-            for old in [folder for folder in step_folders(self.run_folder) if is_whole(folder)][: -self.keep_last]:
-                shutil.rmtree(old, ignore_errors=True)
-        module.paused_s += time.perf_counter() - started
 
 
 def is_whole(folder: Path) -> bool:

@@ -58,6 +58,12 @@ def build_optimizer(model: nn.Module, config: OptimConfig) -> Optimizer:
     )
 
 
+def parameter_names(model: nn.Module, optimizer: Optimizer) -> list[str]:
+    """In the order by which the optimizer's state dict numbers them."""
+    names = {parameter: name for name, parameter in model.named_parameters()}
+    return [names[parameter] for group in optimizer.param_groups for parameter in group["params"]]
+
+
 def shorten_gradients(model: GPT, optimizer: Optimizer) -> None:
     """Large fused experts get theirs in bfloat16: half the memory, and half of what norm and AdamW read.
 

@@ -19,7 +19,11 @@ from torch.distributed.tensor import DTensor
 from moelm import command_line
 from moelm.config import Config, NamedConfig, load_config, register, to_yaml
 from moelm.train import train
-from moelm.training.shards import gathered, held_part
+from moelm.training.shards import held_part
+
+
+def whole(tensor: torch.Tensor) -> torch.Tensor:
+    return (tensor.full_tensor() if isinstance(tensor, DTensor) else tensor).detach().cpu()
 
 
 @register("callback", "tape", NamedConfig)
@@ -57,13 +61,13 @@ class Tape(Callback):
         self.samples.append((pl_module.step, batch["sample_ids"].tolist()))
 
     def on_before_optimizer_step(self, trainer: Any, pl_module: Any, optimizer: Any) -> None:
-        gradients = {name: gathered(p.grad, keep=True) for name, p in pl_module.model.named_parameters()}
+        gradients = {name: whole(p.grad) for name, p in pl_module.model.named_parameters()}
         self.steps.append({"gradients": {name: g.clone() for name, g in gradients.items()}})
 
     def on_train_batch_end(self, trainer: Any, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
         if pl_module.is_step_end:
             last = pl_module.last_step
-            weights = {name: gathered(p, keep=True) for name, p in pl_module.model.named_parameters()}
+            weights = {name: whole(p) for name, p in pl_module.model.named_parameters()}
             self.steps[-1] |= {
                 **{"loss": float(last.loss), "norm": float(pl_module.grad_norm), "load": last.load_ME.clone()},
                 **{"bias": pl_module.expert_bias_ME, "weights": {name: w.clone() for name, w in weights.items()}},
