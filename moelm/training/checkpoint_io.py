@@ -123,6 +123,11 @@ def verify_checkpoint(folder: Path) -> None:
             raise CheckpointError(f"{file}: the content does not match its sha256 in the manifest")
 
 
+def file_facts(folder: Path) -> dict[str, Facts]:
+    """Of each file, what the manifest says."""
+    return dict(_read_manifest(folder)["files"])
+
+
 def weight_files(folder: Path) -> list[Path]:
     """The files whose tensors together are the state dict of the GPT, by name."""
     return _listed(folder, WEIGHT_FILES)
@@ -133,7 +138,7 @@ def moment_files(folder: Path) -> list[Path]:
 
 
 def _listed(folder: Path, pattern: str) -> list[Path]:
-    return [folder / name for name in sorted(_read_manifest(folder)["files"]) if fnmatchcase(name, pattern)]
+    return [folder / name for name in sorted(file_facts(folder)) if fnmatchcase(name, pattern)]
 
 
 def training_state(folder: Path) -> Path:
@@ -158,7 +163,7 @@ def tokenizer_file(folder: Path) -> Path:
 
 def has_file(folder: Path, name: str) -> bool:
     """Whether the manifest lists it: what lies in the folder besides is no part of the checkpoint."""
-    return name in _read_manifest(folder)["files"]
+    return name in file_facts(folder)
 
 
 def load_tensors(file: Path) -> dict[str, Any]:

@@ -82,10 +82,11 @@ class TensorFiles(Mapping[str, torch.Tensor]):
     def __init__(self, files: Iterable[Path]) -> None:
         """Raises CheckpointError before any tensor is read, also for one that two files have and for one that the
         files do not have all of."""
+        self.files = list(files)
         self.pieces: dict[str, list[Piece]] = {}
         self.shapes: dict[str, tuple[int, ...]] = {}
         self.dtypes: dict[str, str] = {}  # as safetensors names them
-        for file in files:
+        for file in self.files:
             with open_weights(file) as handle:
                 places = _read_places(handle, file)
                 for name in handle.keys():  # noqa: SIM118  the handle is no mapping
@@ -196,8 +197,9 @@ def _write(
     places: Mapping[str, Place],
 ) -> None:
     metadata = dict(METADATA)
-    if places:
-        said = {name: {"saved_offsets": place.offset, "whole_shape": place.whole} for name, place in places.items()}
+    if places:  # torch wants to know of all tensors then
+        all_places = {name: Place((0,) * len(shape), shape) for name, (_, shape) in described.items()} | dict(places)
+        said = {name: {"saved_offsets": offset, "whole_shape": whole} for name, (offset, whole) in all_places.items()}
         metadata[PLACES] = json.dumps(said)
     header: dict[str, Any] = {"__metadata__": metadata}
     end = 0
