@@ -244,12 +244,19 @@ class Save(threading.Thread):
             marker.unlink()
         write_manifest(self.stage, self.step, facts)
         if self.target.exists():
-            shutil.rmtree(self.target)
+            discard(self.target)
         os.replace(self.stage, self.target)
         sync(self.target.parent)
         whole = [folder for folder in step_folders(self.config.run_folder) if is_whole(folder)]
         for old in whole[: -self.config.checkpoint.keep_last]:
-            shutil.rmtree(old, ignore_errors=True)
+            discard(old)
+
+
+def discard(folder: Path) -> None:
+    """A kill leaves it whole, or what the next start removes as it does a stage."""
+    gone = folder.with_name(f".{folder.name}.tmp-{os.getpid()}")
+    os.replace(folder, gone)
+    shutil.rmtree(gone, ignore_errors=True)
 
 
 def could_not(target: Path, error: str) -> str:
