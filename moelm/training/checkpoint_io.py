@@ -31,6 +31,7 @@ import torch
 import moelm
 from moelm.config import Config, from_dict, read_yaml
 from moelm.data.token_shards import hash_file
+from moelm.training.statistics import gather, rank, world_size
 from moelm.training.weight_files import CheckpointError, TensorFiles, read_weights
 
 FORMAT = 3
@@ -105,22 +106,42 @@ def sync(path: Path) -> None:
         os.close(descriptor)
 
 
-def verify_checkpoint(folder: Path) -> None:
-    """Raises CheckpointError that names the first file which is not what the manifest says."""
+def verify_checkpoint(folder: Path, share: slice | None = slice(None)) -> None:
+    """Raises CheckpointError that names the first file which is not what the manifest says. The content is read of that
+    `share` of the files only; None: of none."""
     manifest = _read_manifest(folder)
     files = manifest["files"]
     moments = (MOMENT_FILES,) if manifest["format"] == FORMAT and "training.pt" in files else ()
     for needed in ("config.yaml", WEIGHT_FILES, *moments):
         if not any(fnmatchcase(name, needed) for name in files):
             raise CheckpointError(f"{folder / needed}: missing in manifest.json")
+    read = set() if share is None else set(sorted(files)[share])
     for name, expected in files.items():
         file = folder / name
         if not file.is_file():
             raise CheckpointError(f"{file}: missing")
         if file.stat().st_size != expected["bytes"]:
             raise CheckpointError(f"{file}: {file.stat().st_size} bytes, the manifest says {expected['bytes']}")
-        if hash_file(file) != expected["sha256"]:
+        if name in read and hash_file(file) != expected["sha256"]:
             raise CheckpointError(f"{file}: the content does not match its sha256 in the manifest")
+
+
+def verify_together(folder: Path) -> None:
+    """Each rank reads its share of the files, and all hear what is wrong. Raises CheckpointError, also where the ranks
+    do not mean the same checkpoint."""
+    problem = None
+    try:
+        verify_checkpoint(folder, slice(rank(), None, world_size()))
+    except CheckpointError as error:
+        problem = str(error)
+    found = gather((folder.name, problem))
+    names = sorted({name for name, _ in found})
+    if len(names) > 1:
+        problem = f"{names[-1]} is damaged, and not all ranks saw that before they met"
+        raise CheckpointError(f"{folder.parent}: {problem}\n  remedy: start again, with --resume PATH of {names[0]}")
+    for _, said in found:
+        if said:
+            raise CheckpointError(said)
 
 
 def file_facts(folder: Path) -> dict[str, Facts]:
@@ -177,11 +198,11 @@ def load_tensors(file: Path) -> dict[str, Any]:
 
 
 def load_training(folder: Path, held: Mapping[str, Held] | None = None) -> dict[str, Any]:
-    """What Lightning saved, on the CPU. Of a parameter that `held` names, and of its moments, only that part is read.
+    """What Lightning saved in a verified checkpoint, on the CPU. Of a parameter that `held` names, and of its moments,
+    only that part is read.
 
     Raises CheckpointError, also where the checkpoint has a tensor of another shape than `held`.
     """
-    verify_checkpoint(folder)
     held = held or {}
     checkpoint = load_tensors(training_state(folder))
     weights, moments = TensorFiles(weight_files(folder)), TensorFiles(moment_files(folder))
@@ -214,9 +235,9 @@ def load_checkpoint_config(folder: Path) -> Config:
     return from_dict(Config, read_yaml(folder / "config.yaml"))
 
 
-def is_valid(folder: Path) -> bool:
+def is_valid(folder: Path, share: slice | None = slice(None)) -> bool:
     try:
-        verify_checkpoint(folder)
+        verify_checkpoint(folder, share)
     except CheckpointError:
         return False
     return True
@@ -229,20 +250,20 @@ def step_folders(run_folder: Path) -> list[Path]:
     return sorted(path for path in run_folder.iterdir() if STEP_FOLDER.fullmatch(path.name) and path.is_dir())
 
 
-def newest_checkpoint(run_folder: Path) -> Path | None:
-    """The newest valid checkpoint, by content; an invalid one is passed over."""
-    return next((folder for folder in reversed(step_folders(run_folder)) if is_valid(folder)), None)
+def newest_checkpoint(run_folder: Path, share: slice | None = slice(None)) -> Path | None:
+    """The newest valid checkpoint, by content; an invalid one is passed over. `share`: see `verify_checkpoint`."""
+    return next((folder for folder in reversed(step_folders(run_folder)) if is_valid(folder, share)), None)
 
 
-def find_checkpoint(path: str | Path) -> Path:
+def find_checkpoint(path: str | Path, share: slice | None = slice(None)) -> Path:
     """A run folder (its newest valid checkpoint) or a step folder. Raises CheckpointError."""
     folder = Path(path)
     if not folder.is_dir():
         raise CheckpointError(f"{folder}: no such folder; give a run's folder or one of its step-XXXXXXXX")
     if (folder / "manifest.json").exists() or STEP_FOLDER.fullmatch(folder.resolve().name):
-        verify_checkpoint(folder)
+        verify_checkpoint(folder, share)
         return folder
-    newest = newest_checkpoint(folder)
+    newest = newest_checkpoint(folder, share)
     if newest is None:
         raise CheckpointError(f"{folder}: no valid checkpoint (step-XXXXXXXX/manifest.json) in it")
     return newest

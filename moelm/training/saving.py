@@ -30,6 +30,7 @@ from moelm.training.checkpoint_io import (
     step_folders,
     sync,
     synced_facts,
+    verify_together,
     write_manifest,
 )
 from moelm.training.lightning_module import MoELightningModule
@@ -37,7 +38,7 @@ from moelm.training.shards import held_part
 from moelm.training.statistics import gather, rank, world_size
 from moelm.training.weight_files import CheckpointError, Place, write_weights
 
-PATIENCE_S = 10.0  # for other ranks after an exception, and for a file system to show what another host made
+PATIENCE_S = 5.0  # for other ranks after an exception, and for a file system to show what another host made
 
 
 class FolderCheckpointIO(CheckpointIO):
@@ -96,6 +97,7 @@ class FolderCheckpointIO(CheckpointIO):
             print(could_not(save.target, save.error), file=sys.stderr)
 
     def load_checkpoint(self, path: Any, map_location: Any = None, weights_only: bool | None = None) -> dict[str, Any]:
+        verify_together(Path(path))
         return load_training(Path(path))
 
     def remove_checkpoint(self, path: Any) -> None:

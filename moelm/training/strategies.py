@@ -22,7 +22,7 @@ from moelm.model.block import Block
 from moelm.model.gpt import GPT
 from moelm.moe.dispatch.expert_parallel import ExpertParallel
 from moelm.moe.experts import Experts
-from moelm.training.checkpoint_io import Held, load_training
+from moelm.training.checkpoint_io import Held, load_training, verify_together
 from moelm.training.launch import end_with_launcher
 from moelm.training.shards import held_part, like
 from moelm.training.statistics import all_reduce_sums
@@ -157,6 +157,7 @@ class ShardedStrategy(ModelParallelStrategy):
 
     def load_checkpoint(self, checkpoint_path: Any, weights_only: bool | None = None) -> dict[str, Any]:
         held = {name: Held(tuple(p.shape), held_part(p)[1]) for name, p in self._gpt.named_parameters()}
+        verify_together(Path(checkpoint_path))
         return load_training(Path(checkpoint_path), held)
 
     def load_model_state_dict(self, checkpoint: Mapping[str, Any], strict: bool = True) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import json
 import random
@@ -25,7 +26,7 @@ from moelm import convert
 from moelm.config import Config, UserError, to_yaml
 from moelm.evaluate import evaluate
 from moelm.train import train
-from moelm.training import saving
+from moelm.training import checkpoint_io, saving
 from moelm.training.checkpoint_io import (
     Held,
     find_checkpoint,
@@ -37,6 +38,8 @@ from moelm.training.checkpoint_io import (
     step_folder,
     step_folders,
     step_of,
+    verify_checkpoint,
+    verify_together,
     weight_files,
 )
 from moelm.training.saving import FolderCheckpointIO
@@ -184,6 +187,34 @@ def test_a_checkpoint_in_parts_evaluates_is_continued_and_becomes_one_again(
     rewrite_manifest(whole)
     with pytest.raises(CheckpointError, match=r"training\.pt: is not that of these moments: .*another\.weight"):
         load_training(whole)
+
+
+def test_ranks_verify_a_checkpoint_together(tiny: Callable[..., Config], monkeypatch: pytest.MonkeyPatch) -> None:
+    train(tiny({"trainer.max_steps": 1}))
+    folder = step_folder(tiny().run_folder, 1)
+    tokenizer = folder / "tokenizer.json"  # the fourth of the five files
+    tokenizer.write_bytes(tokenizer.read_bytes()[::-1])
+    found: list[tuple[int, bool]] = []
+    others: list[tuple[str, str | None]] = []
+    monkeypatch.setattr(checkpoint_io, "world_size", lambda: 3)
+    monkeypatch.setattr(checkpoint_io, "gather", lambda value: found.append((at, value[1] is None)) or [value, *others])
+    for at in range(3):
+        monkeypatch.setattr(checkpoint_io, "rank", lambda at=at: at)
+        with contextlib.suppress(CheckpointError):
+            verify_together(folder)
+    assert found == [(0, False), (1, True), (2, True)]
+    monkeypatch.setattr(checkpoint_io, "rank", lambda: 2)
+    for other, message in (
+        ((folder.name, "a file is damaged"), "a file is damaged"),
+        (("step-2", None), "step-2 is damaged"),
+    ):
+        others[:] = [other]
+        with pytest.raises(CheckpointError, match=message):
+            verify_together(folder)
+    verify_checkpoint(folder, None)
+    tokenizer.write_bytes(b"")
+    with pytest.raises(CheckpointError, match=r"tokenizer\.json: 0 bytes"):
+        verify_checkpoint(folder, None)
 
 
 def test_a_checkpoint_of_format_2_is_continued(tiny: Callable[..., Config]) -> None:

@@ -120,7 +120,7 @@ def test_four_processes_equal_one(make: Make, tmp_path: Path) -> None:  # noqa: 
         {"model.moe.router": "noisy_top_k", "model.moe.balancers": [{"name": "switch"}]},
         {"trainer.max_steps": 20, "trainer.activation_checkpointing": "full"},
     )
-    first = [make("from-four", EP4, ADAMW, SMALL, short), make("from-one", FSDP2_EP2, ADAMW, SMALL)]
+    first = [make("from-four", EP4, ADAMW, SMALL, short, ASYNCHRONOUS), make("from-one", FSDP2_EP2, ADAMW, SMALL)]
     run_all([*both.values(), four, unreduced, noisy, *first], tmp_path, n_ranks=4, timeout=400)
     run_all([make("from-four", EP2, ADAMW, SMALL)], tmp_path, n_ranks=2)
 
