@@ -204,10 +204,8 @@ def test_ranks_verify_a_checkpoint_together(tiny: Callable[..., Config], monkeyp
             verify_together(folder)
     assert found == [(0, False), (1, True), (2, True)]
     monkeypatch.setattr(checkpoint_io, "rank", lambda: 2)
-    for other, message in (
-        ((folder.name, "a file is damaged"), "a file is damaged"),
-        (("step-2", None), "step-2 is damaged"),
-    ):
+    said = {(folder.name, "x is missing"): "x is missing", ("step-2", None): "step-2 is damaged"}
+    for other, message in said.items():
         others[:] = [other]
         with pytest.raises(CheckpointError, match=message):
             verify_together(folder)
