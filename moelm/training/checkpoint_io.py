@@ -212,6 +212,8 @@ def load_training(folder: Path, held: Mapping[str, Held] | None = None) -> dict[
         numbers = {name: i for i, name in enumerate(checkpoint["moelm"]["parameters"])} if len(moments) else {}
         for stored in moments:
             key, _, name = stored.partition(".")
+            if moments.shapes[stored] != weights.shapes[name]:
+                raise CheckpointError(f"{folder}: {stored} has the shape {moments.shapes[stored]}, not that of {name}")
             states.setdefault(numbers[name], {})[key] = _part(moments, stored, held.get(name), folder)
     except (KeyError, IndexError, TypeError, AttributeError) as error:
         raise CheckpointError(f"{folder / 'training.pt'}: is not that of these moments: {error!r}") from None

@@ -43,7 +43,7 @@ from moelm.training.checkpoint_io import (
     weight_files,
 )
 from moelm.training.saving import FolderCheckpointIO
-from moelm.training.weight_files import CheckpointError, Place, TensorFiles, read_weights, write_weights
+from moelm.training.weight_files import N_BYTES, CheckpointError, Place, TensorFiles, read_weights, write_weights
 
 ASYNCHRONOUS = {"checkpoint.asynchronous": True}
 
@@ -56,7 +56,7 @@ def grid(tmp_path: Path) -> tuple[dict[str, torch.Tensor], list[Path]]:
     """Tensors, and four files with a part of each: rows and columns, the last of them fewer, or none at all."""
     tensors = {
         "float": torch.randn(5, 7),
-        "short": torch.randn(3, 3, 2).bfloat16(),
+        "short": torch.randn(3, 3, 3).bfloat16(),
         "count": torch.arange(6).reshape(2, 3),
         "thin": torch.randn(1, 4),
     }
@@ -82,21 +82,33 @@ def test_parts_are_joined_and_any_part_is_read(grid: tuple[dict[str, torch.Tenso
     joined = TensorFiles(reversed(files))
     assert_same(dict(joined), {name: tensors[name] for name in joined})
     assert_same(read_weights(files), {name: tensors[name] for name in TensorFiles(files)})
+    for file in files:  # readers that view the whole file as one tensor need each to begin at a multiple of its type
+        header, _ = header_of(file)
+        assert not [name for name in tensors.keys() & header.keys() if unaligned(header[name])]
     for rows in (slice(0, 2), slice(2, 4), slice(3, 3), slice(0, 5)):
         for columns in (slice(0, 4), slice(3, 7), slice(6, 7)):
             assert torch.equal(joined.part("float", (rows, columns)), tensors["float"][rows, columns])
 
 
-def retold(file: Path, change: Callable[[dict[str, Any]], Any]) -> None:
-    """The same file with other places in its metadata."""
+def unaligned(entry: dict[str, Any]) -> bool:
+    return bool(entry["data_offsets"][0] % N_BYTES[entry["dtype"]])
+
+
+def header_of(file: Path) -> tuple[dict[str, Any], bytes]:
+    """And what comes after it."""
     content = file.read_bytes()
     (n,) = struct.unpack("<Q", content[:8])
-    header = json.loads(content[8 : 8 + n])
+    return json.loads(content[8 : 8 + n]), content[8 + n :]
+
+
+def retold(file: Path, change: Callable[[dict[str, Any]], Any]) -> None:
+    """The same file with other places in its metadata."""
+    header, data = header_of(file)
     places = json.loads(header["__metadata__"]["DCP_SHARDING_INFO"])
     said = change(places)
     header["__metadata__"]["DCP_SHARDING_INFO"] = said if isinstance(said, str) else json.dumps(places)
     text = json.dumps(header).encode()
-    file.write_bytes(struct.pack("<Q", len(text)) + text + content[8 + n :])
+    file.write_bytes(struct.pack("<Q", len(text)) + text + data)
 
 
 PLACES: list[tuple[Callable[[dict[str, Any]], Any], str]] = [
@@ -182,11 +194,15 @@ def test_a_checkpoint_in_parts_evaluates_is_continued_and_becomes_one_again(
     with pytest.raises(CheckpointError, match=r"embedding\.weight has the shape \(512, 32\), the model's is \(512, 31"):
         load_training(folder, {"embedding.weight": held})
     moments = {name: tensor.clone() for name, tensor in read_weights(moment_files(whole)).items()}
-    moments["exp_avg.another.weight"] = moments.pop("exp_avg.norm.weight")
-    write_weights(moments, whole / "optimizer.safetensors")
-    rewrite_manifest(whole)
-    with pytest.raises(CheckpointError, match=r"training\.pt: is not that of these moments: .*another\.weight"):
-        load_training(whole)
+    moment = moments.pop("exp_avg.norm.weight")
+    for wrong, message in (
+        ({"exp_avg.another.weight": moment}, r"training\.pt: is not that of these moments: .*another\.weight"),
+        ({"exp_avg.norm.weight": moment[1:]}, r"exp_avg\.norm\.weight has the shape \(31,\), not that of norm"),
+    ):
+        write_weights(moments | wrong, whole / "optimizer.safetensors")
+        rewrite_manifest(whole)
+        with pytest.raises(CheckpointError, match=message):
+            load_training(whole)
 
 
 def test_ranks_verify_a_checkpoint_together(tiny: Callable[..., Config], monkeypatch: pytest.MonkeyPatch) -> None:
@@ -215,18 +231,22 @@ def test_ranks_verify_a_checkpoint_together(tiny: Callable[..., Config], monkeyp
         verify_checkpoint(folder, None)
 
 
-def test_a_checkpoint_of_format_2_is_continued(tiny: Callable[..., Config]) -> None:
-    """In which the moments lay in training.pt."""
-    config = tiny({"trainer.max_steps": 6, "checkpoint.every_n_steps": 3})
-    train(config)
-    folder, straight = step_folder(config.run_folder, 3), step_folder(config.run_folder, 6)
-    checkpoint = load_training(folder)
+def make_format_2(folder: Path) -> None:
+    step, checkpoint = step_of(folder), load_training(folder)
     del checkpoint["state_dict"], checkpoint["moelm"]["parameters"]
     torch.save(checkpoint, folder / "training.pt")
     (folder / "optimizer.safetensors").unlink()
     rewrite_manifest(folder)
     manifest = json.loads((folder / "manifest.json").read_text())
-    (folder / "manifest.json").write_text(json.dumps({**manifest, "format": 2, "step": 3}))
+    (folder / "manifest.json").write_text(json.dumps({**manifest, "format": 2, "step": step}))
+
+
+def test_a_checkpoint_of_format_2_is_continued(tiny: Callable[..., Config]) -> None:
+    """In which the moments lay in training.pt."""
+    config = tiny({"trainer.max_steps": 6, "checkpoint.every_n_steps": 3})
+    train(config)
+    folder, straight = step_folder(config.run_folder, 3), step_folder(config.run_folder, 6)
+    make_format_2(folder)
     other = dataclasses.replace(config, run=dataclasses.replace(config.run, name="other"))
     train(other, resume=str(folder))
     assert_same_state(straight, step_folder(other.run_folder, 6))

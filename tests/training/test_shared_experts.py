@@ -11,6 +11,7 @@ import pytest
 import torch
 from recorded_runs import run_all
 from test_fsdp import ADAMW, FSDP, Make, Tape, assert_close_steps, assert_same_steps, make, tapes  # noqa: F401
+from test_saving import make_format_2
 from torch.distributed.checkpoint import HuggingFaceStorageReader
 
 from moelm.config import Config
@@ -54,6 +55,7 @@ def test_two_processes_with_half_of_the_experts_each_equal_one(make: Make, tmp_p
     there = make("there", EP2, PARTS, ASYNCHRONOUS), make("there", FSDP, PARTS, {"trainer.max_steps": 4})
     back = make("back", EP2, PARTS, {"trainer.max_steps": 4})
     shutil.copytree(step_folder(straight.run_folder, 2), step_folder(back.run_folder, 2))
+    make_format_2(step_folder(back.run_folder, 2))
     full = [make(f"full-{i}", EP2, PARTS, mode, FULL_DISK) for i, mode in enumerate(({}, ASYNCHRONOUS))]
     run_all([two, *there, back, *full], tmp_path, n_ranks=2)
     alone = make("alone", PARTS, {"trainer.max_steps": 4})
