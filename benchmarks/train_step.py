@@ -39,10 +39,10 @@ from moelm.model.init import initialize
 from moelm.model.size import flops_per_token, model_size, short_name
 from moelm.moe.balancing.base import auxiliary_losses
 from moelm.train import train
-from moelm.training.checkpoint_io import FolderCheckpointIO
 from moelm.training.evaluation import forward_batch
 from moelm.training.lightning_module import MoELightningModule
 from moelm.training.optim import build_optimizer, place_gradients
+from moelm.training.saving import FolderCheckpointIO
 
 MOE, DENSE = ROOT / "configs/bench/moe_1_7b.yaml", ROOT / "configs/bench/dense_0_3b.yaml"
 MICRO_TOKENS = 16384  # sequence length x micro-batch size of these configs

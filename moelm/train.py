@@ -114,7 +114,8 @@ def _checkpoint_to_resume(config: Config, resume: str | None) -> Path | None:
                 "continue it with --resume auto, choose another run.name, or delete the folder",
             )
         return None
-    checkpoint = newest_checkpoint(folder) if resume == "auto" else find_checkpoint(resume)
+    share = slice(None) if is_first else None  # the others read theirs together, once they can talk
+    checkpoint = newest_checkpoint(folder, share) if resume == "auto" else find_checkpoint(resume, share)
     if checkpoint is None and is_first:
         print(f"no checkpoint in {folder} yet: starting from step 0", file=sys.stderr)
     return checkpoint

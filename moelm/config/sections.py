@@ -310,6 +310,7 @@ MANAGED_TRAINER_ARGUMENTS = {
 class CheckpointConfig:
     every_n_steps: int = setting(200, ge=1)  # optimizer steps; the last step is always saved
     keep_last: int = setting(2, ge=1)
+    asynchronous: bool = False  # written beside training, from a copy in the host's memory
 
 
 @dataclass

@@ -43,7 +43,7 @@ def verify_import(source: Import, checkpoint: Path) -> int:
             expected = cast(source.folder.tensors[name], name, source.dtype, is_state)
             reasons += compare_values(name, tensor, expected)
             n_compared += 1
-    _raise(checkpoint, reasons)
+    raise_if(checkpoint, reasons)
     return n_compared
 
 
@@ -65,11 +65,11 @@ def verify_export(source: Export, model: Path) -> int:
     reasons += [] if reasons else [f"{name} of {source.step} is nowhere in the model" for name in sorted(untouched)]
     if not reasons and has_file(source.step, "tokenizer.json"):
         reasons += compare_tokenizers(source, model)
-    _raise(model, reasons)
+    raise_if(model, reasons)
     return n_compared
 
 
-def _raise(folder: Path, reasons: list[str]) -> None:
+def raise_if(folder: Path, reasons: list[str]) -> None:
     if reasons:
         raise HubError(f"{folder} does not hold the model that it was made from", reasons)
 
@@ -87,7 +87,7 @@ def compare_values(name: str, found: Tensor, expected: Tensor) -> list[str]:
     if found.dtype != expected.dtype or found.shape != expected.shape:
         pairs = [f"{tensor.dtype} {tuple(tensor.shape)}" for tensor in (found, expected)]
         return [f"{name} is {pairs[0]}, not {pairs[1]}"]
-    bits = torch.int16 if found.element_size() == 2 else torch.int32
+    bits = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}[found.element_size()]
     if torch.equal(found.contiguous().view(bits), expected.contiguous().view(bits)):
         return []
     return [f"{name} is all zero, its source is not" if not found.any() else f"{name} differs from its source"]

@@ -1,13 +1,16 @@
 """Checkpoints on disk: folders `step-XXXXXXXX/` that are either whole or not there.
 
-    model.safetensors    weights and expert biases, under the names of GPT; a converted model has several, model-*
-    training.pt          optimizer, schedule, RNG, position; without it the checkpoint holds weights only, which can
-                         be evaluated, generate and be converted, but not continued
-    config.yaml          the resolved config
-    tokenizer.json       may be missing where there is no training.pt
-    manifest.json        size and sha256 of each file; written last
+    model.safetensors      weights and expert biases, under the names of GPT
+    optimizer.safetensors  moments, under "<moment>.<parameter>"
+    training.pt            all else of the optimizer, schedule, RNG, position; without it the checkpoint holds weights
+                           only, which can be evaluated, generate and be converted, but not continued
+    config.yaml            the resolved config
+    tokenizer.json         may be missing where there is no training.pt
+    manifest.json          size and sha256 of each file; written last
 
-`training.pt` loads with `torch.load(weights_only=True)`; nothing else is pickled.
+There may be several `model-*` and `optimizer-*` (of a converted model, of a run whose ranks wrote one each), of which
+each has some tensors or a part of each (`weight_files.py`). `training.pt` loads with `torch.load(weights_only=True)`;
+nothing else is pickled.
 """
 
 from __future__ import annotations
@@ -17,27 +20,32 @@ import os
 import re
 import shutil
 import sys
-import time
+from collections.abc import Mapping
 from fnmatch import fnmatchcase
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import lightning
-import lightning.pytorch as pl
 import torch
-from lightning.fabric.plugins.io.checkpoint_io import CheckpointIO
-from lightning.pytorch.callbacks import Checkpoint
 
 import moelm
-from moelm.config import Config, from_dict, read_yaml, to_yaml
+from moelm.config import Config, from_dict, read_yaml
 from moelm.data.token_shards import hash_file
-from moelm.training.lightning_module import MoELightningModule
-from moelm.training.weight_files import CheckpointError, read_weights, write_weights
+from moelm.training.statistics import gather, rank, world_size
+from moelm.training.weight_files import CheckpointError, TensorFiles, read_weights
 
-FORMAT = 2
+FORMAT = 3
 STEP_FOLDER = re.compile(r"step-(\d{8})")
-WEIGHT_FILES = "model*.safetensors"
+WEIGHT_FILES, MOMENT_FILES = "model*.safetensors", "optimizer*.safetensors"
 PREFIX = "model."  # of the GPT in the state dict of MoELightningModule
+Facts = dict[str, Any]
+
+
+class Held(NamedTuple):
+    """Which part of a parameter a rank has."""
+
+    whole: tuple[int, ...]  # shape
+    slices: tuple[slice, ...]
 
 
 def step_folder(run_folder: Path, step: int) -> Path:
@@ -52,9 +60,9 @@ def step_of(folder: Path) -> int:
 def _read_manifest(folder: Path) -> dict[str, Any]:
     try:
         manifest: dict[str, Any] = json.loads((folder / "manifest.json").read_text(encoding="utf-8"))
-        if manifest["format"] != FORMAT:
+        if manifest["format"] not in (2, FORMAT):  # in 2 the moments lie in training.pt
             older = "; an older moelm wrote it, which can still read it" if manifest["format"] == 1 else ""
-            raise CheckpointError(f"{folder}: format {manifest['format']}, this moelm reads {FORMAT}{older}")
+            raise CheckpointError(f"{folder}: format {manifest['format']}, this moelm reads {FORMAT} and 2{older}")
         _ = int(manifest["step"])
         for name, facts in manifest["files"].items():
             if Path(name).name != name:
@@ -65,51 +73,13 @@ def _read_manifest(folder: Path) -> dict[str, Any]:
     return manifest
 
 
-class FolderCheckpointIO(CheckpointIO):
-    """Stages beside the target, writes the manifest last, syncs, then renames: a kill leaves the old or the new."""
-
-    def __init__(self, config: Config) -> None:
-        self.config = config
-
-    def save_checkpoint(self, checkpoint: dict[str, Any], path: Any, storage_options: Any = None) -> None:
-        target = Path(path)
-        stage = target.with_name(f".{target.name}.tmp-{os.getpid()}")
-        try:
-            shutil.rmtree(stage, ignore_errors=True)
-            stage.mkdir(parents=True)
-            rest = {key: value for key, value in checkpoint.items() if key != "state_dict"}
-            write_weights(
-                {name.removeprefix(PREFIX): value for name, value in checkpoint["state_dict"].items()},
-                stage / "model.safetensors",
-            )
-            torch.save(rest, stage / "training.pt")
-            (stage / "config.yaml").write_text(to_yaml(self.config), encoding="utf-8")
-            shutil.copyfile(self.config.data.corpus.path / "tokenizer.json", stage / "tokenizer.json")
-            write_manifest(stage, int(checkpoint["moelm"]["step"]))
-            if target.exists():
-                shutil.rmtree(target)
-            os.replace(stage, target)
-            sync(target.parent)
-        except (OSError, RuntimeError) as error:  # torch.save raises RuntimeError on a full disk
-            shutil.rmtree(stage, ignore_errors=True)
-            raise CheckpointError(f"{target}: the checkpoint could not be written: {error}") from error
-
-    def load_checkpoint(self, path: Any, map_location: Any = None, weights_only: bool | None = None) -> dict[str, Any]:
-        folder = Path(path)
-        verify_checkpoint(folder)
-        checkpoint = load_tensors(training_state(folder))
-        checkpoint["state_dict"] = {f"{PREFIX}{name}": value for name, value in load_weights(folder).items()}
-        return checkpoint
-
-    def remove_checkpoint(self, path: Any) -> None:
-        shutil.rmtree(path, ignore_errors=True)
-
-
-def write_manifest(folder: Path, step: int) -> None:
+def write_manifest(folder: Path, step: int, known: Mapping[str, Facts] | None = None) -> None:
+    """Of all files in the folder; of those that are `known`, the size only is looked up. Raises OSError."""
     files = {}
     for file in sorted(folder.iterdir()):
-        sync(file)
-        files[file.name] = {"bytes": file.stat().st_size, "sha256": hash_file(file)}
+        files[file.name] = facts = (known or {}).get(file.name) or synced_facts(file)
+        if file.stat().st_size != facts["bytes"]:
+            raise OSError(f"{file.name} has {file.stat().st_size} bytes, {facts['bytes']} were written")
     manifest = {
         "format": FORMAT,
         "step": step,
@@ -121,6 +91,12 @@ def write_manifest(folder: Path, step: int) -> None:
     sync(folder)
 
 
+def synced_facts(file: Path) -> Facts:
+    """What the manifest says of a file, once it is on the disk. Raises OSError."""
+    sync(file)
+    return {"bytes": file.stat().st_size, "sha256": hash_file(file)}
+
+
 def sync(path: Path) -> None:
     """Until what a file or folder holds is on the disk."""
     descriptor = os.open(path, os.O_RDONLY)
@@ -130,25 +106,60 @@ def sync(path: Path) -> None:
         os.close(descriptor)
 
 
-def verify_checkpoint(folder: Path) -> None:
-    """Raises CheckpointError that names the first file which is not what the manifest says."""
-    files = _read_manifest(folder)["files"]
-    for needed in ("config.yaml", WEIGHT_FILES):
+def verify_checkpoint(folder: Path, share: slice | None = slice(None)) -> None:
+    """Raises CheckpointError that names the first file which is not what the manifest says. The content is read of that
+    `share` of the files only; None: of none."""
+    manifest = _read_manifest(folder)
+    files = manifest["files"]
+    moments = (MOMENT_FILES,) if manifest["format"] == FORMAT and "training.pt" in files else ()
+    for needed in ("config.yaml", WEIGHT_FILES, *moments):
         if not any(fnmatchcase(name, needed) for name in files):
             raise CheckpointError(f"{folder / needed}: missing in manifest.json")
+    read = set() if share is None else set(sorted(files)[share])
     for name, expected in files.items():
         file = folder / name
         if not file.is_file():
             raise CheckpointError(f"{file}: missing")
         if file.stat().st_size != expected["bytes"]:
             raise CheckpointError(f"{file}: {file.stat().st_size} bytes, the manifest says {expected['bytes']}")
-        if hash_file(file) != expected["sha256"]:
+        if name in read and hash_file(file) != expected["sha256"]:
             raise CheckpointError(f"{file}: the content does not match its sha256 in the manifest")
+
+
+def verify_together(folder: Path) -> None:
+    """Each rank reads its share of the files, and all hear what is wrong. Raises CheckpointError, also where the ranks
+    do not mean the same checkpoint."""
+    problem = None
+    try:
+        verify_checkpoint(folder, slice(rank(), None, world_size()))
+    except CheckpointError as error:
+        problem = str(error)
+    found = gather((folder.name, problem))
+    names = sorted({name for name, _ in found})
+    if len(names) > 1:
+        problem = f"{names[-1]} is damaged, and not all ranks saw that before they met"
+        raise CheckpointError(f"{folder.parent}: {problem}\n  remedy: start again, with --resume PATH of {names[0]}")
+    for _, said in found:
+        if said:
+            raise CheckpointError(said)
+
+
+def file_facts(folder: Path) -> dict[str, Facts]:
+    """Of each file, what the manifest says."""
+    return dict(_read_manifest(folder)["files"])
 
 
 def weight_files(folder: Path) -> list[Path]:
     """The files whose tensors together are the state dict of the GPT, by name."""
-    return [folder / name for name in sorted(_read_manifest(folder)["files"]) if fnmatchcase(name, WEIGHT_FILES)]
+    return _listed(folder, WEIGHT_FILES)
+
+
+def moment_files(folder: Path) -> list[Path]:
+    return _listed(folder, MOMENT_FILES)
+
+
+def _listed(folder: Path, pattern: str) -> list[Path]:
+    return [folder / name for name in sorted(file_facts(folder)) if fnmatchcase(name, pattern)]
 
 
 def training_state(folder: Path) -> Path:
@@ -173,7 +184,7 @@ def tokenizer_file(folder: Path) -> Path:
 
 def has_file(folder: Path, name: str) -> bool:
     """Whether the manifest lists it: what lies in the folder besides is no part of the checkpoint."""
-    return name in _read_manifest(folder)["files"]
+    return name in file_facts(folder)
 
 
 def load_tensors(file: Path) -> dict[str, Any]:
@@ -186,6 +197,37 @@ def load_tensors(file: Path) -> dict[str, Any]:
     return loaded
 
 
+def load_training(folder: Path, held: Mapping[str, Held] | None = None) -> dict[str, Any]:
+    """What Lightning saved in a verified checkpoint, on the CPU. Of a parameter that `held` names, and of its moments,
+    only that part is read.
+
+    Raises CheckpointError, also where the checkpoint has a tensor of another shape than `held`.
+    """
+    held = held or {}
+    checkpoint = load_tensors(training_state(folder))
+    weights, moments = TensorFiles(weight_files(folder)), TensorFiles(moment_files(folder))
+    checkpoint["state_dict"] = {f"{PREFIX}{name}": _part(weights, name, held.get(name), folder) for name in weights}
+    try:
+        states = checkpoint["optimizer_states"][0]["state"]
+        numbers = {name: i for i, name in enumerate(checkpoint["moelm"]["parameters"])} if len(moments) else {}
+        for stored in moments:
+            key, _, name = stored.partition(".")
+            if moments.shapes[stored] != weights.shapes[name]:
+                raise CheckpointError(f"{folder}: {stored} has the shape {moments.shapes[stored]}, not that of {name}")
+            states.setdefault(numbers[name], {})[key] = _part(moments, stored, held.get(name), folder)
+    except (KeyError, IndexError, TypeError, AttributeError) as error:
+        raise CheckpointError(f"{folder / 'training.pt'}: is not that of these moments: {error!r}") from None
+    return checkpoint
+
+
+def _part(tensors: TensorFiles, name: str, held: Held | None, folder: Path) -> torch.Tensor:
+    if held is None:
+        return tensors[name]
+    if tensors.shapes[name] != held.whole:
+        raise CheckpointError(f"{folder}: {name} has the shape {tensors.shapes[name]}, the model's is {held.whole}")
+    return tensors.part(name, held.slices)
+
+
 def load_weights(folder: Path) -> dict[str, torch.Tensor]:
     """The GPT's state dict from a checkpoint, on the CPU, mapped from its files where the platform can."""
     return read_weights(weight_files(folder))
@@ -195,9 +237,9 @@ def load_checkpoint_config(folder: Path) -> Config:
     return from_dict(Config, read_yaml(folder / "config.yaml"))
 
 
-def is_valid(folder: Path) -> bool:
+def is_valid(folder: Path, share: slice | None = slice(None)) -> bool:
     try:
-        verify_checkpoint(folder)
+        verify_checkpoint(folder, share)
     except CheckpointError:
         return False
     return True
@@ -210,20 +252,20 @@ def step_folders(run_folder: Path) -> list[Path]:
     return sorted(path for path in run_folder.iterdir() if STEP_FOLDER.fullmatch(path.name) and path.is_dir())
 
 
-def newest_checkpoint(run_folder: Path) -> Path | None:
-    """The newest valid checkpoint, by content; an invalid one is passed over."""
-    return next((folder for folder in reversed(step_folders(run_folder)) if is_valid(folder)), None)
+def newest_checkpoint(run_folder: Path, share: slice | None = slice(None)) -> Path | None:
+    """The newest valid checkpoint, by content; an invalid one is passed over. `share`: see `verify_checkpoint`."""
+    return next((folder for folder in reversed(step_folders(run_folder)) if is_valid(folder, share)), None)
 
 
-def find_checkpoint(path: str | Path) -> Path:
+def find_checkpoint(path: str | Path, share: slice | None = slice(None)) -> Path:
     """A run folder (its newest valid checkpoint) or a step folder. Raises CheckpointError."""
     folder = Path(path)
     if not folder.is_dir():
         raise CheckpointError(f"{folder}: no such folder; give a run's folder or one of its step-XXXXXXXX")
     if (folder / "manifest.json").exists() or STEP_FOLDER.fullmatch(folder.resolve().name):
-        verify_checkpoint(folder)
+        verify_checkpoint(folder, share)
         return folder
-    newest = newest_checkpoint(folder)
+    newest = newest_checkpoint(folder, share)
     if newest is None:
         raise CheckpointError(f"{folder}: no valid checkpoint (step-XXXXXXXX/manifest.json) in it")
     return newest
@@ -240,47 +282,6 @@ def set_aside_later(run_folder: Path, step: int) -> None:
             print(f"{folder} is later than the checkpoint that is continued: renamed to {left.name}", file=sys.stderr)
     for stage in run_folder.glob(".step-*.tmp-*"):
         shutil.rmtree(stage, ignore_errors=True)
-
-
-class StepCheckpoint(Checkpoint):
-    """Saves every n optimizer steps and at the end, after the validation if one is due, and keeps the last k."""
-
-    def __init__(self, config: Config) -> None:
-        self.every, self.keep_last, self.run_folder = (
-            config.checkpoint.every_n_steps,
-            config.checkpoint.keep_last,
-            config.run_folder,
-        )
-        self._saved_step = -1
-
-    def on_train_batch_end(
-        self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
-    ) -> None:
-        assert isinstance(pl_module, MoELightningModule)
-        if pl_module.is_step_end and not pl_module.is_validation_step:
-            self._save_if_due(trainer, pl_module)  # else after the validation
-
-    def on_validation_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        if not trainer.sanity_checking:
-            self._save_if_due(trainer, pl_module, force=trainer.should_stop)
-
-    def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        self._save_if_due(trainer, pl_module, force=True)
-
-    def _save_if_due(self, trainer: pl.Trainer, module: pl.LightningModule, force: bool = False) -> None:
-        assert isinstance(module, MoELightningModule)
-        step = trainer.global_step
-        due = step % self.every == 0 or force
-        if not due or step == self._saved_step:
-            return
-        if module.device.type == "cuda":
-            torch.cuda.synchronize(module.device)  # what is still queued is training, not saving
-        self._saved_step, started = step, time.perf_counter()
-        trainer.save_checkpoint(step_folder(self.run_folder, step))
-        if trainer.is_global_zero:
-            for old in [folder for folder in step_folders(self.run_folder) if is_whole(folder)][: -self.keep_last]:
-                shutil.rmtree(old, ignore_errors=True)
-        module.paused_s += time.perf_counter() - started
 
 
 def is_whole(folder: Path) -> bool:

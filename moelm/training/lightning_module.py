@@ -8,7 +8,6 @@ from typing import Any
 
 import lightning.pytorch as pl
 import torch
-import torch.distributed as dist
 from lightning.pytorch.strategies import SingleDeviceStrategy
 from lightning.pytorch.utilities.types import OptimizerLRScheduler
 from torch import Tensor
@@ -23,10 +22,10 @@ from moelm.moe.balancing.base import Balancer, auxiliary_losses
 from moelm.moe.load_metrics import dead_experts, max_violation
 from moelm.training.evaluation import Evaluation, EvaluationSums, forward_batch
 from moelm.training.gradient_clipping import clip_gradients
-from moelm.training.optim import build_optimizer, lr_factor, place_gradients
+from moelm.training.optim import build_optimizer, lr_factor, parameter_names, place_gradients
 from moelm.training.rng import rng_state, seed_rank, set_rng_state
 from moelm.training.shards import held_part, local
-from moelm.training.statistics import RecentLoad, StepAccumulator, StepStatistics, world_size
+from moelm.training.statistics import RecentLoad, StepAccumulator, StepStatistics, gather
 from moelm.training.strategies import ShardedStrategy
 
 
@@ -248,8 +247,9 @@ class MoELightningModule(pl.LightningModule):
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         checkpoint["moelm"] = {
             "step": self.step,
-            "rng_by_rank": _gather(rng_state()),
+            "rng_by_rank": gather(rng_state()),
             "recent_load": self.recent_load.ring,
+            "parameters": parameter_names(self.model, self.trainer.optimizers[0]),
         }
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
@@ -268,15 +268,6 @@ class MoELightningModule(pl.LightningModule):
             "moe/max_violation": float(max_violation(self.last_step.load_ME).mean()),
             "moe/dead_experts": int(dead_experts(self.recent_load.total()).sum()),
         }
-
-
-def _gather(value: Any) -> list[Any]:
-    """One value from every rank, by rank."""
-    if world_size() == 1:
-        return [value]
-    gathered: list[Any] = [None] * world_size()
-    dist.all_gather_object(gathered, value)
-    return gathered
 
 
 def set_loop_position(fit_loop: dict[str, Any], step: int, accumulation: int) -> None:

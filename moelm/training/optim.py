@@ -58,6 +58,12 @@ def build_optimizer(model: nn.Module, config: OptimConfig) -> Optimizer:
     )
 
 
+def parameter_names(model: nn.Module, optimizer: Optimizer) -> list[str]:
+    """In the order by which the optimizer's state dict numbers them."""
+    names = {parameter: name for name, parameter in model.named_parameters()}
+    return [names[parameter] for group in optimizer.param_groups for parameter in group["params"]]
+
+
 def place_gradients(model: GPT, optimizer: Optimizer, n_micro_batches: int) -> None:
     """How fused experts get their gradients under bf16 autocast, on one device.
 

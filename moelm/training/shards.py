@@ -25,6 +25,13 @@ def n_holders(tensor: DTensor) -> int:
     return prod(size for size, placement in sizes if placement.is_replicate())
 
 
+def is_first_holder(tensor: DTensor) -> bool:
+    """Of the ranks that hold the same part as this one."""
+    where = tensor.device_mesh.get_coordinate()
+    assert where is not None
+    return not any(i for i, placement in zip(where, tensor.placements, strict=True) if placement.is_replicate())
+
+
 def held_part(tensor: Tensor) -> tuple[Tensor, tuple[slice, ...]]:
     """What this rank holds, and which part of the whole it is."""
     if not isinstance(tensor, DTensor):
@@ -34,22 +41,13 @@ def held_part(tensor: Tensor) -> tuple[Tensor, tuple[slice, ...]]:
     return local(tensor), tuple(slice(start, start + n) for start, n in zip(offset, shape, strict=True))
 
 
-def gathered(value: Any, keep: bool) -> Any:
-    """The whole tensor on the CPU, of any value but a tensor the value; None where it is not kept.
-
-    All ranks must call it for the same tensors in one order.
-    """
-    if not isinstance(value, Tensor):
-        return value if keep else None
-    full = value.full_tensor() if isinstance(value, DTensor) else value
-    return full.detach().cpu() if keep else None
-
-
-def like(full: Any, own: Any) -> Any:
-    """The part of `full` that this rank holds of `own`; `full` itself if `own` is not sharded or of another shape."""
-    if not isinstance(own, DTensor) or not isinstance(full, Tensor) or full.shape != own.shape:
-        return full
-    return _sharded(full[held_part(own)[1]], own)
+def like(value: Any, own: Any) -> Any:
+    """Sharded as `own` is, from the whole or from the part that this rank holds; anything else as it is."""
+    if not isinstance(own, DTensor) or not isinstance(value, Tensor):
+        return value
+    if value.shape == own.shape:
+        value = value[held_part(own)[1]]
+    return _sharded(value, own) if value.shape == local(own).shape else value
 
 
 def with_whole_matrices(part: Tensor, own: Tensor) -> tuple[Tensor, tuple[slice, ...]]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -96,6 +97,19 @@ def _with_prefix(values: dict[str, Tensor], prefix: str) -> dict[str, Tensor]:
 def world_size() -> int:
     """Processes that train together; 1 without a process group."""
     return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
+
+
+def rank() -> int:
+    return dist.get_rank() if dist.is_available() and dist.is_initialized() else 0
+
+
+def gather(value: Any) -> list[Any]:
+    """One value from every rank, by rank."""
+    if world_size() == 1:
+        return [value]
+    gathered: list[Any] = [None] * world_size()
+    dist.all_gather_object(gathered, value)
+    return gathered
 
 
 def all_reduce_sums(sums: dict[str, Tensor]) -> dict[str, Tensor]:

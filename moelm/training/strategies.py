@@ -5,10 +5,10 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import torch
-from lightning.pytorch.core.optimizer import LightningOptimizer
 from lightning.pytorch.strategies import DDPStrategy, ModelParallelStrategy, Strategy
 from lightning.pytorch.strategies.parallel import ParallelStrategy
 from torch import Tensor, nn
@@ -23,8 +23,9 @@ from moelm.model.gpt import GPT
 from moelm.moe.dispatch.expert_parallel import ExpertParallel
 from moelm.moe.experts import Experts
 from moelm.moe.layer import MoELayer
+from moelm.training.checkpoint_io import Held, load_training, verify_together
 from moelm.training.launch import end_with_launcher
-from moelm.training.shards import gathered, like
+from moelm.training.shards import held_part, like
 from moelm.training.statistics import all_reduce_sums
 
 
@@ -48,8 +49,8 @@ class ShardedStrategy(ModelParallelStrategy):
     One mesh ("replica", "fsdp", "ep") over all ranks; `trainer.replicas`, what is left, and `trainer.expert_parallel`.
     Experts are dealt out over "ep", and each rank's share is sharded over "fsdp"; all else is sharded over both axes,
     flattened. Replicas hold the same, and their gradients are summed after those of their ranks. Gradients are sums
-    over ranks of those of each rank's share of the loss, whatever the axes. Checkpoints are those of one device: whole
-    tensors are gathered, one after the other, and rank 0 writes them.
+    over ranks of those of each rank's share of the loss, whatever the axes. Each rank writes and
+    reads its part of a checkpoint, of several replicas those of the first.
     """
 
     def __init__(self, options: TrainerConfig, process_group_backend: str) -> None:
@@ -161,21 +162,18 @@ class ShardedStrategy(ModelParallelStrategy):
         return True
 
     def lightning_module_state_dict(self) -> dict[str, Any]:
-        assert self.lightning_module is not None
-        return self._gather(self.lightning_module.state_dict())
+        return ParallelStrategy.lightning_module_state_dict(self)
 
     def optimizer_state(self, optimizer: Optimizer) -> dict[str, Any]:
-        state = (optimizer._optimizer if isinstance(optimizer, LightningOptimizer) else optimizer).state_dict()
-        return {**state, "state": {i: self._gather(values) for i, values in state["state"].items()}}
-
-    def _gather(self, values: Mapping[str, Any]) -> dict[str, Any]:
-        return {name: gathered(value, keep=self.is_global_zero) for name, value in values.items()}
+        return ParallelStrategy.optimizer_state(self, optimizer)
 
     def save_checkpoint(self, checkpoint: dict[str, Any], filepath: Any, storage_options: Any | None = None) -> None:
-        ParallelStrategy.save_checkpoint(self, checkpoint, filepath, storage_options)
+        self.checkpoint_io.save_checkpoint(checkpoint, filepath)
 
     def load_checkpoint(self, checkpoint_path: Any, weights_only: bool | None = None) -> dict[str, Any]:
-        return ParallelStrategy.load_checkpoint(self, checkpoint_path, weights_only)
+        held = {name: Held(tuple(p.shape), held_part(p)[1]) for name, p in self._gpt.named_parameters()}
+        verify_together(Path(checkpoint_path))
+        return load_training(Path(checkpoint_path), held)
 
     def load_model_state_dict(self, checkpoint: Mapping[str, Any], strict: bool = True) -> None:
         assert self.lightning_module is not None

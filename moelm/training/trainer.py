@@ -20,7 +20,7 @@ from moelm.callbacks.profile import Profile
 from moelm.callbacks.progress_bar import StepProgressBar
 from moelm.config import OWN_TRAINER_KEYS, Config, ConfigError, build
 from moelm.moe.kernels import HAS_TRITON, INTERPRETED
-from moelm.training.checkpoint_io import FolderCheckpointIO, StepCheckpoint
+from moelm.training.saving import FolderCheckpointIO, StepCheckpoint
 from moelm.training.strategies import build_strategy
 
 

@@ -3,6 +3,7 @@ in this process, which with torchrun's variables in its environment is one rank 
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import socket
@@ -19,7 +20,33 @@ from torch.distributed.tensor import DTensor
 from moelm import command_line
 from moelm.config import Config, NamedConfig, load_config, register, to_yaml
 from moelm.train import train
-from moelm.training.shards import gathered, held_part
+from moelm.training import saving
+from moelm.training.shards import held_part
+from moelm.training.weight_files import CheckpointError
+
+
+@register("callback", "full_disk", NamedConfig)
+class FullDisk(Callback):
+    """What rank 1 writes at step 2 does not fit."""
+
+    def __init__(self, config: NamedConfig, run: Config) -> None:
+        self.write, self.run_folder = saving.write_weights, run.run_folder
+
+    def on_train_start(self, trainer: Any, pl_module: Any) -> None:
+        def write(tensors: Any, file: Path, places: Any) -> None:
+            if trainer.global_rank == 1 and "step-00000002" in str(file):
+                raise OSError(28, "No space left on device")
+            self.write(tensors, file, places)
+
+        saving.write_weights = write
+
+    def on_exception(self, trainer: Any, pl_module: Any, exception: BaseException) -> None:
+        saving.write_weights = self.write
+        (self.run_folder / f"error-{trainer.global_rank}.txt").write_text(str(exception))
+
+
+def whole(tensor: torch.Tensor) -> torch.Tensor:
+    return (tensor.full_tensor() if isinstance(tensor, DTensor) else tensor).detach().cpu()
 
 
 @register("callback", "tape", NamedConfig)
@@ -57,13 +84,13 @@ class Tape(Callback):
         self.samples.append((pl_module.step, batch["sample_ids"].tolist()))
 
     def on_before_optimizer_step(self, trainer: Any, pl_module: Any, optimizer: Any) -> None:
-        gradients = {name: gathered(p.grad, keep=True) for name, p in pl_module.model.named_parameters()}
+        gradients = {name: whole(p.grad) for name, p in pl_module.model.named_parameters()}
         self.steps.append({"gradients": {name: g.clone() for name, g in gradients.items()}})
 
     def on_train_batch_end(self, trainer: Any, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
         if pl_module.is_step_end:
             last = pl_module.last_step
-            weights = {name: gathered(p, keep=True) for name, p in pl_module.model.named_parameters()}
+            weights = {name: whole(p) for name, p in pl_module.model.named_parameters()}
             self.steps[-1] |= {
                 **{"loss": float(last.loss), "norm": float(pl_module.grad_norm), "load": last.load_ME.clone()},
                 **{"bias": pl_module.expert_bias_ME, "weights": {name: w.clone() for name, w in weights.items()}},
@@ -120,4 +147,5 @@ if __name__ == "__main__":
     torch.set_num_threads(1)
     command_line.import_builtins()
     for job in json.loads(Path(sys.argv[1]).read_text()):
-        train(load_config(job, []), resume="auto")
+        with contextlib.suppress(CheckpointError):  # of a full disk
+            train(load_config(job, []), resume="auto")

@@ -16,7 +16,7 @@ from moelm.config import Config, OptimConfig
 from moelm.train import train
 from moelm.training import adamw
 from moelm.training.adamw import HAS_TRITON, AdamW, adamw_reference, hash32, round_at_random
-from moelm.training.checkpoint_io import load_tensors, step_folder
+from moelm.training.checkpoint_io import load_training, step_folder
 from moelm.training.gradient_clipping import clip_gradients, gradient_norm
 from moelm.training.muon import MuonAdamW
 from moelm.training.optim import build_optimizer
@@ -384,5 +384,5 @@ def test_a_run_with_bf16_moments_learns_as_one_with_float32_and_resumes_bitwise(
     assert whole.losses[8:] == Recorder.made[-1].losses
     last = step_folder(broken.run_folder, 16)
     assert_same_state(step_folder(straight.run_folder, 16), last)
-    states = load_tensors(last / "training.pt")["optimizer_states"][0]["state"].values()
+    states = load_training(last)["optimizer_states"][0]["state"].values()
     assert {state["exp_avg"].dtype for state in states} == {torch.float32, torch.bfloat16}

@@ -11,13 +11,12 @@ from typing import Any
 
 import pytest
 import torch
-from safetensors import SafetensorError
 
 from moelm.config import Config, UserError, to_yaml
 from moelm.evaluate import evaluate
 from moelm.generate import main as generate_main
 from moelm.train import train
-from moelm.training import weight_files
+from moelm.training import saving
 from moelm.training.checkpoint_io import (
     CheckpointError,
     find_checkpoint,
@@ -208,10 +207,11 @@ def test_without_a_tokenizer_evaluate_and_generate_say_so(run: Config) -> None:
 
 
 MANIFESTS: list[tuple[Callable[[dict[str, Any]], Any], str]] = [
-    (lambda manifest: manifest.update(format=1), "format 1, this moelm reads 2; an older moelm wrote it"),
-    (lambda manifest: manifest.update(format=3), "format 3, this moelm reads 2$"),
+    (lambda manifest: manifest.update(format=1), "format 1, this moelm reads 3 and 2; an older moelm wrote it"),
+    (lambda manifest: manifest.update(format=4), "format 4, this moelm reads 3 and 2$"),
     (lambda manifest: manifest.pop("step"), "not a checkpoint"),
     (lambda manifest: manifest["files"].pop("model.safetensors"), r"model\*\.safetensors: missing in manifest"),
+    (lambda manifest: manifest["files"].pop("optimizer.safetensors"), r"optimizer\*\.safetensors: missing in manifest"),
     (lambda manifest: manifest["files"].pop("config.yaml"), r"config\.yaml: missing in manifest"),
     (lambda manifest: manifest["files"].update({"../x": {"bytes": 1, "sha256": ""}}), "no file of the folder"),
     (lambda manifest: manifest["files"].update({"x": {"bytes": 1, "sha256": ""}}), "x: missing"),
@@ -265,35 +265,30 @@ def test_checkpoints_fall_on_optimizer_steps_under_accumulation(tiny: Callable[.
     assert [folder.name for folder in step_folders(config.run_folder)] == ["step-00000003", "step-00000006"]
     manifest = json.loads((step_folder(config.run_folder, 3) / "manifest.json").read_text())
     assert manifest["step"] == 3
-    assert set(manifest["files"]) == {"config.yaml", "model.safetensors", "tokenizer.json", "training.pt"}
+    names = {"config.yaml", "model.safetensors", "optimizer.safetensors", "tokenizer.json", "training.pt"}
+    assert set(manifest["files"]) == names
 
 
 def test_a_checkpoint_carries_its_config(run: Config) -> None:
     assert load_checkpoint_config(step_folder(run.run_folder, 6)) == run
 
 
-@pytest.mark.parametrize(
-    ("module", "saver", "error"),
-    [
-        (torch, "save", RuntimeError("[enforce fail at inline_container.cc] unexpected pos")),
-        (weight_files, "save_file", SafetensorError("I/O error: No space left on device (os error 28)")),
-    ],
-)
+@pytest.mark.parametrize("asynchronous", [False, True])
+@pytest.mark.parametrize("writer", ["write_weights", "write_manifest"])
 def test_a_folder_that_cannot_be_written_is_named_and_the_last_checkpoint_stays(
-    module: Any, saver: str, error: Exception, tiny: Callable[..., Config], monkeypatch: pytest.MonkeyPatch
+    writer: str, asynchronous: bool, tiny: Callable[..., Config], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    config = tiny({"trainer.max_steps": 6, "checkpoint.every_n_steps": 2})
-    real_save, saves = getattr(module, saver), []
+    steps = {"trainer.max_steps": 6, "checkpoint.every_n_steps": 2}
+    config = tiny({**steps, "checkpoint.asynchronous": asynchronous, "checkpoint.keep_last": 1})
+    write = getattr(saving, writer)
 
-    def full_disk(*args: object, **kwargs: object) -> None:
-        saves.append(1)
-        if len(saves) > 1:
-            Path(str(args[1])).write_bytes(b"the part that still fitted")
-            raise error  # what it makes of a full disk
-        real_save(*args, **kwargs)
+    def full_disk(*args: Any) -> None:
+        if any("step-00000004" in str(each) for each in args if isinstance(each, Path)):
+            raise OSError(28, "No space left on device")
+        write(*args)
 
-    monkeypatch.setattr(module, saver, full_disk)
-    with pytest.raises(CheckpointError, match=r"step-00000004(.|\n)*could not be written"):
+    monkeypatch.setattr(saving, writer, full_disk)
+    with pytest.raises(CheckpointError, match=r"step-00000004(.|\n)*could not be written: .*No space left"):
         train(config)
     assert [folder.name for folder in step_folders(config.run_folder)] == ["step-00000002"]
     assert find_checkpoint(config.run_folder).name == "step-00000002"

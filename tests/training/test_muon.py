@@ -15,7 +15,7 @@ from moelm.config import Config, OptimConfig
 from moelm.model.gpt import GPT
 from moelm.train import train
 from moelm.training import muon
-from moelm.training.checkpoint_io import load_tensors, step_folder
+from moelm.training.checkpoint_io import load_training, step_folder
 from moelm.training.muon import MuonAdamW, newton_schulz_dtype, orthogonalize
 from moelm.training.optim import build_optimizer
 
@@ -178,7 +178,7 @@ def test_a_run_with_muon_learns_and_resumes_bitwise(tiny: Callable[..., Config])
     assert whole.losses[12:] == Recorder.made[-1].losses
     last = step_folder(broken.run_folder, 30)
     assert_same_state(step_folder(straight.run_folder, 30), last)
-    states = load_tensors(last / "training.pt")["optimizer_states"][0]["state"].values()
+    states = load_training(last)["optimizer_states"][0]["state"].values()
     assert {frozenset(state) for state in states} == {
         frozenset({"momentum"}),
         frozenset({"step", "exp_avg", "exp_avg_sq"}),

@@ -19,7 +19,7 @@ from tiny_runs import Recorder, scalars_of, summary_of
 
 from moelm.config import Config, ConfigError, to_yaml
 from moelm.train import train
-from moelm.training.checkpoint_io import load_tensors, load_weights, step_folder
+from moelm.training.checkpoint_io import load_training, load_weights, step_folder
 
 STEPS = 60
 
@@ -64,7 +64,7 @@ def assert_same(a: Any, b: Any, where: str = "") -> None:
 def assert_same_state(a: Path, b: Path) -> None:
     """Weights, biases, moments, schedule, RNG, recent load; all but Lightning's bookkeeping and the run's name."""
     assert_same(load_weights(a), load_weights(b))
-    left, right = load_tensors(a / "training.pt"), load_tensors(b / "training.pt")
+    left, right = load_training(a), load_training(b)
     for key in ("optimizer_states", "lr_schedulers", "global_step"):
         assert left[key], key
         assert_same(left[key], right[key], key)

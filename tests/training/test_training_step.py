@@ -12,7 +12,7 @@ from tiny_runs import Recorder, scalars_of
 
 from moelm.config import Config, make_named
 from moelm.train import train
-from moelm.training.checkpoint_io import load_weights, step_folder
+from moelm.training.checkpoint_io import load_training, load_weights, step_folder
 from moelm.training.lightning_module import MoELightningModule
 
 LOSS_FREE = {
@@ -166,9 +166,8 @@ def test_the_gradient_norm_is_logged_before_clipping_and_the_step_is_clipped(
         config = tiny({"trainer.gradient_clip_val": limit, "trainer.max_steps": 1, "trainer.log_every_n_steps": 1})
         train(recorded(config, name=f"clip-{limit}"))
         norms[limit] = scalars_of(config.run_folder.parent / f"clip-{limit}")["train/grad_norm"][0][1]
-        moments = torch.load(
-            step_folder(config.run_folder.parent / f"clip-{limit}", 1) / "training.pt", weights_only=True
-        )["optimizer_states"][0]["state"]
+        last = step_folder(config.run_folder.parent / f"clip-{limit}", 1)
+        moments = load_training(last)["optimizer_states"][0]["state"]
         # after one AdamW step exp_avg = (1 - beta1) x the clipped gradient
         used = 10 * sum(state["exp_avg"].double().square().sum() for state in moments.values()).sqrt()
         assert float(used) == pytest.approx(limit or norms[limit], rel=1e-4)
