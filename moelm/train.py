@@ -83,8 +83,7 @@ def train(config: Config, resume: str | None = None) -> dict[str, Any]:
     data.consumed_samples = (step or 0) * module.batch_samples
     if trainer.is_global_zero:
         config.run_folder.mkdir(parents=True, exist_ok=True)
-        if step is not None:
-            set_aside_later(config.run_folder, step)
+        set_aside_later(config.run_folder, step or 0)
         _write(config.run_folder / "config.yaml", to_yaml(config))
         _say_start(config, shards, hardware(trainer), checkpoint)
     started = time.perf_counter()
