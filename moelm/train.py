@@ -29,6 +29,7 @@ from moelm.training.checkpoint_io import (
     training_state,
 )
 from moelm.training.lightning_module import MoELightningModule
+from moelm.training.preemption import Preempted, requeue
 from moelm.training.trainer import build_trainer, hardware
 
 EPILOG = """example:
@@ -56,14 +57,18 @@ def main(argv: list[str]) -> None:
     if arguments.print_config:
         print(to_yaml(config), end="")
         return
-    train(config, resume=arguments.resume)
+    try:
+        train(config, resume=arguments.resume)
+    except Preempted as stop:
+        sys.exit(stop.exit_code)
 
 
 def train(config: Config, resume: str | None = None) -> dict[str, Any]:
     """Prepare missing data, train, validate, save; returns what `summary.json` holds.
 
     `resume`: None refuses a run folder with checkpoints or events in it; "auto" continues its newest valid
-    checkpoint or starts; a path continues that checkpoint. Raises UserError.
+    checkpoint or starts; a path continues that checkpoint. Raises UserError, and Preempted once a run that was told to
+    end is saved.
     """
     checkpoint = _checkpoint_to_resume(config, resume)
     step = None if checkpoint is None else step_of(checkpoint)
@@ -92,6 +97,11 @@ def train(config: Config, resume: str | None = None) -> dict[str, Any]:
         trainer.fit(module, data, ckpt_path=checkpoint)
     except MisconfigurationException as error:
         raise ConfigError("trainer", f"Lightning refuses it: {' '.join(str(error).split())}") from error
+    except Preempted as stop:
+        if trainer.is_global_zero:
+            print(stop, file=sys.stderr, flush=True)
+            requeue(trainer)
+        raise
     summary = _summary(config, module, shards, time.perf_counter() - started, step or 0)
     if trainer.is_global_zero:
         _write(config.run_folder / "summary.json", json.dumps(summary, indent=1) + "\n")

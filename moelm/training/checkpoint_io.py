@@ -270,7 +270,7 @@ class StepCheckpoint(Checkpoint):
     def _save_if_due(self, trainer: pl.Trainer, module: pl.LightningModule, force: bool = False) -> None:
         assert isinstance(module, MoELightningModule)
         step = trainer.global_step
-        due = step % self.every == 0 or force
+        due = step % self.every == 0 or force or module.must_stop
         if not due or step == self._saved_step:
             return
         if module.device.type == "cuda":

@@ -24,9 +24,10 @@ from moelm.moe.load_metrics import dead_experts, max_violation
 from moelm.training.evaluation import Evaluation, EvaluationSums, forward_batch
 from moelm.training.gradient_clipping import clip_gradients
 from moelm.training.optim import build_optimizer, lr_factor, place_gradients
+from moelm.training.preemption import Preempted, exit_code, received
 from moelm.training.rng import rng_state, seed_rank, set_rng_state
 from moelm.training.shards import held_part, local
-from moelm.training.statistics import RecentLoad, StepAccumulator, StepStatistics, world_size
+from moelm.training.statistics import RecentLoad, StepAccumulator, StepReports, StepStatistics, world_size
 from moelm.training.strategies import ShardedStrategy
 
 
@@ -59,6 +60,8 @@ class MoELightningModule(pl.LightningModule):
         self.flops_per_token = flops_per_token(config.model, config.data.seq_len)
         self._rng_to_restore: dict[str, Any] | None = None
         self._step_before_batch = 0
+        self.must_stop = False  # one rank was told to end, and all know: this step is saved, and the run ends
+        self._reports = StepReports()
 
     # ------------------------------------------------------------------------------------------ set-up
 
@@ -144,10 +147,26 @@ class MoELightningModule(pl.LightningModule):
         """Then the gradients go; Lightning keeps them through the next forward pass, beside all its activations."""
         super().optimizer_step(epoch, batch_idx, optimizer, optimizer_closure)
         optimizer.zero_grad()
+        self._read_report()
+        assert self.last_step is not None
+        self._reports.send(self.step, [self.last_step.n_asked])
+
+    def _read_report(self) -> None:
+        report = self._reports.read()
+        if report is not None:
+            _, (n_asked,) = report
+            self.must_stop |= n_asked > 0
+        if world_size() == 1:
+            self.must_stop |= received(self.trainer) is not None
+
+    def _stop_if_asked(self) -> None:
+        """After `StepCheckpoint` has saved."""
+        if self.must_stop and not self.is_last_step:
+            raise Preempted(self.step, exit_code(self.trainer))
 
     @torch.no_grad()
     def on_before_optimizer_step(self, optimizer: Optimizer) -> None:
-        self.last_step = self.accumulator.finish()
+        self.last_step = self.accumulator.finish(received(self.trainer) is not None)
         self.lr = float(optimizer.param_groups[0]["lr"])
         if self.last_step.load_ME is not None:
             self.recent_load.add(self.last_step.load_ME, self.step)
@@ -207,6 +226,8 @@ class MoELightningModule(pl.LightningModule):
             self.log_scalars(
                 {**scalars, "train/lr": self.lr, "train/tokens": tokens, "train/flops": tokens * self.flops_per_token}
             )
+        if self.is_step_end and not self.is_validation_step:
+            self._stop_if_asked()
 
     def log_scalars(self, scalars: Mapping[str, Tensor | float]) -> None:
         """Write scalars against the current step. Tensors come to the host together, in one transfer."""
@@ -243,9 +264,14 @@ class MoELightningModule(pl.LightningModule):
             self.log("val/ce", scalars["ce"], logger=False)  # for EarlyStopping and its like
             self.paused_s += time.perf_counter() - self._validation_started
 
+    def on_validation_end(self) -> None:
+        if not self.trainer.sanity_checking:
+            self._stop_if_asked()
+
     # -------------------------------------------------------------------------------------- checkpoints
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        self._read_report()
         checkpoint["moelm"] = {
             "step": self.step,
             "rng_by_rank": _gather(rng_state()),
