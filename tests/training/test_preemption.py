@@ -16,8 +16,8 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import mishaps  # noqa: F401  registers the callback
 import pytest
-import told_to_end  # noqa: F401  registers the callback
 from test_resume import assert_same_curves, assert_same_state, named
 
 from moelm.config import Config, make_named, to_yaml
@@ -136,7 +136,7 @@ def test_a_slurm_job_asks_to_start_again_only_after_the_signal_for_that(
 def run(config: Config, folder: Path, told: str, *overrides: str) -> subprocess.CompletedProcess[str]:
     file = folder / "config.yaml"
     file.write_text(to_yaml(config))
-    plugin = str(Path(__file__).with_name("told_to_end.py"))
+    plugin = str(Path(__file__).with_name("mishaps.py"))
     command = [sys.executable, "-m", "moelm.train", "--plugin", plugin, "--config", str(file), *overrides]
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "TOLD": told}
     return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=120)

@@ -1,5 +1,6 @@
-"""A plugin: the callback `told` sends its process, and those that load its data, a signal at the moment that TOLD in
-the environment names: "SIGTERM forward 1" does so on rank 1 (or `all`) before a forward pass."""
+"""A plugin of two callbacks that disturb a run. `told` sends its process, and those that load its data, a signal at the
+moment that TOLD in the environment names: "SIGTERM forward 1" does so on rank 1 (or `all`) before a forward pass.
+`poisoned` makes the activations of the steps on the rank that POISON names NaN: "3,4 1"."""
 
 from __future__ import annotations
 
@@ -39,3 +40,19 @@ class Told(Callback):
             for pid in (os.getpid(), *(worker.pid for worker in active_children())):  # as Ctrl-C does
                 os.kill(pid, getattr(signal, name))
             time.sleep(0.1)  # a thread takes note
+
+
+@register("callback", "poisoned", NamedConfig)
+class Poisoned(Callback):
+    def __init__(self, config: NamedConfig, run: Config) -> None:
+        pass
+
+    def on_train_batch_start(self, trainer: Any, pl_module: Any, batch: Any, batch_idx: int) -> None:
+        steps, rank = os.environ.get("POISON", "0 0").split()
+        if str(pl_module.step + 1) in steps.split(",") and trainer.global_rank == int(rank) and batch_idx % 2:
+            embedding = pl_module.model.embedding
+            self.hook = embedding.register_forward_hook(lambda module, inputs, output: output * float("nan"))
+
+    def on_train_batch_end(self, trainer: Any, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
+        if hasattr(self, "hook"):
+            self.hook.remove()
