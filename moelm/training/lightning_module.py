@@ -97,6 +97,7 @@ class MoELightningModule(pl.LightningModule):
     def configure_optimizers(self) -> OptimizerLRScheduler:
         config = self.config
         optimizer = build_optimizer(self.model, config.optim)
+        self._numbers = [{**group, "params": None} for group in optimizer.param_groups]
         # several devices add theirs to each other's, in float32 and by autograd's hooks
         if config.trainer.precision == "bf16-mixed" and isinstance(self.trainer.strategy, SingleDeviceStrategy):
             place_gradients(self.model, optimizer, self.trainer.accumulate_grad_batches)
@@ -124,6 +125,14 @@ class MoELightningModule(pl.LightningModule):
 
     def on_fit_start(self) -> None:
         seed_rank(self.config.run.seed, self.global_rank)
+
+    def on_train_start(self) -> None:
+        """A checkpoint brings the numbers that the optimizer had; those of the config count."""
+        scheduler: Any = self.lr_schedulers()
+        factor = scheduler.lr_lambdas[0](scheduler.last_epoch)
+        for group, numbers in zip(self.trainer.optimizers[0].param_groups, self._numbers, strict=True):
+            group |= {**numbers, "params": group["params"], "initial_lr": numbers["lr"], "lr": numbers["lr"] * factor}
+        scheduler.base_lrs = [numbers["lr"] for numbers in self._numbers]
 
     def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
         self._step_before_batch = self.step

@@ -45,11 +45,12 @@ class Told(Callback):
 @register("callback", "poisoned", NamedConfig)
 class Poisoned(Callback):
     def __init__(self, config: NamedConfig, run: Config) -> None:
-        pass
+        self.run_folder = run.run_folder
 
     def on_train_batch_start(self, trainer: Any, pl_module: Any, batch: Any, batch_idx: int) -> None:
         steps, rank = os.environ.get("POISON", "0 0").split()
         if str(pl_module.step + 1) in steps.split(",") and trainer.global_rank == int(rank) and batch_idx % 2:
+            (self.run_folder / "poisoned").write_text(str(time.time()))
             embedding = pl_module.model.embedding
             self.hook = embedding.register_forward_hook(lambda module, inputs, output: output * float("nan"))
 

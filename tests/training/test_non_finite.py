@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -30,8 +31,8 @@ CHANGES = {
 }
 
 
-def poisoned(config: Config, name: str = "poisoned") -> Config:
-    config = named(config, name)
+def poisoned(config: Config, recorded: bool = True) -> Config:
+    config = named(config, "poisoned", recorded)
     return dataclasses.replace(config, callbacks=[*config.callbacks, make_named("callback", "poisoned")])
 
 
@@ -94,8 +95,11 @@ def test_all_ranks_stop_when_one_has_no_numbers(
     tiny: Callable[..., Config], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, strategy: str
 ) -> None:
     monkeypatch.setenv("POISON", "3 1")
-    config = poisoned(tiny({**CHANGES, **DDP, "trainer.strategy": strategy, "optim.micro_batch_size": 4}))
+    config = poisoned(
+        tiny({**CHANGES, **DDP, "trainer.strategy": strategy, "optim.micro_batch_size": 4}), recorded=False
+    )
     result = run(config, tmp_path, "SIGTERM never 0")
+    assert time.time() - float((config.run_folder / "poisoned").read_text()) < 10
     assert result.returncode not in (0, 75), result.stderr[-3000:]
     assert "error: step 3: loss nan, gradient norm nan; samples 32 to 47" in result.stderr
     assert newest_checkpoint(config.run_folder) == step_folder(config.run_folder, 2)
