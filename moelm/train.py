@@ -29,6 +29,7 @@ from moelm.training.checkpoint_io import (
     training_state,
 )
 from moelm.training.lightning_module import MoELightningModule
+from moelm.training.loading import check_tokenizer
 from moelm.training.preemption import Preempted, requeue
 from moelm.training.trainer import build_trainer, hardware
 
@@ -78,6 +79,8 @@ def train(config: Config, resume: str | None = None) -> dict[str, Any]:
         changed = check_same_run(config, checkpoint)
     trainer = build_trainer(config, step)  # refuses what this machine cannot do before the data is prepared
     shards = prepare(config.data.corpus)
+    if checkpoint is not None:
+        check_tokenizer(checkpoint, shards, "put the data of that run back, or start another run.name")
     data = TokenDataModule(config, shards)
     module = MoELightningModule(config, shards.domains, shards.end_of_text_id)
     if step is not None and step >= config.trainer.max_steps:

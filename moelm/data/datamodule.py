@@ -46,6 +46,17 @@ class TokenDataModule(LightningDataModule):
                 "  remedy: lower optim.batch_tokens or data.seq_len, or add text"
             )
 
+    def state_dict(self) -> dict[str, Any]:
+        return {"fingerprint": self.shards.fingerprint}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Raises DataError: position p of the order of samples would be another text."""
+        if state_dict["fingerprint"] != self.shards.fingerprint:
+            raise DataError(
+                f"{self.shards.folder}: not the data that the checkpoint was trained on\n"
+                "  remedy: put that back, or start another run.name"
+            )
+
     def train_dataloader(self) -> BatchLoader:
         """Endless. Batches of inputs [B, L], targets [B, L] and sample_ids [B], all int64; a sample id is the
         position in the global order of samples."""

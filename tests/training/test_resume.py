@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 import os
 import shutil
 import signal
@@ -18,6 +19,7 @@ import torch
 from tiny_runs import Recorder, scalars_of, summary_of
 
 from moelm.config import Config, ConfigError, to_yaml
+from moelm.data.token_shards import DataError, hash_file
 from moelm.train import train
 from moelm.training.checkpoint_io import load_tensors, load_weights, step_folder
 
@@ -210,6 +212,30 @@ def test_the_numbers_of_the_optimizer_may_change_and_count_from_there(
         assert (group["eps"], list(group["betas"]), group.get("momentum", 0.5)) == (1e-4, [0.5, 0.6], 0.5)
     assert {group["weight_decay"] for group in state["param_groups"]} == {0.3, 0.0}
     assert train(dataclasses.replace(config, trainer=dataclasses.replace(config.trainer, max_steps=7)), "auto")
+
+
+@pytest.mark.parametrize("other", ["tokenizer", "data"])
+def test_a_run_is_not_continued_on_other_data(other: str, tiny: Callable[..., Config], tmp_path: Path) -> None:
+    config = tiny({"trainer.max_steps": 2})
+    train(config)
+    folder = tmp_path / "shards"
+    shutil.copytree(config.data.corpus.path, folder)
+    corpus = dataclasses.replace(config.data.corpus, dir=str(folder))
+    trainer = dataclasses.replace(config.trainer, max_steps=3)
+    moved = dataclasses.replace(config, data=dataclasses.replace(config.data, corpus=corpus), trainer=trainer)
+    assert train(moved, resume="auto")["step"] == 3
+    manifest = json.loads((folder / "manifest.json").read_text())
+    if other == "tokenizer":
+        file, entry, key = folder / "tokenizer.json", manifest, "tokenizer_sha256"
+        file.write_text(file.read_text() + "\n")
+    else:
+        entry, key = manifest["splits"]["train"]["code"]["shards"][0], "sha256"
+        file = folder / entry["file"]
+        file.write_bytes(b"\0\0" + file.read_bytes()[2:])
+    entry[key] = hash_file(file)
+    (folder / "manifest.json").write_text(json.dumps(manifest))
+    with pytest.raises(DataError, match=f"not the {other} that .* was trained (with|on)(.|\n)*another run.name"):
+        train(dataclasses.replace(moved, trainer=dataclasses.replace(trainer, max_steps=4)), resume="auto")
 
 
 def test_a_finished_run_can_be_made_longer(tiny: Callable[..., Config]) -> None:
