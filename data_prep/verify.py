@@ -15,7 +15,7 @@ EXAMPLE = """example:
 def main(arguments: list[str]) -> None:
     parser = command_line.make_parser(
         "data_prep.verify",
-        "Compare tokenizer and shards with the manifest, sizes and sha256; if any is bad, name the first and exit with 1.",
+        "Compare tokenizer and shards with the manifest, sizes and sha256; name the first bad file and exit with 1.",
         EXAMPLE,
     )
     parser.add_argument("folder", metavar="DIR", help="what data_prep.prepare made")
