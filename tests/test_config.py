@@ -228,6 +228,7 @@ WRONG = [
     ("trainer: {strategy: fsdp_cpu_offload}", "trainer.strategy", ["FSDP1 is not offered"]),
     ("trainer: {accumulate_unreduced: true}", "trainer.accumulate_unreduced", ["no effect", "trainer.strategy=fsdp"]),
     ("trainer: {expert_parallel: 2}", "trainer.expert_parallel", ["strategy = auto", "trainer.strategy=fsdp"]),
+    ("trainer: {replicas: 2, strategy: ddp}", "trainer.replicas", ["strategy = ddp", "trainer.strategy=fsdp"]),
     (
         "model: {moe: null}\ntrainer: {expert_parallel: 2, strategy: fsdp}",
         "trainer.expert_parallel",

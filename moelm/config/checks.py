@@ -27,6 +27,7 @@ def check(config: Config) -> None:
     check_model(config.model)
     _check_optim(config)
     _check_trainer(config.trainer)
+    _check_replicas(config.trainer)
     _check_expert_parallel(config)
     _check_fused(config)
     _check_each(config.callbacks, "callbacks", config)
@@ -186,6 +187,12 @@ def _check_fused(config: Config) -> None:
     if moe is not None and moe.experts.backend == "fused" and precision != "bf16-mixed":
         problem = f"fused computes in bfloat16, not in trainer.precision = {precision}"
         raise ConfigError("model.moe.experts.backend", problem, "set trainer.precision=bf16-mixed, or use auto")
+
+
+def _check_replicas(trainer: TrainerConfig) -> None:
+    if trainer.replicas > 1 and trainer.strategy != "fsdp":
+        problem = f"{trainer.replicas} cannot be with trainer.strategy = {trainer.strategy}"
+        raise ConfigError("trainer.replicas", problem, "set trainer.strategy=fsdp, or remove it")
 
 
 def _check_expert_parallel(config: Config) -> None:

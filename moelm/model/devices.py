@@ -7,7 +7,7 @@ from math import comb
 
 import torch
 
-from moelm.config import Config, MoEConfig
+from moelm.config import Config, ConfigError, MoEConfig
 from moelm.model.gpt import GPT
 from moelm.model.size import training_memory
 
@@ -37,11 +37,15 @@ class Counts:
 
 def on_devices(config: Config, n_devices: int) -> list[OnDevices]:
     """ddp, fsdp, and fsdp with each degree of expert parallelism that the experts and the devices allow."""
+    if n_devices % config.trainer.replicas:
+        problem = f"{config.trainer.replicas} does not divide the {n_devices} devices"
+        raise ConfigError("trainer.replicas", problem, "choose a divisor, or other trainer.devices")
     counts, moe = count(config), config.model.moe
     degrees = [1]
     if moe is not None and config.model.moe_layers and moe.router.routing == "token_choice":
-        degrees = [n for n in range(1, n_devices + 1) if n_devices % n == moe.n_experts % n == 0]
-    return [_ddp(config, counts, n_devices), *(_fsdp(config, counts, n_devices // n, n) for n in degrees)]
+        n_sharing = n_devices // config.trainer.replicas
+        degrees = [n for n in range(1, n_sharing + 1) if n_sharing % n == moe.n_experts % n == 0]
+    return [_ddp(config, counts, n_devices), *(_fsdp(config, counts, n_devices, n) for n in degrees)]
 
 
 def count(config: Config) -> Counts:
@@ -72,17 +76,18 @@ def _ddp(config: Config, counts: Counts, n_devices: int) -> OnDevices:
     return OnDevices("ddp", states + memory.activations + memory.working, sent)
 
 
-def _fsdp(config: Config, counts: Counts, n_fsdp: int, n_ep: int) -> OnDevices:
-    mixed, moe = config.trainer.precision == "bf16-mixed", config.model.moe
-    s, W = 2 if mixed else 4, n_fsdp * n_ep
+def _fsdp(config: Config, counts: Counts, n_devices: int, n_ep: int) -> OnDevices:
+    mixed, moe, n_replicas = config.trainer.precision == "bf16-mixed", config.model.moe, config.trainer.replicas
+    s, W = 2 if mixed else 4, n_devices // n_replicas  # ranks that share a replica
+    n_fsdp = W // n_ep
     tokens = config.optim.micro_batch_size * config.data.seq_len
-    n_micro_batches = max(1, config.optim.batch_tokens // (tokens * W))
+    n_micro_batches = max(1, config.optim.batch_tokens // (tokens * n_devices))
     memory = training_memory(config)
     held = counts.routers + (counts.total - counts.routers) // W
     states = (memory.weights + memory.optimizer) * held // counts.total
     # two blocks gathered and the gradients of one, the rest with its gradients
     whole = 3 * s * counts.largest_block + 8 * counts.rest
-    if n_ep > 1 and n_fsdp == 1:  # experts are not gathered, and keep working copies
+    if n_ep > 1 and n_fsdp == n_replicas == 1:  # experts are not gathered, and keep working copies
         whole += 2 * counts.experts // n_ep if mixed else 0
     else:
         whole += 3 * s * counts.largest_experts // n_ep
@@ -92,12 +97,14 @@ def _fsdp(config: Config, counts: Counts, n_fsdp: int, n_ep: int) -> OnDevices:
     gathered, reduced = n_micro_batches, 1 if config.trainer.accumulate_unreduced else n_micro_batches
     others = (2 * s * gathered + 4 * reduced) * counts.blocks + 4 * (gathered + reduced) * counts.rest
     experts = (2 * s * gathered + 4 * reduced) * (counts.experts // n_ep)
-    sent = others * (W - 1) / W + experts * (n_fsdp - 1) / n_fsdp + 8 * counts.routers * (W - 1) / W
+    sent = others * (W - 1) / W + experts * (n_fsdp - 1) / n_fsdp + 8 * counts.routers * (n_devices - 1) / n_devices
+    sent += 8 * reduced * (counts.total - counts.routers) / W * (n_replicas - 1) / n_replicas
     if n_ep > 1 and moe is not None:
         rows = tokens * ranks_of_token(moe, n_ep) * len(config.model.routed_layers)
         again = 2 if config.trainer.activation_checkpointing == "full" else 0
         sent += n_micro_batches * (4 + again) * rows * s * config.model.d_model * (n_ep - 1) / n_ep
         kept = tokens * (ranks_of_token(moe, n_ep) - 1) * s * config.model.d_model  # tokens of others, for backward
         both += int(kept * (1 if again else len(config.model.routed_layers)))
-    name = f"fsdp, expert_parallel={n_ep}" if n_ep > 1 else "fsdp"
+    name = "fsdp" + (f", replicas={n_replicas}" if n_replicas > 1 else "")
+    name += f", expert_parallel={n_ep}" if n_ep > 1 else ""
     return OnDevices(name, states + both + memory.working - copies + whole, int(sent))

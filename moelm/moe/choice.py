@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import logging
+from functools import cache
+
 import torch
 from torch import Tensor
 
@@ -10,6 +13,8 @@ from moelm.moe.ops import op
 
 if HAS_TRITON:
     from moelm.moe.kernels import top_k as kernel
+
+log = logging.getLogger(__name__)
 
 
 @op("moelm::keep_choice", fake=torch.empty_like)
@@ -51,6 +56,13 @@ def _choose(scores: Tensor, k: int) -> Tensor:
 
 
 def _top_k(scores: Tensor, k: int) -> Tensor:
-    if HAS_TRITON and scores.is_cuda and kernel.takes(scores.shape[-1], k):
-        return kernel.top_k(scores.flatten(0, -2), k).view(*scores.shape[:-1], k)
+    if HAS_TRITON and scores.is_cuda:
+        if kernel.takes(scores.shape[-1], k):
+            return kernel.top_k(scores.flatten(0, -2), k).view(*scores.shape[:-1], k)
+        _say_that_torch_chooses(scores.shape[-1], k)
     return scores.topk(k, dim=-1).indices
+
+
+@cache
+def _say_that_torch_chooses(n: int, k: int) -> None:
+    log.warning("router: torch.topk, since the kernel takes no %d of %d", k, n)

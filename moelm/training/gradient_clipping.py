@@ -12,7 +12,7 @@ from torch.optim import Optimizer
 
 from moelm.training.adamw import AdamW
 from moelm.training.muon import MuonAdamW
-from moelm.training.shards import local
+from moelm.training.shards import local, n_holders
 
 
 def clip_gradients(
@@ -40,14 +40,14 @@ def is_finite(norm: Tensor, loss: Tensor | None) -> Tensor:
 def gradient_norm(gradients: list[Tensor]) -> Tensor:
     """Euclidean norm of all together, summed in float32 whatever their dtypes.
 
-    Of sharded gradients each rank holds a part, and no two the same: the norms of the parts are joined by one
-    all-reduce, whatever their meshes. Plain ones are whole on every rank.
+    Of sharded gradients each rank holds a part, which as many others have as there are replicas: the norms of the parts
+    are joined by one all-reduce, whatever their meshes. Plain ones are whole on every rank.
     """
-    parts = [local(gradient) for gradient in gradients if isinstance(gradient, DTensor)]
+    sharded = [gradient for gradient in gradients if isinstance(gradient, DTensor)]
     whole = [gradient for gradient in gradients if not isinstance(gradient, DTensor)]
-    if not parts:
+    if not sharded:
         return _norm(whole)
-    squared = _norm(parts).double().square()
+    squared = _norm([local(gradient) for gradient in sharded]).double().square() / n_holders(sharded[0])
     dist.all_reduce(squared)
     if whole:
         squared += _norm(whole).double().square()

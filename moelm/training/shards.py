@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from math import prod
 from typing import Any
 
 import torch
@@ -16,6 +17,12 @@ def local(tensor: Tensor) -> Tensor:
     """What this rank holds, without a copy; a plain tensor is its own."""
     with torch.no_grad():
         return tensor.to_local() if isinstance(tensor, DTensor) else tensor
+
+
+def n_holders(tensor: DTensor) -> int:
+    """How many ranks hold the same part."""
+    sizes = zip(tensor.device_mesh.shape, tensor.placements, strict=True)
+    return prod(size for size, placement in sizes if placement.is_replicate())
 
 
 def held_part(tensor: Tensor) -> tuple[Tensor, tuple[slice, ...]]:
@@ -50,9 +57,10 @@ def with_whole_matrices(part: Tensor, own: Tensor) -> tuple[Tensor, tuple[slice,
 
     Whole experts are not sent; anything else is gathered, so all ranks must call it in one order.
     """
-    if not isinstance(own, DTensor) or (
-        own.ndim == 3 and {getattr(each, "dim", None) for each in own.placements} == {0}
-    ):
+    if not isinstance(own, DTensor):
+        return whole(part)
+    cut = {getattr(each, "dim", None) for each in own.placements if not each.is_replicate()}
+    if own.ndim == 3 and cut == {0}:
         return whole(part)
     return _sharded(part, own).full_tensor(), held_part(own)[1]
 

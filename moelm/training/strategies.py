@@ -45,10 +45,11 @@ def build_strategy(config: Config) -> Strategy | None:
 class ShardedStrategy(ModelParallelStrategy):
     """FSDP2: each rank keeps its part of the parameters, gradients and moments.
 
-    One mesh ("fsdp", "ep") over all ranks, ep = `trainer.expert_parallel`. Experts are dealt out over "ep", and each
-    rank's share is sharded over "fsdp"; all else is sharded over both axes, flattened. Gradients are sums over ranks of
-    those of each rank's share of the loss, whatever the axes. Checkpoints are those of one device: whole tensors are
-    gathered, one after the other, and rank 0 writes them.
+    One mesh ("replica", "fsdp", "ep") over all ranks; `trainer.replicas`, what is left, and `trainer.expert_parallel`.
+    Experts are dealt out over "ep", and each rank's share is sharded over "fsdp"; all else is sharded over both axes,
+    flattened. Replicas hold the same, and their gradients are summed after those of their ranks. Gradients are sums
+    over ranks of those of each rank's share of the loss, whatever the axes. Checkpoints are those of one device: whole
+    tensors are gathered, one after the other, and rank 0 writes them.
     """
 
     def __init__(self, options: TrainerConfig, process_group_backend: str) -> None:
@@ -58,8 +59,9 @@ class ShardedStrategy(ModelParallelStrategy):
 
     def setup_environment(self) -> None:
         self._setup_distributed()
-        shape = (self.world_size // self.options.expert_parallel, self.options.expert_parallel)
-        self._device_mesh = init_device_mesh(self.root_device.type, shape, mesh_dim_names=("fsdp", "ep"))
+        n_replicas, n_ep = self.options.replicas, self.options.expert_parallel
+        shape = (n_replicas, self.world_size // (n_replicas * n_ep), n_ep)
+        self._device_mesh = init_device_mesh(self.root_device.type, shape, mesh_dim_names=("replica", "fsdp", "ep"))
 
     @property
     def distributed_sampler_kwargs(self) -> dict[str, Any]:
@@ -82,8 +84,9 @@ class ShardedStrategy(ModelParallelStrategy):
         mixed = float32
         if self.options.precision == "bf16-mixed":
             mixed = MixedPrecisionPolicy(torch.bfloat16, torch.float32, cast_forward_inputs=False)
-        mesh = self.device_mesh._flatten("data")
-        placement = partial(placement_of, n_ranks=mesh.size())
+        shard = self.device_mesh["fsdp", "ep"]._flatten("shard")
+        mesh = self._with_replicas(shard)
+        placement = partial(placement_of, n_ranks=shard.size())
         alone = set(router_parameters(model))  # what FSDP2 leaves as it is
         for block in model.all_blocks:
             if block.moe is not None:
@@ -104,13 +107,18 @@ class ShardedStrategy(ModelParallelStrategy):
         moe.exchange = ExpertParallel(ep.get_group(), experts.gate_up.shape[0])
         deal_out(experts, ep)
         block.register_forward_pre_hook(hold_experts)  # after those of FSDP2, which go first
-        if fsdp.size() == 1:
+        if fsdp.size() == self.options.replicas == 1:
             experts.keeps_copies = True
             return set(experts.parameters())
         placement = partial(placement_of, n_ranks=fsdp.size(), n_shares=ep.size())
-        fully_shard(experts, mesh=fsdp, mp_policy=policy, shard_placement_fn=placement)
+        fully_shard(experts, mesh=self._with_replicas(fsdp), mp_policy=policy, shard_placement_fn=placement)
         gather_with(block, experts)
         return set()
+
+    def _with_replicas(self, axis: DeviceMesh) -> DeviceMesh:
+        """The mesh of one axis, behind that of the replicas if there are several: FSDP2 shards over the last."""
+        assert axis.mesh_dim_names is not None
+        return self.device_mesh["replica", axis.mesh_dim_names[0]] if self.options.replicas > 1 else axis
 
     @property
     def _gpt(self) -> Any:

@@ -93,9 +93,14 @@ class RunLogger(TensorBoardLogger):
 
 def _set_intervals(trainer: pl.Trainer, config: Config) -> None:
     """Accumulation and validation in micro-batches, now that the number of devices is known."""
-    if trainer.world_size % config.trainer.expert_parallel:
-        problem = f"{config.trainer.expert_parallel} does not divide the {trainer.world_size} devices"
-        raise ConfigError("trainer.expert_parallel", problem, "choose a divisor, or other trainer.devices")
+    n_devices = trainer.world_size
+    for key, value in (("expert_parallel", config.trainer.expert_parallel), ("replicas", config.trainer.replicas)):
+        if n_devices % value:
+            problem = f"{value} does not divide the {trainer.world_size} devices"
+            if n_devices < trainer.world_size:
+                problem += f" / {trainer.world_size // n_devices} (trainer.expert_parallel)"
+            raise ConfigError(f"trainer.{key}", problem, "choose a divisor, or other trainer.devices")
+        n_devices //= value
     micro_tokens = config.optim.micro_batch_size * config.data.seq_len * trainer.world_size
     if config.optim.batch_tokens % micro_tokens:
         multiple = max(1, round(config.optim.batch_tokens / micro_tokens)) * micro_tokens
@@ -128,6 +133,7 @@ def _silence_lightning() -> None:
         ".*`max_epochs`.*",
         ".*isinstance.treespec, LeafSpec.*",
         ".*`broadcast_buffers` is deprecated.*",  # since torch 2.13, and 2.11 has nothing else
+        ".*Slicing a flattened dim from root mesh.*",  # up to torch 2.13 the only way
         ".*recommended to use `self.log.*sync_dist=True.*",
         ".*FSDP2-wrapped module .* returned a view tensor.*",  # statistics, into which nothing writes
     ):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from moelm.config import Config, from_dict, to_dict
+from moelm.config import Config, ConfigError, from_dict, to_dict
 from moelm.model.devices import count, on_devices, ranks_of_token
 from moelm.model.gpt import GPT
 from moelm.model.size import model_size
@@ -48,6 +48,25 @@ def test_what_is_sent_is_what_the_formulas_of_the_docs_say(tiny_config):
     assert fsdp.sent - on_devices(once, 2)[1].sent == (4 * (n.blocks + n.experts + n.rest)) / 2
     again = make(tiny_config, activation_checkpointing="full")
     assert on_devices(again, 2)[2].sent - shared.sent == int(2 * 2 * rows * 4 * 32 / 2)
+
+
+def test_replicas_hold_more_and_send_their_gradients_to_each_other(tiny_config):
+    config = make(tiny_config, strategy="fsdp")
+    config.optim.batch_tokens = 512  # two micro-batches on each of four devices
+    n = count(config)
+    alone, plain = on_devices(config, 2)[1], on_devices(config, 4)[1]
+    config.trainer.replicas = 2
+    found = on_devices(config, 4)
+    assert [each.strategy for each in found] == ["ddp", "fsdp, replicas=2", "fsdp, replicas=2, expert_parallel=2"]
+    assert plain.memory < found[1].memory == alone.memory
+    config.optim.batch_tokens = 256
+    config.trainer.replicas = 1
+    alone = on_devices(config, 2)[1]  # two micro-batches too
+    between = 2 * 8 * (n.total - n.routers) / 2 / 2
+    assert found[1].sent == int(alone.sent + between + 8 * n.routers * (3 / 4 - 1 / 2))
+    config.trainer.replicas = 3
+    with pytest.raises(ConfigError, match="3 does not divide the 4 devices"):
+        on_devices(config, 4)
 
 
 def test_the_degrees_are_those_that_devices_and_experts_allow(tiny_config):

@@ -411,8 +411,8 @@ def test_jitter_shakes_the_router_and_not_the_experts(name):
     model = GPT(config)
     initialize(model, 0)
     layer, seen = model.moe_layers[0], []
-    real = layer.dispatcher.dispatch
-    layer.dispatcher.dispatch = lambda x_TD, *rest: seen.append(x_TD.clone()) or real(x_TD, *rest)
+    real = layer.dispatcher.spread
+    layer.dispatcher.spread = lambda x_TD, *rest: seen.append(x_TD.clone()) or real(x_TD, *rest)
     ids_BL = torch.zeros(2, 8, dtype=torch.int64)
     x_BLD, probabilities = torch.randn(2, 8, 16), []
     for seed, training in ((0, True), (1, True), (0, False), (1, False)):

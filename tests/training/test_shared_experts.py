@@ -16,6 +16,8 @@ from moelm.training.checkpoint_io import load_weights, step_folder
 
 EP2 = {**FSDP, "trainer.expert_parallel": 2}
 FSDP2_EP2 = {**EP2, "trainer.devices": 4}
+REPLICAS = {**FSDP, "trainer.devices": 4, "trainer.replicas": 2}
+REPLICAS_EP2 = {**FSDP2_EP2, "trainer.replicas": 2}
 EP4 = {**FSDP2_EP2, "trainer.expert_parallel": 4}
 SMALL = {"optim.micro_batch_size": 2}  # 8 micro-batches a step on one process, 2 on each of four
 # 254 are 127 for each of two, which cannot be dealt out evenly again
@@ -45,7 +47,8 @@ def test_two_processes_with_half_of_the_experts_each_equal_one(make: Make, tmp_p
 @pytest.mark.slow
 @pytest.mark.timeout(900)
 def test_four_processes_equal_one(make: Make, tmp_path: Path) -> None:  # noqa: F811
-    """Two times two and four to share the experts, and what was saved by these continues on others."""
+    """Two times two and four to share the experts, two replicas of two, and what was saved by these continues on
+    others."""
     one = {
         name: make(f"one-{name}", changes, SMALL) for name, changes in (("plain", {}), ("idle", IDLE), ("muon", MUON))
     }
@@ -61,6 +64,7 @@ def test_four_processes_equal_one(make: Make, tmp_path: Path) -> None:  # noqa: 
         make("four", EP4, SMALL),
         make("unreduced", FSDP2_EP2, SMALL, {"trainer.accumulate_unreduced": True}),
     )
+    replicas = make("replicas", REPLICAS, SMALL), make("replicas-ep", REPLICAS_EP2, SMALL)
     noisy = make(
         "noisy",
         FSDP2_EP2,
@@ -69,14 +73,16 @@ def test_four_processes_equal_one(make: Make, tmp_path: Path) -> None:  # noqa: 
         {"trainer.max_steps": 20, "trainer.activation_checkpointing": "full"},
     )
     first = [make("from-four", EP4, ADAMW, SMALL, short), make("from-one", FSDP2_EP2, ADAMW, SMALL)]
-    run_all([*both.values(), four, unreduced, noisy, *first], tmp_path, n_ranks=4, timeout=400)
+    run_all([*both.values(), four, unreduced, *replicas, noisy, *first], tmp_path, n_ranks=4, timeout=400)
     run_all([make("from-four", EP2, ADAMW, SMALL)], tmp_path, n_ranks=2)
 
     for name in ("plain", "idle"):
         assert_same_steps(*tapes(one[name]), tapes(both[name], 4))
-    for config in (four, unreduced):
+    for config in (four, unreduced, *replicas):
         assert_same_steps(*tapes(one["plain"]), tapes(config, 4))
     assert tapes(both["plain"], 4)[0]["sent_early"]
+    for config in replicas:
+        assert tapes(config, 4)[3]["share"] == pytest.approx(0.5, abs=0.01)
     for tape in tapes(both["idle"], 4):
         assert tape["share"] == pytest.approx(0.278, abs=2e-3)  # routers are whole
     (_, a), (before, b) = tapes(one["muon"])[0]["steps"], tapes(both["muon"], 4)[3]["steps"]

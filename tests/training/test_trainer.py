@@ -25,3 +25,9 @@ def test_devices_that_cannot_share_the_experts_are_refused(tiny: Callable[..., C
     config = tiny({"trainer.devices": 3, "trainer.strategy": "fsdp", "trainer.expert_parallel": 2})
     with pytest.raises(ConfigError, match=r"expert_parallel.*2 does not divide the 3 devices"):
         build_trainer(config)
+
+
+def test_replicas_that_devices_cannot_make_are_refused(tiny: Callable[..., Config]) -> None:
+    changes = {"trainer.devices": 4, "trainer.strategy": "fsdp", "trainer.expert_parallel": 2, "trainer.replicas": 4}
+    with pytest.raises(ConfigError, match=r"replicas.*4 does not divide the 4 devices / 2 \(trainer.expert_parallel\)"):
+        build_trainer(tiny(changes))

@@ -106,7 +106,7 @@ def _hopper_works(device: torch.device, d_in: int, d_expert: int, top_k: int, dt
     of the very binaries that will be used, so that it costs no compilation of its own."""
     capability = torch.cuda.get_device_capability(device)
     if capability != (9, 0):
-        log.info("experts: torch's grouped product, since this GPU is %d.%d and no Hopper (9.0)", *capability)
+        log.warning("experts: torch's grouped product, since this GPU is %d.%d and no Hopper (9.0)", *capability)
         return False
     try:
         for _ in range(2):  # launched by Triton, and as `launch.py` remembers them
