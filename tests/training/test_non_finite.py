@@ -36,8 +36,7 @@ def poisoned(config: Config, recorded: bool = True) -> Config:
     return dataclasses.replace(config, callbacks=[*config.callbacks, make_named("callback", "poisoned")])
 
 
-@pytest.mark.parametrize("optimizer", ["adamw", "muon"])
-@pytest.mark.parametrize("limit", [1.0, None])
+@pytest.mark.parametrize(("optimizer", "limit"), [("adamw", 1.0), ("muon", None)])
 def test_a_step_left_out_changes_no_weight_no_moment_and_no_bias(
     tiny: Callable[..., Config],
     monkeypatch: pytest.MonkeyPatch,

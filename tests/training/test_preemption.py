@@ -43,7 +43,11 @@ def telling(config: Config, name: str) -> Config:
 
 @pytest.mark.parametrize(
     ("told", "step", "n_workers"),
-    [("SIGTERM forward 0", 4, 1), ("SIGINT validation 0", 6, 1), ("SIGUSR1 save 0", 6, 0)],
+    [
+        ("SIGTERM forward 0", 4, 1),
+        pytest.param("SIGINT validation 0", 6, 1, marks=pytest.mark.slow),
+        ("SIGUSR1 save 0", 6, 0),
+    ],
 )
 def test_one_process_saves_the_step_it_is_in_and_continues_bitwise(
     tiny: Callable[..., Config], monkeypatch: pytest.MonkeyPatch, told: str, step: int, n_workers: int
@@ -83,7 +87,7 @@ def end_of(act: Callable[[], None]) -> int | None:
 
     process = get_context("fork").Process(target=run)
     process.start()
-    process.join(1.5)
+    process.join(1)
     alive = process.is_alive()
     process.kill()
     return None if alive else process.exitcode
