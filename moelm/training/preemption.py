@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 import threading
+from multiprocessing import active_children
 from types import FrameType
 from typing import Any
 
@@ -70,7 +71,7 @@ class StopSignals:
         while number := os.read(reader, 1)[0]:
             n_interrupts += number == signal.SIGINT
             if n_interrupts == 2:
-                os._exit(128 + signal.SIGINT)
+                _end(128 + signal.SIGINT)
             if number in SIGNALS and self.received is None:
                 self._deadline = threading.Timer(self.within_s, self._give_up)
                 self._deadline.daemon = True
@@ -86,11 +87,18 @@ class StopSignals:
             file=sys.stderr,
         )
         faulthandler.dump_traceback()
-        os._exit(1)
+        _end(1)
 
     @rank_zero_only
     def _say(self, line: str) -> None:
         print(line, file=sys.stderr, flush=True)
+
+
+def _end(code: int) -> None:
+    """At once, and what loads data with it, which would wait some seconds more."""
+    for worker in active_children():
+        worker.kill()
+    os._exit(code)
 
 
 def _do_nothing(number: int, frame: FrameType | None) -> None:

@@ -18,12 +18,13 @@ from typing import Any
 
 import mishaps  # noqa: F401  registers the callback
 import pytest
+from lightning.fabric.plugins.environments import LightningEnvironment, TorchElasticEnvironment
 from test_resume import assert_same_curves, assert_same_state, named
 
 from moelm.config import Config, make_named, to_yaml
 from moelm.train import train
 from moelm.training.checkpoint_io import newest_checkpoint, step_folder, step_of
-from moelm.training.preemption import EXIT_CODE, Preempted, StopSignals, requeue
+from moelm.training.preemption import EXIT_CODE, Preempted, StopSignals, exit_code, requeue
 
 SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
 CHANGES = {
@@ -135,6 +136,16 @@ def test_a_slurm_job_asks_to_start_again_only_after_the_signal_for_that(
             monkeypatch.setenv(key, value)
         requeue(trainer)
     assert (tmp_path / "asked").read_text() == "requeue 7\nrequeue 8_2\n"
+
+
+@pytest.mark.parametrize(
+    ("environment", "local_rank", "code"),
+    [(LightningEnvironment, 0, 75), (LightningEnvironment, 1, 0), (TorchElasticEnvironment, 1, 75)],
+)
+def test_only_what_lightning_started_ends_with_zero(environment: type[Any], local_rank: int, code: int) -> None:
+    connector = SimpleNamespace(cluster_environment=environment())
+    trainer: Any = SimpleNamespace(_accelerator_connector=connector, local_rank=local_rank)
+    assert exit_code(trainer) == code
 
 
 def run(config: Config, folder: Path, told: str, *overrides: str) -> subprocess.CompletedProcess[str]:
