@@ -14,11 +14,11 @@ from moelm import command_line
 from moelm.config import ModelConfig, load_corpus
 from moelm.data.datamodule import validation_loader
 from moelm.data.prepare import prepare, prepare_for_tokenizer
-from moelm.data.token_shards import DataError, TokenShards, hash_file
+from moelm.data.token_shards import DataError
 from moelm.moe.load_metrics import dead_experts, max_violation
 from moelm.training.checkpoint_io import find_checkpoint, has_file, tokenizer_file
 from moelm.training.evaluation import Evaluation, EvaluationSums, forward_batch
-from moelm.training.loading import autocast, load_model
+from moelm.training.loading import autocast, check_tokenizer, load_model
 
 EPILOG = """example:
   python -m moelm.evaluate --checkpoint checkpoints/quickstart
@@ -60,7 +60,7 @@ def _evaluate(checkpoint: str | Path, data: str | Path | None) -> tuple[dict[str
     model, config, device = load_model(folder)
     if data is None:
         shards = prepare(config.data.corpus)
-        check_tokenizer(folder, shards)
+        check_tokenizer(folder, shards, "evaluate with --data, which uses the checkpoint's tokenizer")
     else:
         end_of_text = config.data.corpus.tokenizer.end_of_text
         shards = prepare_for_tokenizer(load_corpus(data), tokenizer, end_of_text)
@@ -72,15 +72,6 @@ def _evaluate(checkpoint: str | Path, data: str | Path | None) -> tuple[dict[str
             on_device = {name: value.to(device) for name, value in batch.items()}
             sums.add(on_device, forward_batch(model, on_device, separator))
     return sums.results(), config.model
-
-
-def check_tokenizer(folder: Path, shards: TokenShards) -> None:
-    """Token ids mean something to one tokenizer only. Raises DataError."""
-    if hash_file(folder / "tokenizer.json") != hash_file(shards.tokenizer_file):
-        raise DataError(
-            f"{shards.tokenizer_file}: not the tokenizer that {folder} was trained with\n"
-            "  remedy: evaluate with --data, which uses the checkpoint's tokenizer"
-        )
 
 
 def as_dict(result: Evaluation) -> dict[str, Any]:

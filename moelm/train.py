@@ -29,6 +29,8 @@ from moelm.training.checkpoint_io import (
     training_state,
 )
 from moelm.training.lightning_module import MoELightningModule
+from moelm.training.loading import check_tokenizer
+from moelm.training.preemption import Preempted, requeue
 from moelm.training.trainer import build_trainer, hardware
 
 EPILOG = """example:
@@ -56,22 +58,29 @@ def main(argv: list[str]) -> None:
     if arguments.print_config:
         print(to_yaml(config), end="")
         return
-    train(config, resume=arguments.resume)
+    try:
+        train(config, resume=arguments.resume)
+    except Preempted as stop:
+        sys.exit(stop.exit_code)
 
 
 def train(config: Config, resume: str | None = None) -> dict[str, Any]:
     """Prepare missing data, train, validate, save; returns what `summary.json` holds.
 
     `resume`: None refuses a run folder with checkpoints or events in it; "auto" continues its newest valid
-    checkpoint or starts; a path continues that checkpoint. Raises UserError.
+    checkpoint or starts; a path continues that checkpoint. Raises UserError, and Preempted once a run that was told to
+    end is saved.
     """
     checkpoint = _checkpoint_to_resume(config, resume)
     step = None if checkpoint is None else step_of(checkpoint)
+    changed: list[str] = []
     if checkpoint is not None:
         training_state(checkpoint)  # or there is nothing to continue
-        check_same_run(config, checkpoint)
+        changed = check_same_run(config, checkpoint)
     trainer = build_trainer(config, step)  # refuses what this machine cannot do before the data is prepared
     shards = prepare(config.data.corpus)
+    if checkpoint is not None:
+        check_tokenizer(checkpoint, shards, "put the data of that run back, or start another run.name")
     data = TokenDataModule(config, shards)
     module = MoELightningModule(config, shards.domains, shards.end_of_text_id)
     if step is not None and step >= config.trainer.max_steps:
@@ -85,12 +94,17 @@ def train(config: Config, resume: str | None = None) -> dict[str, Any]:
         config.run_folder.mkdir(parents=True, exist_ok=True)
         set_aside_later(config.run_folder, step or 0)
         _write(config.run_folder / "config.yaml", to_yaml(config))
-        _say_start(config, shards, hardware(trainer), checkpoint)
+        _say_start(config, shards, hardware(trainer), checkpoint, changed)
     started = time.perf_counter()
     try:
         trainer.fit(module, data, ckpt_path=checkpoint)
     except MisconfigurationException as error:
         raise ConfigError("trainer", f"Lightning refuses it: {' '.join(str(error).split())}") from error
+    except Preempted as stop:
+        if trainer.is_global_zero:
+            print(stop, file=sys.stderr, flush=True)
+            requeue(trainer)
+        raise
     summary = _summary(config, module, shards, time.perf_counter() - started, step or 0)
     if trainer.is_global_zero:
         _write(config.run_folder / "summary.json", json.dumps(summary, indent=1) + "\n")
@@ -120,18 +134,27 @@ def _checkpoint_to_resume(config: Config, resume: str | None) -> Path | None:
     return checkpoint
 
 
-def check_same_run(config: Config, checkpoint: Path) -> None:
-    """A run is continued as it was: model, data, batch, optimizer and seed are those of the checkpoint. How long it
-    is, where and how fast it runs and what it shows may change. Raises ConfigError."""
+def check_same_run(config: Config, checkpoint: Path) -> list[str]:
+    """A run is continued as it was: model, data, batch and seed are those of the checkpoint. How long it is, where and
+    how fast it runs and what it shows may change, and so may the numbers that the optimizer is given. Raises
+    ConfigError; returns what is trained otherwise from here on, in words."""
     saved, wanted = (to_dict(each) for each in (load_checkpoint_config(checkpoint), config))
-    for section in ("run", "model", "data", "optim"):
-        changed = differences(saved[section], wanted[section], MAY_CHANGE.get(section, ()))
-        for key, (before, now) in changed.items():
-            raise ConfigError(
-                f"{section}.{key}",
-                f"{now!r}, but {checkpoint} was trained with {before!r}",
-                "continue with that value, or start another run.name",
-            )
+    changed = {
+        f"{section}.{key}": values
+        for section in ("run", "model", "data", "optim", "trainer")
+        for key, values in differences(saved[section], wanted[section], MAY_CHANGE.get(section, ())).items()
+    }
+    allowed = {key for key in changed if key.startswith(MAY_CHANGE_AND_IS_SAID)}
+    refused = [key for key in changed if key not in allowed]
+    if refused:
+        before, now = changed[refused[0]]
+        others = [f"\n  {key}: {changed[key][1]!r} instead of {changed[key][0]!r}" for key in refused[1:]]
+        raise ConfigError(
+            refused[0],
+            f"{now!r}, but {checkpoint} was trained with {before!r}" + "".join(others),
+            "continue with " + ("those values" if others else "that value") + ", or start another run.name",
+        )
+    return [f"{key} {changed[key][0]} -> {changed[key][1]}" for key in sorted(allowed)]
 
 
 MAY_CHANGE = {
@@ -139,6 +162,10 @@ MAY_CHANGE = {
     "data": ("corpus.dir", "n_workers", "val_every_n_steps"),
     "optim": ("micro_batch_size",),
 }
+MAY_CHANGE_AND_IS_SAID = (
+    *("optim.lr", "optim.betas.", "optim.momentum", "optim.eps", "optim.weight_decay", "optim.schedule."),
+    "trainer.",
+)
 
 
 def _write(file: Path, text: str) -> None:
@@ -150,7 +177,7 @@ def _write(file: Path, text: str) -> None:
         raise UserError(f"{file}: cannot be written: {error}") from error
 
 
-def _say_start(config: Config, shards: TokenShards, device: str, checkpoint: Path | None) -> None:
+def _say_start(config: Config, shards: TokenShards, device: str, checkpoint: Path | None, changed: list[str]) -> None:
     size = model_size(config.model)
     caution = config.model.moe.router.caution if config.model.moe is not None else ""
     tokens = sum(counts.tokens for counts in shards.split_counts("train").values())
@@ -161,7 +188,9 @@ def _say_start(config: Config, shards: TokenShards, device: str, checkpoint: Pat
         f"data   {config.data.corpus.path}: {tokens / 1e6:.1f} M training tokens\n"
         f"steps  {config.trainer.max_steps:,} of {config.optim.batch_tokens:,} tokens "
         f"({accumulation} micro-batches on one device)\n"
-        f"device {device}, {config.trainer.precision}" + (f"\nnote   {caution}" if caution else ""),
+        f"device {device}, {config.trainer.precision}"
+        + (f"\nchange {', '.join(changed)}" if changed else "")
+        + (f"\nnote   {caution}" if caution else ""),
         file=sys.stderr,
         flush=True,
     )

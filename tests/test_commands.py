@@ -294,13 +294,13 @@ def test_help_has_an_example(module: str, capsys: pytest.CaptureFixture[str]) ->
 
 def test_another_tokenizer_is_refused(run: Config) -> None:
     from moelm.data.token_shards import TokenShards
-    from moelm.evaluate import check_tokenizer
+    from moelm.training.loading import check_tokenizer
 
     shards = TokenShards(run.data.corpus.path)
     other = step_folder(run.run_folder, 6)
     (other / "tokenizer.json").write_text("{}")
-    with pytest.raises(UserError, match="not the tokenizer"):
-        check_tokenizer(other, shards)
+    with pytest.raises(UserError, match=r"not the tokenizer(.|\n)*remedy: another"):
+        check_tokenizer(other, shards, "another")
 
 
 def test_commands_leave_the_environment_alone() -> None:

@@ -6,6 +6,7 @@ reads each token of the split exactly once, over all ranks together.
 
 from __future__ import annotations
 
+import signal
 from collections.abc import Iterator
 from typing import Any
 
@@ -43,6 +44,17 @@ class TokenDataModule(LightningDataModule):
                 f"optim.batch_tokens: a batch takes {self.batch_size} windows of {config.data.seq_len} "
                 f"tokens, but the training text fills {n_windows}\n"
                 "  remedy: lower optim.batch_tokens or data.seq_len, or add text"
+            )
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"fingerprint": self.shards.fingerprint}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Raises DataError: position p of the order of samples would be another text."""
+        if state_dict["fingerprint"] != self.shards.fingerprint:
+            raise DataError(
+                f"{self.shards.folder}: not the data that the checkpoint was trained on\n"
+                "  remedy: put that back, or start another run.name"
             )
 
     def train_dataloader(self) -> BatchLoader:
@@ -177,6 +189,13 @@ def _as_it_is(batch: Batch) -> Batch:
     return batch
 
 
+def _leave_signals(worker: int) -> None:
+    """To the parent, when the whole group is told to end: it needs its workers for as long as it goes on, and they end
+    with it."""
+    for each in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1):
+        signal.signal(each, signal.SIG_IGN)
+
+
 def _loader_arguments(n_workers: int) -> dict[str, Any]:
     """A generator of its own keeps a loader from drawing its workers' seeds from the global one, where that
     would change the dropout of the training around it."""
@@ -184,6 +203,7 @@ def _loader_arguments(n_workers: int) -> dict[str, Any]:
         "collate_fn": _as_it_is,
         "num_workers": n_workers,
         "persistent_workers": n_workers > 0,
+        "worker_init_fn": _leave_signals,
         "pin_memory": torch.cuda.is_available(),
         "generator": torch.Generator(),
     }

@@ -166,6 +166,8 @@ class TokenShards:
         expected = {shard["file"]: shard["tokens"] * self._dtype.itemsize for shard in self._shards()}
         for name, n_bytes in expected.items():
             file = self.folder / name
+            if Path(name).name != name:
+                raise _damaged(f"{self.folder / 'manifest.json'}: names {name!r}, which is no file of the folder")
             if not file.is_file():
                 raise _damaged(f"{file}: no such file, but manifest.json names it")
             if file.stat().st_size != n_bytes:
@@ -184,6 +186,11 @@ class TokenShards:
                 raise _damaged(f"{self.folder / shard['file']}: is damaged (its sha256 is not the manifest's)")
 
     # ----------------------------------------------------------------------------------------- content
+
+    @property
+    def fingerprint(self) -> str:
+        """The same for the same tokens in the same shards, wherever they lie."""
+        return hashlib.sha256(json.dumps(self.manifest["splits"], sort_keys=True).encode()).hexdigest()
 
     @property
     def tokenizer_file(self) -> Path:

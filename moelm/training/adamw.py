@@ -26,7 +26,8 @@ class AdamW(torch.optim.AdamW):
     On a GPU a large parameter is updated by itself, in one pass that also multiplies the gradient (float32 or bfloat16)
     by `gradient_scale` and writes the new value, rounded, into the parameter's `working_copy` where it has one
     (bfloat16, same shape; its `working_version` is the version this is a copy of). `gradient_scale` is a float32 scalar
-    on the device that holds for one step. All others are updated together by torch, their gradients scaled in place.
+    on the device that holds for one step; a NaN is for a step that changes nothing, no moment or count either. All
+    others are updated together by torch, their gradients scaled in place.
 
     `moments` is the dtype of exp_avg and exp_avg_sq of large parameters. In bfloat16 they are rounded up or down at
     random, right in the mean: to the nearest, exp_avg_sq could not decay with beta2 > 0.998, where a step takes less
@@ -87,7 +88,8 @@ class AdamW(torch.optim.AdamW):
     def _update_alone(self, parameters: dict[int, Tensor], **options: Any) -> None:
         if not parameters:
             return
-        torch._foreach_add_([self.state[parameter]["step"] for parameter in parameters.values()], 1)
+        steps = [self.state[parameter]["step"] for parameter in parameters.values()]
+        torch._foreach_add_(steps, 1.0 if self.gradient_scale is None else (~self.gradient_scale.isnan()).float())
         for index, parameter in parameters.items():
             assert parameter.grad is not None
             state, copy = self.state[parameter], getattr(parameter, "working_copy", None)
@@ -125,6 +127,7 @@ class AdamW(torch.optim.AdamW):
             fused=True,
             amsgrad=False,
             maximize=False,
+            found_inf=None if self.gradient_scale is None else self.gradient_scale.isnan().float(),
             **options,
         )
         increment_version(parameters)  # nor does torch's kernel: without this a working copy would seem fresh
@@ -173,23 +176,24 @@ def adamw_reference(
         p <- (1 - lr * weight_decay) p - lr * m / (1 - beta1^t) / (sqrt(v / (1 - beta2^t)) + eps)
 
     p float32, gradient float32 or bfloat16, m and v both float32 or both bfloat16; all arithmetic is float32. `step` is
-    t, float32 scalar, 1 in the first step. `index` is the place of p in the optimizer.
+    t, float32 scalar, 1 in the first step. `index` is the place of p in the optimizer. With a `gradient_scale` of NaN
+    all stay as they are.
     """
     beta1, beta2 = betas
     g = gradient.float() if gradient_scale is None else gradient.float() * gradient_scale
     m = exp_avg + (1 - beta1) * (g - exp_avg)
     v = beta2 * exp_avg_sq.float() + (1 - beta2) * (g * g)
     correction1, correction2 = (1 - beta ** step.double() for beta in betas)
-    parameter.sub_(lr * weight_decay * parameter)
-    parameter.sub_((lr / correction1).float() * m / (v.sqrt() / correction2.sqrt().float() + eps))
-    if working_copy is not None:
-        working_copy.copy_(parameter)
+    p = parameter - lr * weight_decay * parameter
+    p = p - (lr / correction1).float() * m / (v.sqrt() / correction2.sqrt().float() + eps)
     if exp_avg.dtype == torch.bfloat16:
         elements = torch.arange(parameter.numel(), device=parameter.device).view_as(parameter)
         random = hash32(elements & LOW_32_BITS ^ hash32(hash32(step.long()) ^ index))
         m, v = round_at_random(m, random & 0xFFFF), round_at_random(v, random >> 16)
-    exp_avg.copy_(m)
-    exp_avg_sq.copy_(v)
+    for held, new in ((parameter, p), (exp_avg, m), (exp_avg_sq, v)):
+        held.copy_(new if gradient_scale is None else torch.where(gradient_scale.isnan(), held, new.to(held.dtype)))
+    if working_copy is not None:
+        working_copy.copy_(parameter)
 
 
 def hash32(x: Tensor) -> Tensor:

@@ -57,7 +57,9 @@ def _adamw(
     correction1 = (1 - tl.exp(t.to(tl.float64) * log_beta1)).to(tl.float32)  # float32 would lose its digits
     correction2 = (1 - tl.exp(t.to(tl.float64) * log_beta2)).to(tl.float32)
     if gradient_scale is not None:
-        g *= tl.load(gradient_scale)
+        scale = tl.load(gradient_scale)
+        g *= scale
+        mask = i < tl.where(scale == scale, n - start, 0)  # with a NaN nothing is stored
     p -= decay * p
     m += one_minus_beta1 * (g - m)
     v = beta2 * v + one_minus_beta2 * (g * g)

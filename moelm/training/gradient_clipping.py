@@ -11,23 +11,30 @@ from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
 
 from moelm.training.adamw import AdamW
+from moelm.training.muon import MuonAdamW
 from moelm.training.shards import local, n_holders
 
 
-def clip_gradients(optimizer: Optimizer, parameters: Iterable[nn.Parameter], limit: float | None) -> Tensor:
+def clip_gradients(
+    optimizer: Optimizer, parameters: Iterable[nn.Parameter], limit: float | None, loss: Tensor | None = None
+) -> Tensor:
     """The norm, float32 scalar on the device. In the next step gradients count min(1, limit / (norm + 1e-6)) times.
 
-    `AdamW` scales them itself, for other optimizers they are scaled here, in place.
+    moelm's optimizers scale them, and take no step if norm or `loss` is not finite; for others they are scaled here.
     """
     gradients = [parameter.grad for parameter in parameters if parameter.grad is not None]
     norm = gradient_norm(gradients)
-    if limit is not None:
-        scale = (limit / (norm + 1e-6)).clamp(max=1.0)
-        if isinstance(optimizer, AdamW):
-            optimizer.gradient_scale = scale
-        else:
-            torch._foreach_mul_([local(gradient) for gradient in gradients], scale)
+    scale = torch.ones_like(norm) if limit is None else (limit / (norm + 1e-6)).clamp(max=1.0)
+    if isinstance(optimizer, AdamW | MuonAdamW):
+        optimizer.gradient_scale = torch.where(is_finite(norm, loss), scale, torch.nan)
+    elif limit is not None:
+        torch._foreach_mul_([local(gradient) for gradient in gradients], scale)
     return norm
+
+
+def is_finite(norm: Tensor, loss: Tensor | None) -> Tensor:
+    """bool scalar on the device, the same on all ranks if both are of all."""
+    return norm.isfinite() if loss is None else norm.isfinite() & loss.isfinite()
 
 
 def gradient_norm(gradients: list[Tensor]) -> Tensor:

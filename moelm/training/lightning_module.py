@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+import sys
 import time
 from collections.abc import Mapping
 from typing import Any
@@ -14,19 +16,24 @@ from torch import Tensor
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LambdaLR
 
-from moelm.config import Config, ConfigError, build
+from moelm.config import Config, ConfigError, UserError, build
 from moelm.model.gpt import GPT, GPTOutput
 from moelm.model.init import initialize
 from moelm.model.size import flops_per_token
 from moelm.moe.balancing.base import Balancer, auxiliary_losses
 from moelm.moe.load_metrics import dead_experts, max_violation
 from moelm.training.evaluation import Evaluation, EvaluationSums, forward_batch
-from moelm.training.gradient_clipping import clip_gradients
+from moelm.training.gradient_clipping import clip_gradients, gradient_norm, is_finite
 from moelm.training.optim import build_optimizer, lr_factor, parameter_names, place_gradients
+from moelm.training.preemption import Preempted, exit_code, received
 from moelm.training.rng import rng_state, seed_rank, set_rng_state
 from moelm.training.shards import held_part, local
-from moelm.training.statistics import RecentLoad, StepAccumulator, StepStatistics, gather
+from moelm.training.statistics import RecentLoad, StepAccumulator, StepReports, StepStatistics, gather, world_size
 from moelm.training.strategies import ShardedStrategy
+
+
+class NonFiniteError(UserError):
+    """Training went where there are no numbers. Nothing of that is in a checkpoint."""
 
 
 class MoELightningModule(pl.LightningModule):
@@ -58,6 +65,9 @@ class MoELightningModule(pl.LightningModule):
         self.flops_per_token = flops_per_token(config.model, config.data.seq_len)
         self._rng_to_restore: dict[str, Any] | None = None
         self._step_before_batch = 0
+        self.must_stop = False  # one rank was told to end, and all know: this step is saved, and the run ends
+        self.n_skipped = 0  # steps left out in this run
+        self._reports = StepReports()
 
     # ------------------------------------------------------------------------------------------ set-up
 
@@ -86,6 +96,7 @@ class MoELightningModule(pl.LightningModule):
     def configure_optimizers(self) -> OptimizerLRScheduler:
         config = self.config
         optimizer = build_optimizer(self.model, config.optim)
+        self._numbers = [{**group, "params": None} for group in optimizer.param_groups]
         # several devices add theirs to each other's, in float32 and by autograd's hooks
         if config.trainer.precision == "bf16-mixed" and isinstance(self.trainer.strategy, SingleDeviceStrategy):
             place_gradients(self.model, optimizer, self.trainer.accumulate_grad_batches)
@@ -113,6 +124,14 @@ class MoELightningModule(pl.LightningModule):
 
     def on_fit_start(self) -> None:
         seed_rank(self.config.run.seed, self.global_rank)
+
+    def on_train_start(self) -> None:
+        """A checkpoint brings the numbers that the optimizer had; those of the config count."""
+        scheduler: Any = self.lr_schedulers()
+        factor = scheduler.lr_lambdas[0](scheduler.last_epoch)
+        for group, numbers in zip(self.trainer.optimizers[0].param_groups, self._numbers, strict=True):
+            group |= {**numbers, "params": group["params"], "initial_lr": numbers["lr"], "lr": numbers["lr"] * factor}
+        scheduler.base_lrs = [numbers["lr"] for numbers in self._numbers]
 
     def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
         self._step_before_batch = self.step
@@ -143,23 +162,61 @@ class MoELightningModule(pl.LightningModule):
         """Then the gradients go; Lightning keeps them through the next forward pass, beside all its activations."""
         super().optimizer_step(epoch, batch_idx, optimizer, optimizer_closure)
         optimizer.zero_grad()
+        self._read_report()
+        assert self.last_step is not None
+        assert self.grad_norm is not None
+        logit_sq = [self.last_step.observed_M[name] for name in ("logit_sq",) if name in self.last_step.observed_M]
+        self._reports.send(self.step + 1, [self.last_step.n_asked, self.last_step.loss, self.grad_norm, *logit_sq])
+
+    def _read_report(self) -> None:
+        report = self._reports.read()
+        if report is not None:
+            step, (n_asked, loss, norm, *logit_sq_M) = report
+            self.must_stop |= n_asked > 0
+            if not math.isfinite(loss + norm):
+                self._leave_out(step, loss, norm, logit_sq_M)
+        if world_size() == 1:
+            self.must_stop |= received(self.trainer) is not None
+
+    def _stop_if_asked(self) -> None:
+        """After `StepCheckpoint` has saved."""
+        if self.must_stop and not self.is_last_step:
+            raise Preempted(self.step, exit_code(self.trainer))
+
+    def _leave_out(self, step: int, loss: float, norm: float, logit_sq_M: list[float]) -> None:
+        """Say what was wrong with a step that the optimizer did not take. Raises NonFiniteError after too many."""
+        self.n_skipped += 1
+        most = self.config.trainer.max_skipped_steps
+        first, last = (step - 1) * self.batch_samples, step * self.batch_samples - 1
+        logits = ", ".join(f"{math.sqrt(value):.3g}" for value in logit_sq_M)
+        problem = (
+            f"step {step}: loss {loss:.4g}, gradient norm {norm:.4g}; samples {first} to {last} of the order of samples"
+            + (f"; root mean square of the router logits by layer: {logits}" if logits else "")
+        )
+        if self.n_skipped > most:
+            raise NonFiniteError(
+                f"{problem}\n  remedy: look at those samples, lower optim.lr, or leave such steps out: "
+                f"--resume auto trainer.max_skipped_steps={most + 10}"
+            )
+        if self.trainer.is_global_zero:
+            print(f"{problem}; left out, {self.n_skipped} of at most {most}", file=sys.stderr, flush=True)
 
     @torch.no_grad()
     def on_before_optimizer_step(self, optimizer: Optimizer) -> None:
-        self.last_step = self.accumulator.finish()
+        self.last_step = self.accumulator.finish(received(self.trainer) is not None)
         self.lr = float(optimizer.param_groups[0]["lr"])
         if self.last_step.load_ME is not None:
             self.recent_load.add(self.last_step.load_ME, self.step)
-            self._update_expert_bias(self.last_step.load_ME)
 
-    def _update_expert_bias(self, load_ME: Tensor) -> None:
+    @torch.no_grad()
+    def _update_expert_bias(self, load_ME: Tensor, takes_step: Tensor) -> None:
         bias_ME = self.expert_bias_ME
         if bias_ME is None:
             return
         new_ME = bias_ME
         for balancer in self.balancers:
             updated = balancer.update_bias(new_ME, load_ME, self.step)
-            new_ME = new_ME if updated is None else updated
+            new_ME = new_ME if updated is None else torch.where(takes_step, updated, new_ME)
         self.bias_update_ME = new_ME - bias_ME
         for layer, new_E in zip(self.model.moe_layers, new_ME, strict=True):
             layer.router.expert_bias.copy_(new_E)
@@ -170,7 +227,11 @@ class MoELightningModule(pl.LightningModule):
         gradient_clip_val: int | float | None = None,
         gradient_clip_algorithm: str | None = None,
     ) -> None:
-        self.grad_norm = clip_gradients(optimizer, self.model.parameters(), gradient_clip_val)
+        assert self.last_step is not None
+        step = self.last_step
+        self.grad_norm = clip_gradients(optimizer, self.model.parameters(), gradient_clip_val, step.loss)
+        if step.load_ME is not None:
+            self._update_expert_bias(step.load_ME, is_finite(self.grad_norm, step.loss))
 
     @property
     def is_step_end(self) -> bool:
@@ -200,12 +261,21 @@ class MoELightningModule(pl.LightningModule):
             assert self.last_step is not None
             assert self.grad_norm is not None
             step = self.last_step
-            scalars = {"train/ce": step.ce, "train/loss": step.loss, "train/grad_norm": self.grad_norm}
+            scalars: dict[str, Tensor | float] = {
+                "train/ce": step.ce,
+                "train/loss": step.loss,
+                "train/grad_norm": self.grad_norm,
+            }
             scalars |= {f"train/{name}": value for name, value in step.extra.items()}
             tokens = self.step * self.config.optim.batch_tokens
+            if self.config.trainer.max_skipped_steps:
+                self._read_report()  # the device is waited for anyway
+                scalars["train/skipped_steps"] = self.n_skipped
             self.log_scalars(
                 {**scalars, "train/lr": self.lr, "train/tokens": tokens, "train/flops": tokens * self.flops_per_token}
             )
+        if self.is_step_end and not self.is_validation_step:
+            self._stop_if_asked()
 
     def log_scalars(self, scalars: Mapping[str, Tensor | float]) -> None:
         """Write scalars against the current step. Tensors come to the host together, in one transfer."""
@@ -242,14 +312,22 @@ class MoELightningModule(pl.LightningModule):
             self.log("val/ce", scalars["ce"], logger=False)  # for EarlyStopping and its like
             self.paused_s += time.perf_counter() - self._validation_started
 
+    def on_validation_end(self) -> None:
+        if not self.trainer.sanity_checking:
+            self._stop_if_asked()
+
     # -------------------------------------------------------------------------------------- checkpoints
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        self._read_report()
+        if not gradient_norm([parameter.detach() for parameter in self.model.parameters()]).isfinite():
+            raise NonFiniteError(f"step {self.step}: a weight is not finite, so the step is not saved")
         checkpoint["moelm"] = {
             "step": self.step,
             "rng_by_rank": gather(rng_state()),
             "recent_load": self.recent_load.ring,
             "parameters": parameter_names(self.model, self.trainer.optimizers[0]),
+            "n_skipped": self.n_skipped,
         }
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
@@ -258,6 +336,7 @@ class MoELightningModule(pl.LightningModule):
         # another number of ranks: their streams cannot be continued, so the seeds of on_fit_start stand
         self._rng_to_restore = states[self.global_rank] if len(states) == self.trainer.world_size else None
         self.recent_load.ring = state["recent_load"]
+        self.n_skipped = state.get("n_skipped", 0)
         set_loop_position(checkpoint["loops"]["fit_loop"], state["step"], self.trainer.accumulate_grad_batches)
 
     def load_summary(self) -> dict[str, float | None]:

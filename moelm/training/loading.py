@@ -8,6 +8,7 @@ from pathlib import Path
 import torch
 
 from moelm.config import Config
+from moelm.data.token_shards import DataError, TokenShards, hash_file
 from moelm.model.gpt import GPT
 from moelm.training.checkpoint_io import load_checkpoint_config, load_weights
 from moelm.training.weight_files import CheckpointError
@@ -37,3 +38,10 @@ def autocast(config: Config, device: torch.device) -> contextlib.AbstractContext
     if config.trainer.precision == "bf16-mixed":
         return torch.autocast(device.type, dtype=torch.bfloat16)
     return contextlib.nullcontext()
+
+
+def check_tokenizer(folder: Path, shards: TokenShards, remedy: str) -> None:
+    """Token ids mean something to one tokenizer only. Raises DataError."""
+    if hash_file(folder / "tokenizer.json") != hash_file(shards.tokenizer_file):
+        problem = f"{shards.tokenizer_file}: not the tokenizer that {folder} was trained with"
+        raise DataError(f"{problem}\n  remedy: {remedy}")

@@ -27,7 +27,7 @@ class MuonAdamW(Optimizer):
         W <- (1 - lr * decay) W - lr * 0.2 sqrt(max(A, B)) * orthogonalize(mu M + (1 - mu) G)
 
     for each matrix by itself: a parameter [N, A, B] is a stack of N, and `halves` of its group is the axis along which
-    two matrices stand side by side, None for one.
+    two matrices stand side by side, None for one. `gradient_scale` is as in `AdamW`; gradients are scaled in place.
     """
 
     def __init__(
@@ -44,6 +44,7 @@ class MuonAdamW(Optimizer):
         # `fused` also tells load_state_dict to keep `step` on the parameter's device
         defaults = {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay, "fused": True}
         super().__init__(groups, {**own, **defaults})
+        self.gradient_scale: Tensor | None = None
 
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
@@ -53,24 +54,31 @@ class MuonAdamW(Optimizer):
                 loss = closure()
         for group in self.param_groups:
             parameters = [parameter for parameter in group["params"] if parameter.grad is not None]
+            if parameters and self.gradient_scale is not None:
+                torch._foreach_mul_([local(parameter.grad) for parameter in parameters], self.gradient_scale)
             (self._muon if group["rule"] == "muon" else self._adamw)(group, parameters)
+        self.gradient_scale = None
         return loss
 
     def _muon(self, group: dict[str, Any], parameters: list[Tensor]) -> None:
         lr, mu, axis = group["lr"], group["momentum"], group["halves"]
+        skips = None if self.gradient_scale is None else self.gradient_scale.isnan()
         for parameter in parameters:
             assert parameter.grad is not None
             state = self.state[parameter]
             if not state:
                 state["momentum"] = torch.zeros_like(parameter)
             gradient, momentum, weight = (local(each) for each in (parameter.grad, state["momentum"], parameter))
+            if skips is not None:
+                gradient = torch.where(skips, momentum, gradient)  # which leaves it where it is
             momentum.lerp_(gradient, 1 - mu)
             update, held = with_whole_matrices(gradient.lerp(momentum, mu), parameter)  # Nesterov's
             matrices = [update] if axis is None else update.chunk(2, axis)
             directions = [orthogonalize(matrix) for matrix in matrices]
             scale = 0.2 * math.sqrt(max(matrices[0].shape[-2:]))  # the root mean square of AdamW's updates
-            weight.mul_(1 - lr * group["weight_decay"])
-            weight.add_(directions[0][held] if axis is None else torch.cat(directions, axis)[held], alpha=-lr * scale)
+            direction = directions[0][held] if axis is None else torch.cat(directions, axis)[held]
+            new = (weight * (1 - lr * group["weight_decay"])).add_(direction, alpha=-lr * scale)
+            weight.copy_(new if skips is None else torch.where(skips, weight, new))
 
     def _adamw(self, group: dict[str, Any], parameters: list[Tensor]) -> None:
         for parameter in parameters:
@@ -96,6 +104,7 @@ class MuonAdamW(Optimizer):
                 weight_decay=group["weight_decay"],
                 eps=group["eps"],
                 maximize=False,
+                found_inf=None if self.gradient_scale is None else self.gradient_scale.isnan().float(),
             )
 
 

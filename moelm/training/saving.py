@@ -293,13 +293,15 @@ class StepCheckpoint(Checkpoint):
     def _save_if_due(self, trainer: pl.Trainer, module: pl.LightningModule, force: bool = False) -> None:
         assert isinstance(module, MoELightningModule)
         step = trainer.global_step
-        due = step % self.every == 0 or force
+        due = step % self.every == 0 or force or module.must_stop
         if not due or step == self._saved_step:
             return
         if module.device.type == "cuda":
             torch.cuda.synchronize(module.device)  # what is still queued is training, not saving
         self._saved_step, started = step, time.perf_counter()
         trainer.save_checkpoint(step_folder(self.run_folder, step))
+        if module.must_stop:
+            checkpoint_io(trainer).settle()  # by all ranks, before they end
         module.paused_s += time.perf_counter() - started
 
 

@@ -25,6 +25,7 @@ class StepStatistics:
     aux: dict[str, Tensor]  # scalars, weighted
     aux_raw_M: dict[str, Tensor]
     observed_M: dict[str, Tensor]  # the OBSERVED statistics of routers that have them
+    n_asked: Tensor  # float64 scalar, ranks that were told to end
     load_ME: Tensor | None  # float64 counts summed, not averaged; None for a dense model
     kept_ME: Tensor | None  # the same after capacity
     gate_ME: Tensor | None  # float64 combine weights summed
@@ -72,10 +73,13 @@ class StepAccumulator:
         self._n_micro_batches += 1
 
     @torch.no_grad()
-    def finish(self) -> StepStatistics:
+    def finish(self, asked: bool = False) -> StepStatistics:
+        """`asked`: was this rank told to end?"""
+        self._sums["asked"] = torch.full_like(self._sums["loss"], float(asked))
         sums, n = all_reduce_sums(self._sums), self._n_micro_batches * world_size()
         self._sums, self._n_micro_batches, self._window_ME = {}, 0, None
         load_ME, kept_ME, gate_ME = (sums.pop(name, None) for name in ("load", "kept", "gate"))
+        n_asked = sums.pop("asked")
         means = {name: value / n for name, value in sums.items()}
         return StepStatistics(
             ce=means["ce"],
@@ -84,6 +88,7 @@ class StepAccumulator:
             aux=_with_prefix(means, "aux/"),
             aux_raw_M=_with_prefix(means, "raw/"),
             observed_M=_with_prefix(means, "observed/"),
+            n_asked=n_asked,
             load_ME=load_ME,
             kept_ME=kept_ME,
             gate_ME=gate_ME,
@@ -120,6 +125,33 @@ def all_reduce_sums(sums: dict[str, Tensor]) -> dict[str, Tensor]:
     dist.all_reduce(flat)
     parts = flat.split([value.numel() for value in sums.values()])
     return {name: part.view_as(value) for (name, value), part in zip(sums.items(), parts, strict=True)}
+
+
+class StepReports:
+    """Brings a few numbers of each optimizer step to the host one step late, so that the host need not wait for what it
+    has just queued: at most for the step before, while the device has a whole one to do. What is the same on all ranks
+    is so known to all after the same step."""
+
+    def __init__(self) -> None:
+        self._sent: tuple[int, Tensor, torch.cuda.Event | None] | None = None
+
+    def send(self, step: int, values: list[Tensor]) -> None:
+        """Scalars or vectors, all on one device."""
+        host = torch.cat([value.double().reshape(-1) for value in values]).to("cpu", non_blocking=True)
+        arrived = None
+        if values[0].is_cuda:
+            arrived = torch.cuda.Event()
+            arrived.record()
+        self._sent = step, host, arrived
+
+    def read(self) -> tuple[int, list[float]] | None:
+        """What was sent last, if it was not read before."""
+        if self._sent is None:
+            return None
+        (step, host, arrived), self._sent = self._sent, None
+        if arrived is not None:
+            arrived.synchronize()
+        return step, host.tolist()
 
 
 class RecentLoad:

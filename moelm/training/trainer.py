@@ -20,6 +20,7 @@ from moelm.callbacks.profile import Profile
 from moelm.callbacks.progress_bar import StepProgressBar
 from moelm.config import OWN_TRAINER_KEYS, Config, ConfigError, build
 from moelm.moe.kernels import HAS_TRITON, INTERPRETED
+from moelm.training.preemption import StopSignals
 from moelm.training.saving import FolderCheckpointIO, StepCheckpoint
 from moelm.training.strategies import build_strategy
 
@@ -65,7 +66,7 @@ def build_trainer(config: Config, resume_step: int | None = None) -> pl.Trainer:
     except (MisconfigurationException, ValueError, TypeError, RuntimeError) as error:
         raise ConfigError("trainer", f"Lightning refuses it: {' '.join(str(error).split())}") from error
     _set_intervals(trainer, config)
-    _ask_for_sigterm_at_log_steps(trainer, config.trainer.log_every_n_steps)
+    _replace_signals(trainer, StopSignals(config.trainer.stop_within_s))
     return trainer
 
 
@@ -112,17 +113,11 @@ def _set_intervals(trainer: pl.Trainer, config: Config) -> None:
     trainer.val_check_interval = config.data.val_every_n_steps * trainer.accumulate_grad_batches
 
 
-def _ask_for_sigterm_at_log_steps(trainer: pl.Trainer, log_every_n_steps: int) -> None:
-    """Before every micro-batch Lightning asks the other ranks whether one was told to end, and the host waits for the
-    answer, so that the GPU runs dry. Here only where it waited just now; all ranks count the same steps."""
-    loop = trainer.fit_loop.epoch_loop
-    ask = loop._broadcast_sigterm_tensor
-
-    def ask_after_log_step() -> None:
-        if trainer.global_step % log_every_n_steps == 0:
-            ask()
-
-    loop._broadcast_sigterm_tensor = ask_after_log_step  # type: ignore[method-assign]
+def _replace_signals(trainer: pl.Trainer, signals: StopSignals) -> None:
+    """Lightning's handlers wait for the other ranks, which hangs, and so does the host before every micro-batch, to ask
+    whether one was told to end, while the GPU runs dry."""
+    trainer._signal_connector = signals  # type: ignore[assignment]
+    trainer.fit_loop.epoch_loop._broadcast_sigterm_tensor = lambda: None  # type: ignore[method-assign]
 
 
 def _silence_lightning() -> None:

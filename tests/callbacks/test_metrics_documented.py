@@ -30,7 +30,7 @@ RUNS: list[dict[str, Any]] = [
         "model.moe.dispatch": "capacity",
         "model.multi_token_prediction": {"coef": 0.1},
     },
-    {"model.moe.router": "expert_choice", "model.moe.balancers": []},
+    {"model.moe.router": "expert_choice", "model.moe.balancers": [], "trainer.max_skipped_steps": 1},
     {
         "model.moe.top_k": 1,
         "model.moe.balancers": [],

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 
 import moelm.data.token_shards as token_shards
+from data_prep.verify import main as verify_main
 from moelm.data.token_shards import (
     FORMAT_VERSION,
     NO_TARGET,
@@ -156,6 +157,29 @@ def flip_byte(file: Path, offset: int) -> None:
 def test_a_flipped_byte_is_found_and_its_file_named(folder):
     flip_byte(folder / "train.b.00002.bin", 5)
     with pytest.raises(DataError, match=r"train\.b\.00002\.bin: is damaged .*\n  remedy: prepare again.*--force"):
+        TokenShards(folder)
+
+
+@pytest.mark.parametrize("large", [False, True])
+def test_the_command_names_the_first_file_that_is_not_what_was_written(folder, monkeypatch, capsys, large):
+    if large:
+        monkeypatch.setattr(token_shards, "_VERIFY_AT_OPEN", 10)
+    verify_main([str(folder)])
+    assert "98 tokens of 12 documents are as in manifest.json" in capsys.readouterr().out
+    for name in ("val.c.00001.bin", "train.a.00003.bin", "train.b.00002.bin"):
+        flip_byte(folder / name, 1)
+    with pytest.raises(SystemExit, match=r"error: .*train\.b\.00002\.bin: is damaged") as stop:
+        verify_main([str(folder)])
+    assert stop.value.code != 0
+    with pytest.raises(SystemExit, match="no prepared data"):
+        verify_main([str(folder / "none")])
+
+
+def test_a_manifest_names_no_file_outside_its_folder(folder):
+    (folder / "val.b.00001.bin").rename(folder.parent / "val.b.00001.bin")
+    manifest = (folder / "manifest.json").read_text()
+    (folder / "manifest.json").write_text(manifest.replace('"val.b.00001.bin"', '"../val.b.00001.bin"'))
+    with pytest.raises(DataError, match=r"manifest\.json: names '\.\./val\.b\.00001\.bin'"):
         TokenShards(folder)
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 import os
 import shutil
 import signal
@@ -18,6 +19,7 @@ import torch
 from tiny_runs import Recorder, scalars_of, summary_of
 
 from moelm.config import Config, ConfigError, to_yaml
+from moelm.data.token_shards import DataError, hash_file
 from moelm.train import train
 from moelm.training.checkpoint_io import load_training, load_weights, step_folder
 
@@ -173,7 +175,7 @@ def test_a_run_that_exists_is_refused_and_left_as_it_was(tiny: Callable[..., Con
     [
         ("model.n_layers", 1),
         ("model.moe.balancers", [{"name": "switch", "coef": 0.5}]),
-        ("optim.lr", 1e-4),
+        ("optim.optimizer", "muon"),
         ("optim.batch_tokens", 1024),
         ("data.seq_len", 16),
         ("run.seed", 4),
@@ -184,6 +186,60 @@ def test_a_run_is_not_continued_as_another_run(key: str, value: Any, tiny: Calla
     with pytest.raises(ConfigError, match=rf"{key}(.|\n)*was trained with"):
         train(tiny({"trainer.max_steps": 4, key: value}), resume="auto")
     assert train(tiny({"trainer.max_steps": 4, "optim.micro_batch_size": 8}), resume="auto")["step"] == 4
+
+
+def test_all_that_may_not_change_is_named(tiny: Callable[..., Config]) -> None:
+    train(tiny({"trainer.max_steps": 2}))
+    changed = {"model.n_layers": 1, "model.moe.top_k": 1, "optim.lr": 1e-4, "trainer.max_steps": 4}
+    with pytest.raises(ConfigError, match=r"moe\.top_k: 1, but .* with 2\n  model\.n_layers: 1 instead of 2\n  remedy"):
+        train(tiny(changed), resume="auto")
+
+
+@pytest.mark.parametrize("optimizer", ["adamw", "muon"])
+def test_the_numbers_of_the_optimizer_may_change_and_count_from_there(
+    optimizer: str, tiny: Callable[..., Config], capsys: pytest.CaptureFixture[str]
+) -> None:
+    changes = {"optim.optimizer": optimizer, "optim.schedule": {"name": "constant", "warmup_steps": 4}}
+    train(tiny({**changes, "trainer.max_steps": 2, "trainer.log_every_n_steps": 1}))
+    numbers = {"optim.lr": 1e-3, "optim.betas": [0.5, 0.6], "optim.eps": 1e-4, "optim.weight_decay": 0.3}
+    if optimizer == "muon":
+        numbers["optim.momentum"] = 0.5
+    config = tiny({**changes, **numbers, "trainer.max_steps": 6, "trainer.log_every_n_steps": 1})
+    capsys.readouterr()
+    train(config, resume="auto")
+    said = capsys.readouterr().err
+    assert "change optim.betas.0 0.9 -> 0.5, optim.betas.1 0.95 -> 0.6, optim.eps 1e-08 -> 0.0001, optim.lr " in said
+    lrs = [value for _, value in scalars_of(config.run_folder)["train/lr"]]
+    assert lrs == pytest.approx([7.5e-4, 1.5e-3, 7.5e-4, 1e-3, 1e-3, 1e-3])
+    state = load_training(step_folder(config.run_folder, 6))["optimizer_states"][0]
+    for group in state["param_groups"]:
+        assert (group["eps"], list(group["betas"]), group.get("momentum", 0.5)) == (1e-4, [0.5, 0.6], 0.5)
+    assert {group["weight_decay"] for group in state["param_groups"]} == {0.3, 0.0}
+    assert train(dataclasses.replace(config, trainer=dataclasses.replace(config.trainer, max_steps=7)), "auto")
+
+
+@pytest.mark.parametrize("other", ["tokenizer", "data"])
+def test_a_run_is_not_continued_on_other_data(other: str, tiny: Callable[..., Config], tmp_path: Path) -> None:
+    config = tiny({"trainer.max_steps": 2})
+    train(config)
+    folder = tmp_path / "shards"
+    shutil.copytree(config.data.corpus.path, folder)
+    corpus = dataclasses.replace(config.data.corpus, dir=str(folder))
+    trainer = dataclasses.replace(config.trainer, max_steps=3)
+    moved = dataclasses.replace(config, data=dataclasses.replace(config.data, corpus=corpus), trainer=trainer)
+    assert train(moved, resume="auto")["step"] == 3
+    manifest = json.loads((folder / "manifest.json").read_text())
+    if other == "tokenizer":
+        file, entry, key = folder / "tokenizer.json", manifest, "tokenizer_sha256"
+        file.write_text(file.read_text() + "\n")
+    else:
+        entry, key = manifest["splits"]["train"]["code"]["shards"][0], "sha256"
+        file = folder / entry["file"]
+        file.write_bytes(b"\0\0" + file.read_bytes()[2:])
+    entry[key] = hash_file(file)
+    (folder / "manifest.json").write_text(json.dumps(manifest))
+    with pytest.raises(DataError, match=f"not the {other} that .* was trained (with|on)(.|\n)*another run.name"):
+        train(dataclasses.replace(moved, trainer=dataclasses.replace(trainer, max_steps=4)), resume="auto")
 
 
 def test_a_finished_run_can_be_made_longer(tiny: Callable[..., Config]) -> None:

@@ -3,26 +3,22 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import pytest
-from lightning.pytorch import Trainer
-from lightning.pytorch.loops.training_epoch_loop import _TrainingEpochLoop
 
 from moelm.config import Config, ConfigError
+from moelm.training.preemption import StopSignals
 from moelm.training.trainer import build_trainer
 
 
-def test_ranks_are_asked_for_sigterm_only_after_log_steps(
-    tiny: Callable[..., Config], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    asked: list[int] = []
-    monkeypatch.setattr(Trainer, "global_step", 0)
-    monkeypatch.setattr(_TrainingEpochLoop, "_broadcast_sigterm_tensor", lambda loop: asked.append(trainer.global_step))
-    trainer = build_trainer(tiny({"trainer.log_every_n_steps": 4}))
-    for step in range(10):
-        monkeypatch.setattr(Trainer, "global_step", step)
-        trainer.fit_loop.epoch_loop._broadcast_sigterm_tensor()
-    assert asked == [0, 4, 8]
+def test_lightning_asks_no_rank_for_sigterm(tiny: Callable[..., Config]) -> None:
+    trainer = build_trainer(tiny({"trainer.stop_within_s": 5}))
+    signals: Any = trainer._signal_connector
+    assert isinstance(signals, StopSignals)
+    assert signals.within_s == 5
+    asked: Any = trainer.fit_loop.epoch_loop._broadcast_sigterm_tensor
+    assert not hasattr(asked, "__self__")  # Lightning's method
 
 
 def test_devices_that_cannot_share_the_experts_are_refused(tiny: Callable[..., Config]) -> None:

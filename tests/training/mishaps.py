@@ -1,0 +1,59 @@
+"""A plugin of two callbacks that disturb a run. `told` sends its process, and those that load its data, a signal at the
+moment that TOLD in the environment names: "SIGTERM forward 1" does so on rank 1 (or `all`) before a forward pass.
+`poisoned` makes the activations of the steps on the rank that POISON names NaN: "3,4 1"."""
+
+from __future__ import annotations
+
+import os
+import signal
+import time
+from multiprocessing import active_children
+from typing import Any
+
+from lightning.pytorch.callbacks import Callback
+
+from moelm.config import Config, NamedConfig, register
+
+
+@register("callback", "told", NamedConfig)
+class Told(Callback):
+    def __init__(self, config: NamedConfig, run: Config) -> None:
+        self.run_folder = run.run_folder
+
+    def on_train_batch_start(self, trainer: Any, pl_module: Any, batch: Any, batch_idx: int) -> None:
+        if pl_module.step == 3:
+            self._tell(trainer, "forward")
+
+    def on_validation_batch_start(self, trainer: Any, pl_module: Any, batch: Any, batch_idx: int) -> None:
+        if pl_module.step == 5:
+            self._tell(trainer, "validation")
+
+    def on_save_checkpoint(self, trainer: Any, pl_module: Any, checkpoint: Any) -> None:
+        if pl_module.step == 6:
+            self._tell(trainer, "save")
+
+    def _tell(self, trainer: Any, now: str) -> None:
+        name, when, ranks = os.environ.get("TOLD", "SIGTERM never 0").split()
+        told = self.run_folder / f"told-{trainer.global_rank}"
+        if when == now and ranks in (str(trainer.global_rank), "all") and not told.exists():
+            told.write_text(f"{os.getpid()} {time.time()}")
+            for pid in (os.getpid(), *(worker.pid for worker in active_children())):  # as Ctrl-C does
+                os.kill(pid, getattr(signal, name))
+            time.sleep(0.1)  # a thread takes note
+
+
+@register("callback", "poisoned", NamedConfig)
+class Poisoned(Callback):
+    def __init__(self, config: NamedConfig, run: Config) -> None:
+        self.run_folder = run.run_folder
+
+    def on_train_batch_start(self, trainer: Any, pl_module: Any, batch: Any, batch_idx: int) -> None:
+        steps, rank = os.environ.get("POISON", "0 0").split()
+        if str(pl_module.step + 1) in steps.split(",") and trainer.global_rank == int(rank) and batch_idx % 2:
+            (self.run_folder / "poisoned").write_text(str(time.time()))
+            embedding = pl_module.model.embedding
+            self.hook = embedding.register_forward_hook(lambda module, inputs, output: output * float("nan"))
+
+    def on_train_batch_end(self, trainer: Any, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
+        if hasattr(self, "hook"):
+            self.hook.remove()
