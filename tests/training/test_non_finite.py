@@ -17,7 +17,7 @@ from tiny_runs import Recorder, scalars_of
 
 from moelm.config import Config, make_named
 from moelm.train import train
-from moelm.training.checkpoint_io import load_tensors, load_weights, newest_checkpoint, step_folder
+from moelm.training.checkpoint_io import load_training, load_weights, newest_checkpoint, step_folder
 from moelm.training.lightning_module import NonFiniteError
 
 CHANGES = {
@@ -50,7 +50,7 @@ def test_a_step_left_out_changes_no_weight_no_moment_and_no_bias(
     train(config)
     before, after, later = (step_folder(config.run_folder, step) for step in (3, 4, 5))
     assert_same(load_weights(before), load_weights(after))
-    states = [load_tensors(folder / "training.pt")["optimizer_states"][0]["state"] for folder in (before, after, later)]
+    states = [load_training(folder)["optimizer_states"][0]["state"] for folder in (before, after, later)]
     assert_same(states[0], states[1])
     assert all(state["step"] == 2 for state in states[0].values() if "step" in state)
     weights = load_weights(later)
