@@ -22,6 +22,7 @@ from moelm.model.block import Block
 from moelm.model.gpt import GPT
 from moelm.moe.dispatch.expert_parallel import ExpertParallel
 from moelm.moe.experts import Experts
+from moelm.moe.layer import MoELayer
 from moelm.training.checkpoint_io import Held, load_training, verify_together
 from moelm.training.launch import end_with_launcher
 from moelm.training.shards import held_part, like
@@ -81,30 +82,35 @@ class ShardedStrategy(ModelParallelStrategy):
         mixed = float32
         if self.options.precision == "bf16-mixed":
             mixed = MixedPrecisionPolicy(torch.bfloat16, torch.float32, cast_forward_inputs=False)
-        mesh, fsdp, ep = self.device_mesh._flatten("data"), self.device_mesh["fsdp"], self.device_mesh["ep"]
+        mesh = self.device_mesh._flatten("data")
         placement = partial(placement_of, n_ranks=mesh.size())
-        share_placement = partial(placement_of, n_ranks=fsdp.size(), n_shares=ep.size())
-        whole = set(router_parameters(model))
-        if ep.size() > 1:
-            for layer in model.moe_layers:
-                layer.exchange = ExpertParallel(ep.get_group(), layer.experts.gate_up.shape[0])
-                deal_out(layer.experts, ep)
-                if fsdp.size() == 1:
-                    whole |= set(layer.experts.parameters())
+        alone = set(router_parameters(model))  # what FSDP2 leaves as it is
         for block in model.all_blocks:
-            if block.moe is not None and not whole.issuperset(block.moe.experts.parameters()):
-                block.moe.experts.keeps_copies = False  # what it is sent has the dtype that is multiplied
-                if ep.size() > 1:
-                    fully_shard(block.moe.experts, mesh=fsdp, mp_policy=mixed, shard_placement_fn=share_placement)
-                    gather_with(block, block.moe.experts)
-            fully_shard(block, mesh=mesh, mp_policy=mixed, shard_placement_fn=placement, ignored_params=whole)
-            if block.moe is not None and block.moe.exchange is not None:
-                block.register_forward_pre_hook(hold_experts)  # after those that gather
+            if block.moe is not None:
+                alone |= self._place_experts(block, block.moe, mixed)
+            fully_shard(block, mesh=mesh, mp_policy=mixed, shard_placement_fn=placement, ignored_params=alone)
         fully_shard(model, mesh=mesh, mp_policy=float32)
         for unit in model.modules():
             if isinstance(unit, FSDPModule):
                 unit.set_gradient_divide_factor(1.0)
                 unit.set_force_sum_reduction_for_comms(True)
+
+    def _place_experts(self, block: Block, moe: MoELayer, policy: MixedPrecisionPolicy) -> set[nn.Parameter]:
+        """Over "ep", if it has several ranks, and the share of each over "fsdp" likewise; what needs no FSDP2 then."""
+        fsdp, ep, experts = self.device_mesh["fsdp"], self.device_mesh["ep"], moe.experts
+        experts.keeps_copies = False  # what is sent has the dtype that is multiplied
+        if ep.size() == 1:
+            return set()
+        moe.exchange = ExpertParallel(ep.get_group(), experts.gate_up.shape[0])
+        deal_out(experts, ep)
+        block.register_forward_pre_hook(hold_experts)  # after those of FSDP2, which go first
+        if fsdp.size() == 1:
+            experts.keeps_copies = True
+            return set(experts.parameters())
+        placement = partial(placement_of, n_ranks=fsdp.size(), n_shares=ep.size())
+        fully_shard(experts, mesh=fsdp, mp_policy=policy, shard_placement_fn=placement)
+        gather_with(block, experts)
+        return set()
 
     @property
     def _gpt(self) -> Any:

@@ -95,8 +95,8 @@ class ExpertParallel:
 
     def bring_home(self, y_ND: Tensor, journey: Journey) -> Tensor:
         """y [T, D]: the sum of what the ranks made of a token; 0 for one without a choice."""
-        packed_SD, _, row_of_rank_TP, ends_P, token_of_row_S, _, splits = journey
-        landing_SD = _SendBack.apply(y_ND, splits, packed_SD.shape[0], self.group)
+        _, _, row_of_rank_TP, ends_P, token_of_row_S, _, splits = journey
+        landing_SD = _SendBack.apply(y_ND, splits, token_of_row_S.shape[0], self.group)
         y_TD: Tensor = _GatherHome.apply(landing_SD, row_of_rank_TP, ends_P, token_of_row_S, splits, self.group)
         return y_TD
 
@@ -119,6 +119,7 @@ def _empty_counts(sent_P2: Tensor, choice_of_row_R: Tensor, group: str) -> tuple
 def exchange_counts(sent_P2: Tensor, choice_of_row_R: Tensor, group: str) -> tuple[Tensor, Tensor]:
     """(splits, token_of_row_S): `sent_P2` with what each rank sends here, on the CPU, so that the host waits; and which
     token lies in each row that is sent."""
+    sent_P2 = sent_P2.contiguous()
     received_P2 = torch.empty_like(sent_P2)
     dist.all_to_all_single(received_P2, sent_P2, group=_groups[group])
     splits = torch.stack([sent_P2, received_P2]).cpu()
