@@ -180,9 +180,8 @@ CASES = {  # what is told, the step that is saved: the step after next one begin
 }
 
 
-@pytest.mark.parametrize(
-    "told", [pytest.param(told, marks=[] if i == 0 else pytest.mark.slow) for i, told in enumerate(CASES)]
-)
+@pytest.mark.slow
+@pytest.mark.parametrize("told", CASES)
 def test_two_ranks_save_together_whichever_is_told(tiny: Callable[..., Config], tmp_path: Path, told: str) -> None:
     config = telling(tiny({**CHANGES, **DDP}), "two")
     rank = told.split()[-1]
