@@ -19,6 +19,7 @@ class Triton:
 
     def __init__(self):
         self.compiled, self.launched = [], []
+        self.params = [SimpleNamespace(num=i, do_not_specialize=i == 3) for i in range(5)]
 
     def __getitem__(self, grid):
         def run(*arguments, **options):
@@ -38,20 +39,19 @@ def triton(monkeypatch):
     return triton
 
 
-def test_what_differs_in_addresses_and_floats_alone_is_launched_without_triton(triton):
+def test_what_differs_in_nothing_that_is_compiled_is_launched_without_triton(triton):
     kernel, other = Kernel(triton), torch.ones(64, dtype=torch.bfloat16)
-    kernel[2, 1, 1](X, None, 3, 0.5, DESCRIPTOR, num_warps=4)
+    kernel[2, 1, 1](X, None, 0.5, 40, DESCRIPTOR, num_warps=4)
     moved = SimpleNamespace(base=other, block_shape=[64, 128], layout="swizzled")
-    kernel[2, 1, 1](other, None, 3, 0.25, moved, num_warps=4)
-    assert triton.compiled == [((2, 1, 1), (X, None, 3, 0.5, DESCRIPTOR), {"num_warps": 4})]
+    kernel[3, 1, 1](other, None, 0.25, 41, moved, num_warps=4)
+    assert triton.compiled == [((2, 1, 1), (X, None, 0.5, 40, DESCRIPTOR), {"num_warps": 4})]
     (arguments,) = triton.launched
-    assert arguments[:9] == (2, 1, 1, 7, "code", "meta", None, None, None)
+    assert arguments[:9] == (3, 1, 1, 7, "code", "meta", None, None, None)
     assert arguments[9] is other
-    assert arguments[10:] == (None, 3, 0.25, moved)
+    assert arguments[10:] == (None, 0.25, 41, moved)
 
 
 CHANGES = {
-    "grid": lambda call: call | {"grid": (3, 1, 1)},
     "option": lambda call: call | {"num_warps": 8},
     "number": lambda call: call | {"n": 4},
     "dtype": lambda call: call | {"x": X.float()},
@@ -69,7 +69,7 @@ def test_whatever_else_differs_is_a_matter_for_triton(triton, change):
     first = {"grid": (2, 1, 1), "x": X, "n": 3, "blocks": DESCRIPTOR, "num_warps": 4, "device": 0}
     for call in (first, CHANGES[change](first), first):
         triton.device = call["device"]
-        kernel[call["grid"]](call["x"], call["n"], call["blocks"], num_warps=call["num_warps"])
+        kernel[call["grid"]](call["x"], call["n"], call["blocks"], 5, 0.5, num_warps=call["num_warps"])
     assert len(triton.compiled) == 2
     assert len(triton.launched) == 1
 
@@ -78,7 +78,7 @@ def test_no_more_than_a_bounded_number_is_remembered(triton, monkeypatch):
     monkeypatch.setattr(launch, "MOST", 3)
     kernel = Kernel(triton)
     for n in range(10):
-        kernel[1, 1, 1](n)
+        kernel[1, 1, 1](n, 0, 0, 0)
     assert len(kernel.known) <= 3
 
 
@@ -86,7 +86,7 @@ def test_a_triton_of_another_version_is_asked_each_time(triton, monkeypatch):
     monkeypatch.setattr(launch, "REMEMBERS", False)
     kernel = Kernel(triton)
     for _ in range(2):
-        kernel[1, 1, 1](X)
+        kernel[1, 1, 1](X, 0, 0, 0)
     assert len(triton.compiled) == 2
     assert not triton.launched
 

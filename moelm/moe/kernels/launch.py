@@ -13,7 +13,7 @@ from triton.runtime import driver
 
 from moelm.moe.kernels import INTERPRETED
 
-MOST = 1024  # launches that a kernel remembers; each size of a batch is one
+MOST = 1024  # launches that a kernel remembers
 KNOWN_VERSION = triton.__version__.startswith(("3.6.", "3.7.", "3.8.", "3.9."))  # of what `_launch` asks of Triton
 REMEMBERS = KNOWN_VERSION and torch.version.hip is None and not INTERPRETED
 
@@ -22,13 +22,16 @@ class Kernel:
     """A `triton.jit` function that is launched as such, `kernel[grid](*arguments, **options)`, with a grid of three
     and no argument by name.
 
-    Where nothing but addresses and floats differ from an earlier launch, the binary of that one is launched, without a
-    word to Triton's compiler or to its launch hooks. Other Tritons than those tested are asked each time.
+    Where nothing differs from an earlier launch but addresses, floats, the grid and integers that `do_not_specialize`
+    names, the binary of that one is launched, without a word to Triton's compiler or to its launch hooks. Other Tritons
+    than those tested are asked each time.
     """
 
     def __init__(self, function: Any) -> None:
         self.function = function
         self.known: dict[tuple[Any, ...], tuple[Any, ...]] = {}
+        parameters = getattr(function, "params", ())
+        self.free = [each.num for each in parameters if each.do_not_specialize]  # 32-bit integers of any value
 
     def __getitem__(self, grid: tuple[int, int, int]) -> Callable[..., None]:
         return partial(self._launch, grid)
@@ -38,8 +41,10 @@ class Kernel:
             self.function[grid](*arguments, **options)
             return
         kinds = [each if each.__class__ is int else _kind(each) for each in arguments]
+        for index in self.free:
+            kinds[index] = int
         device = driver.active.get_current_device()
-        key = grid, device, *options.items(), *kinds
+        key = device, *options.items(), *kinds
         known = self.known.get(key)
         if known is not None:
             run, function, metadata = known
