@@ -104,11 +104,18 @@ def ratios(of: list[list[float]], to: list[list[float]]) -> dict[str, float]:
     return spread([statistics.median(a) / statistics.median(b) for a, b in zip(of, to, strict=True)])
 
 
-def free_memory() -> None:
-    torch._dynamo.reset()
+def free_memory(forget_compiled: bool = True) -> None:
+    if forget_compiled:
+        torch._dynamo.reset()
     gc.collect()
     if torch.cuda.is_available():
         torch.cuda.empty_cache()
+
+
+def allow_recompiles() -> None:
+    """Variants and sizes share code objects; over the limit they would run eagerly, and nobody would be told."""
+    torch._dynamo.config.recompile_limit = 64
+    torch._dynamo.config.fail_on_recompile_limit_hit = True
 
 
 # ----------------------------------------------------------------------------------------------- errors

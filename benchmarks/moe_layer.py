@@ -482,15 +482,9 @@ def main() -> None:
     run(arguments, shapes, names, "cuda")
 
 
-def allow_recompiles() -> None:
-    """Variants and sizes share code objects; over the limit they would run eagerly, and nobody would be told."""
-    torch._dynamo.config.recompile_limit = 64
-    torch._dynamo.config.fail_on_recompile_limit_hit = True
-
-
 def run(arguments: argparse.Namespace, shapes: list[str], names: list[str], device: str) -> dict[str, Any]:
     command_line.import_builtins()
-    allow_recompiles()
+    measure.allow_recompiles()
     rounds, burst_ms, n_repeats = (2, 20.0, 3) if arguments.quick else (5, 150.0, 20)
     result: dict[str, Any] = {"facts": measure.facts(), "shapes": {}, "layer": {}, "skew": {}, "repeatability": {}}
     ours = [name for name in names if name.startswith("moelm")]

@@ -47,7 +47,8 @@ def measure_layer(part: str, size: int, names: list[str], device: str, rounds: i
 TRAFFIC = {
     "bf16": 6,
     "fp32, bf16 compute": 8,
-}  # bytes a weight: two readings in bf16, one gradient in the weight's dtype
+    "fp32, bf16 compute and gradients": 6,
+}  # bytes a weight: two readings in bf16, one gradient in its own dtype
 
 
 def bandwidth(device: str, n_bytes: int = 2**31) -> float:
@@ -157,7 +158,7 @@ def main() -> None:
 
 def run(arguments: argparse.Namespace, parts: list[str], names: list[str], device: str) -> dict[str, Any]:
     command_line.import_builtins()
-    moe_layer.allow_recompiles()
+    measure.allow_recompiles()
     rounds, burst_ms = (2, 20.0) if arguments.quick else (5, 100.0)
     base = train_step.load_config(train_step.MOE, arguments.overrides)
     what = f"{train_step.short_name(train_step.model_size(base.model))}, {train_step.MICRO_TOKENS:,} tokens a step"

@@ -6,6 +6,7 @@ import math
 from functools import partial
 from typing import Any
 
+import loss_curves
 import measure
 import moe_layer
 import plot
@@ -134,3 +135,15 @@ def test_without_a_gpu_a_benchmark_says_so_and_ends_with_exit_code_2(
         benchmark.main()
     assert ended.value.code == 2
     assert "measures an NVIDIA GPU" in capsys.readouterr().err
+
+
+def test_the_distance_of_loss_curves_is_that_of_their_moving_means_late_in_the_run() -> None:
+    n = 2 * loss_curves.WINDOW
+    runs = {f"{path}-{seed}": {"train": [3.0] * n, "val": 2.0} for path in loss_curves.PATHS for seed in (0, 1)}
+    runs["plain-0"] = {"train": [9.0] + [3.5] * (n - 1), "val": 2.25}
+    runs["fast-1"] = {"error": "out of memory"}
+    found = loss_curves.distances(runs)
+    assert set(found) == {"fast and plain, seed 0", "seeds 0 and 1, plain"}
+    assert found["fast and plain, seed 0"]["train"] == pytest.approx(0.5)
+    assert found["fast and plain, seed 0"]["bias"] == pytest.approx(-0.5)
+    assert found["fast and plain, seed 0"]["val"] == 0.25

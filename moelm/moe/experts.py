@@ -22,7 +22,7 @@ from moelm.moe.dispatch.dropless import Permutation
 from moelm.moe.fused import expert_mlp
 from moelm.moe.kernels import HAS_TRITON, INTERPRETED
 from moelm.moe.ops import op
-from moelm.moe.working_copies import refreshed, stand_in
+from moelm.moe.working_copies import refreshed, stand_in, sum_gradients_in_place
 
 log = logging.getLogger(__name__)
 
@@ -138,7 +138,8 @@ class Experts(nn.Module):
     stacked parameter, which never hangs FSDP or trips DDP.
 
     The fused kernels multiply bfloat16 copies of float32 weights: buffers that no checkpoint holds, kept up to date by
-    `refresh`. Gradients of weights then have the weights' `grad_dtype`, float32 or bfloat16.
+    `refresh`. Gradients of weights then have the weights' `grad_dtype`, float32 or bfloat16; with `sums_in_place` those
+    of later micro-batches are added where the first one's lies, and autograd's hooks on the weights see only that.
     """
 
     def __init__(self, moe: MoEConfig, d_in: int) -> None:
@@ -156,7 +157,8 @@ class Experts(nn.Module):
         self.down_copy: Tensor | None
         self.register_buffer("gate_up_copy", None, persistent=False)
         self.register_buffer("down_copy", None, persistent=False)
-        self.stand_ins: tuple[Tensor, ...] = ()  # for the weights, where their gradients are bfloat16
+        self.stand_ins: tuple[Tensor, ...] = ()  # for the weights, where autograd is not to touch their gradients
+        self.sums_in_place = False
         self.keeps_copies = True  # False: where the weights arrive in the dtype that is multiplied
         self.held: dict[str, Tensor] = {}  # what is multiplied in the place of parameters, by name; see `hold`
         self.backend = fastest_backend(moe, d_in) if moe.experts.backend == "auto" else moe.experts.backend
@@ -190,7 +192,7 @@ class Experts(nn.Module):
     @torch.compiler.disable  # type: ignore[untyped-decorator]
     def refresh(self) -> None:
         """Bring the working copies up to date, if the dtype and the device want copies at all. Where gradients are to
-        have their dtype, they take the place of the weights in the next forward pass."""
+        have their dtype, or to be summed in place, `stand_ins` take the weights' place in the next forward pass."""
         self.stand_ins = ()
         if not self.keeps_copies:
             return
@@ -200,8 +202,13 @@ class Experts(nn.Module):
         if dtype != self.gate_up.dtype and self.fuses(self.gate_up):
             self.gate_up_copy = refreshed(self.gate_up, self.gate_up_copy, dtype)
             self.down_copy = refreshed(self.down, self.down_copy, dtype)
-            if all(weight.is_leaf and weight.grad_dtype == dtype for weight in (self.gate_up, self.down)):
-                self.stand_ins = stand_in(self.gate_up, self.gate_up_copy), stand_in(self.down, self.down_copy)
+            pairs = (self.gate_up, self.gate_up_copy), (self.down, self.down_copy)
+            if all(weight.is_leaf and weight.grad_dtype == dtype for weight, _ in pairs):
+                self.stand_ins = tuple(stand_in(weight, copy) for weight, copy in pairs)
+            elif self.sums_in_place and all(weight.is_leaf for weight, _ in pairs):
+                for weight, copy in pairs:
+                    sum_gradients_in_place(weight, copy)
+                self.stand_ins = tuple(stand_in(weight, weight) for weight, _ in pairs)
 
     def forward(self, rows_RD: Tensor, offsets_E: Tensor) -> Tensor:
         """[R, D], in the autocast dtype if autocast is on. Rows past offsets_E[-1] are undefined."""

@@ -13,6 +13,7 @@ from torch.autograd.function import once_differentiable
 
 from moelm.moe.kernels import HAS_TRITON
 from moelm.moe.ops import op
+from moelm.moe.working_copies import sum_so_far
 
 if HAS_TRITON:
     from moelm.moe.kernels import expert_mlp as kernels
@@ -60,12 +61,14 @@ def _expert_mlp_backward(
     gate_up_R2F: Tensor,
     dtype: torch.dtype,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Gradients of x, gates, and of both weights in `dtype`."""
+    """Gradients of x, gates, and of both weights in `dtype`: added to `sum_so_far` of the weights, which then is what
+    this returns, where there is one."""
     if not len(x_TD):
         grad_gate_up_EDF, grad_down_EFD = (w.new_zeros(w.shape, dtype=dtype) for w in (gate_up_EDF, down_EFD))
         return torch.empty_like(x_TD), torch.empty_like(gates_TK), grad_gate_up_EDF, grad_down_EFD
-    permutation = row_of_choice_TK, choice_of_row_R, offsets_E
-    return kernels.backward(grad_y_TD, x_TD, gates_TK, *permutation, gate_up_EDF, down_EFD, gate_up_R2F, dtype)
+    inputs = x_TD, gates_TK, row_of_choice_TK, choice_of_row_R, offsets_E, gate_up_EDF, down_EFD
+    sums = sum_so_far(gate_up_EDF, dtype), sum_so_far(down_EFD, dtype)
+    return kernels.backward(grad_y_TD, *inputs, gate_up_R2F, dtype, *sums)
 
 
 class _ExpertMLP(torch.autograd.Function):

@@ -4,13 +4,15 @@ A parameter names its copy (`working_copy`) and the version of itself that this 
 optimizer can write it in the pass in which it writes the weight. Of a DTensor it holds what this process has. What is
 written through `parameter.data` counts no version and goes unnoticed.
 
-A weight whose `grad_dtype` is that of its copy gets its gradient through the copy, in one pass and without a cast.
+A weight whose `grad_dtype` is that of its copy gets its gradient through the copy, in one pass and without a cast. One
+whose gradients are summed in place gets those of later micro-batches where that of the first lies (`sum_so_far`).
 """
 
 from __future__ import annotations
 
 from functools import cache
 from typing import Any
+from weakref import ref
 
 import torch
 from torch import Tensor
@@ -31,22 +33,39 @@ def refreshed(weight: Any, copy: Tensor | None, dtype: torch.dtype) -> Tensor:
 
 
 class _StandIn(torch.autograd.Function):
-    """The copy, as a function of the weight with derivative 1. Its gradient has the dtype of the copy and goes on to
-    the weight as it is, whose `grad_dtype` must allow that.
+    """The copy or the weight itself, as a function of the weight with derivative 1, made outside what is compiled. Its
+    gradient, of its own dtype, goes on to the weight as it is, whose `grad_dtype` must allow that.
 
-    A compiled region that takes the weight itself would cast the gradient to float32: it knows no `grad_dtype`.
+    A compiled region that takes the weight itself would cast the gradient to float32: it knows no `grad_dtype`. And it
+    would add the sum to itself where `sum_so_far` has been written.
     """
 
     @staticmethod
-    def forward(ctx: Any, weight: Tensor, copy: Tensor) -> Tensor:
-        return copy.view_as(copy)
+    def forward(ctx: Any, weight: Tensor, value: Tensor) -> Tensor:
+        ctx.weight = weight
+        return value.view_as(value)
 
     @staticmethod
-    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:
-        return gradient, None
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, None]:
+        so_far = ctx.weight.grad
+        is_the_sum = so_far is not None and so_far.data_ptr() == gradient.data_ptr()
+        return None if is_the_sum else gradient, None
 
 
 stand_in = _StandIn.apply
+
+
+def sum_gradients_in_place(weight: Tensor, copy: Any) -> None:
+    """For what computes a gradient and is given nothing of the weight but its copy."""
+    copy.sums_for = ref(weight)
+
+
+def sum_so_far(copy: Tensor, dtype: torch.dtype) -> Tensor | None:
+    """The gradient of earlier micro-batches, to which this one's is to be added in place; None for the first, and where
+    autograd is to add them."""
+    weight = getattr(copy, "sums_for", lambda: None)()
+    gradient: Tensor | None = None if weight is None else weight.grad
+    return gradient if gradient is not None and gradient.dtype == dtype and gradient.is_contiguous() else None
 
 
 @torch.inference_mode(False)  # a tensor of inference mode would serve no training

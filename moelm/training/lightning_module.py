@@ -23,7 +23,7 @@ from moelm.moe.balancing.base import Balancer, auxiliary_losses
 from moelm.moe.load_metrics import dead_experts, max_violation
 from moelm.training.evaluation import Evaluation, EvaluationSums, forward_batch
 from moelm.training.gradient_clipping import clip_gradients
-from moelm.training.optim import build_optimizer, lr_factor, shorten_gradients
+from moelm.training.optim import build_optimizer, lr_factor, place_gradients
 from moelm.training.rng import rng_state, seed_rank, set_rng_state
 from moelm.training.shards import held_part, local
 from moelm.training.statistics import RecentLoad, StepAccumulator, StepStatistics, world_size
@@ -87,15 +87,11 @@ class MoELightningModule(pl.LightningModule):
     def configure_optimizers(self) -> OptimizerLRScheduler:
         config = self.config
         optimizer = build_optimizer(self.model, config.optim)
-        if config.trainer.precision == "bf16-mixed" and self._has_one_gradient_a_step:
-            shorten_gradients(self.model, optimizer)
+        # several devices add theirs to each other's, in float32 and by autograd's hooks
+        if config.trainer.precision == "bf16-mixed" and isinstance(self.trainer.strategy, SingleDeviceStrategy):
+            place_gradients(self.model, optimizer, self.trainer.accumulate_grad_batches)
         scheduler = LambdaLR(optimizer, lr_factor(config.optim.schedule, config.trainer.max_steps))
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
-
-    @property
-    def _has_one_gradient_a_step(self) -> bool:
-        """No sum over micro-batches or ranks, for which bfloat16 has too few digits."""
-        return isinstance(self.trainer.strategy, SingleDeviceStrategy) and self.trainer.accumulate_grad_batches == 1
 
     @property
     def expert_bias_ME(self) -> Tensor | None:

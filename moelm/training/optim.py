@@ -58,17 +58,20 @@ def build_optimizer(model: nn.Module, config: OptimConfig) -> Optimizer:
     )
 
 
-def shorten_gradients(model: GPT, optimizer: Optimizer) -> None:
-    """Large fused experts get theirs in bfloat16: half the memory, and half of what norm and AdamW read.
+def place_gradients(model: GPT, optimizer: Optimizer, n_micro_batches: int) -> None:
+    """How fused experts get their gradients under bf16 autocast, on one device.
 
-    They are products of bfloat16 factors, rounded then as autocast rounds those of every linear layer. For a step that
-    takes one gradient; a sum of several needs more digits.
+    One micro-batch a step: those of large experts in bfloat16, half the memory, and half of what norm and AdamW read.
+    They are products of bfloat16 factors, rounded then as autocast rounds those of every linear layer. Several: in
+    float32, since a sum needs more digits, each added where the first one's lies.
     """
-    if not isinstance(optimizer, AdamW):
-        return
     for layer in model.moe_layers:
         weights = layer.experts.gate_up, layer.experts.down
-        if layer.experts.backend == "fused" and all(optimizer.reads_bfloat16(weight) for weight in weights):
+        if layer.experts.backend != "fused":
+            continue
+        if n_micro_batches > 1:
+            layer.experts.sums_in_place = True
+        elif isinstance(optimizer, AdamW) and all(optimizer.reads_bfloat16(weight) for weight in weights):
             for weight in weights:
                 weight.grad_dtype = torch.bfloat16
 

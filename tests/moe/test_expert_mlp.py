@@ -376,6 +376,40 @@ def test_gradients_of_experts_are_what_the_op_wrote_in_float32_or_in_bfloat16_if
         model.zero_grad()
 
 
+@pytest.mark.parametrize(("compiled", "mode"), [(False, "full"), (True, "none")])
+def test_gradients_of_experts_are_summed_where_the_first_lies(tiny_config, kernel_device, monkeypatch, compiled, mode):
+    """Three micro-batches a step, two steps: the gradients that autograd would add up, none of them copied."""
+    backward, written, steps = expert_mlp.backward, [], []
+
+    def watched(*arguments):
+        gradients = backward(*arguments)
+        written.extend(each.data_ptr() for each in gradients[2:])
+        return gradients
+
+    monkeypatch.setattr(expert_mlp, "backward", watched)
+    for in_place in (False, True):
+        model = make_model(tiny_config, kernel_device, "fused")
+        weights = [parameter for layer in model.moe_layers for parameter in layer.experts.parameters()]
+        model.activation_checkpointing = mode
+        for layer in model.moe_layers:
+            layer.experts.sums_in_place = in_place
+        if compiled:
+            compile_blocks(model)
+        steps.append([])
+        for _ in range(2):
+            model.zero_grad()
+            for micro_batch in range(3):
+                written.clear()
+                with torch._dynamo.config.patch(error_on_recompile=micro_batch > 0):
+                    ((micro_batch + 1) * loss_of(model)).backward()
+                assert (written == [weight.grad.data_ptr() for weight in weights]) == (in_place or micro_batch == 0)
+                copy.deepcopy(model)
+            steps[-1].append({name: parameter.grad for name, parameter in model.named_parameters()})
+    for wanted, found in zip(*steps, strict=True):
+        for name, value in wanted.items():
+            assert (value - found[name]).norm() <= 1e-6 * value.norm(), name
+
+
 def test_weights_may_themselves_be_computed(tiny_config, kernel_device):
     model = make_model(tiny_config, kernel_device, "fused")
     computed = {name: 1 * parameter for name, parameter in model.named_parameters()}

@@ -107,6 +107,7 @@ def test_gradients_are_bfloat16_only_where_a_step_takes_one_of_large_fused_exper
     module.configure_optimizers()
     short = {name for name, parameter in module.model.named_parameters() if parameter.grad_dtype == torch.bfloat16}
     assert short == ({"blocks.0.moe.experts.gate_up", "blocks.0.moe.experts.down"} if is_on else set())
+    assert module.model.moe_layers[0].experts.sums_in_place == (changes == {})  # two micro-batches, else plain
 
 
 def test_a_run_with_bfloat16_gradients_follows_one_with_float32_and_resumes_bitwise(tiny, as_on_a_gpu, monkeypatch):

@@ -758,6 +758,7 @@ def _multiply_pairs(
     experts_ptr,
     out_ptr,
     E,
+    ADD: gl.constexpr,
     M: gl.constexpr,
     N: gl.constexpr,
     n_m: gl.constexpr,
@@ -789,7 +790,10 @@ def _multiply_pairs(
         if out_ptr.dtype.element_ty == gl.float32:  # a quarter of a cache line a thread is enough
             i = row + gl.arange(0, 64, gl.SliceLayout(1, layout))[:, None]
             j = n * BN + gl.arange(0, BN, gl.SliceLayout(0, layout))[None, :]
-            gl.store(out + i * N + j, acc, mask=(i < M) & (j < N))
+            inside = (i < M) & (j < N)
+            if ADD:
+                acc += gl.load(out + i * N + j, mask=inside, other=0.0)
+            gl.store(out + i * N + j, acc, mask=inside)
         else:
             _store_halves(out, acc.to(gl.bfloat16), row, M, n * BN, N, N)
 
@@ -806,6 +810,7 @@ def _weight_gradient(
     E,
     TOP_K: gl.constexpr,
     GATHER_A: gl.constexpr,
+    ADD: gl.constexpr,
     M: gl.constexpr,
     N: gl.constexpr,
     BN: gl.constexpr,
@@ -825,8 +830,10 @@ def _weight_gradient(
         mbarrier.init(empty.index(i), count=2)
     # fmt: off
     gl.warp_specialize([
-        (_multiply_pairs, (0, a, b, full, empty, offsets_ptr, experts_ptr, out_ptr, E, M, N, n_m, n_n, BN, BK, STAGES)),
-        (_multiply_pairs, (1, a, b, full, empty, offsets_ptr, experts_ptr, out_ptr, E, M, N, n_m, n_n, BN, BK, STAGES)),
+        (_multiply_pairs, (0, a, b, full, empty, offsets_ptr, experts_ptr, out_ptr,
+                           E, ADD, M, N, n_m, n_n, BN, BK, STAGES)),
+        (_multiply_pairs, (1, a, b, full, empty, offsets_ptr, experts_ptr, out_ptr,
+                           E, ADD, M, N, n_m, n_n, BN, BK, STAGES)),
         (_fetch_and_gather_pairs, (tokens_ptr, choice_ptr, rows_desc, a, b, full, empty, offsets_ptr, experts_ptr,
                                    E, TOP_K, GATHER_A, M, N, n_m, n_n, BN, BK, STAGES)),
     ], [4, 4], [208, 88])
@@ -841,18 +848,20 @@ def weight_gradient(
     offsets_E: Tensor,
     tiles: Tiles,
     dtype: torch.dtype,
+    sum_EMN: Tensor | None = None,
     *,
     rows_first: bool = False,
 ) -> Tensor:
     """[E, M, N] in `dtype`, float32 or bfloat16: the sum of token_r^T row_r over the rows of each expert; with
-    `rows_first` [E, N, M], row_r^T token_r. Rows right behind the last offset must be finite.
+    `rows_first` [E, N, M], row_r^T token_r. Added in place to `sum_EMN`, if there is one, which must be float32. Rows
+    right behind the last offset must be finite.
 
-    2 R M N operations; R N + T M elements read, most of R M from L2, E M N written.
+    2 R M N operations; R N + T M elements read, most of R M from L2, E M N written, and for a sum read.
     """
     E, M, N = offsets_E.shape[0], tokens_TM.shape[1], rows_RN.shape[1]
     if rows_first:
         M, N = N, M
-    out_EMN = tokens_TM.new_empty(E, M, N, dtype=dtype)
+    out_EMN = tokens_TM.new_empty(E, M, N, dtype=dtype) if sum_EMN is None else sum_EMN
     _weight_gradient[_blocks(E * cdiv(M, ROWS) * cdiv(N, COLUMNS), tokens_TM.device)](
         tokens_TM.contiguous(),
         choice_of_row_R,
@@ -863,6 +872,7 @@ def weight_gradient(
         E,
         top_k,
         not rows_first,
+        sum_EMN is not None,
         M,
         N,
         COLUMNS,
