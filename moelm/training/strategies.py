@@ -49,8 +49,8 @@ class ShardedStrategy(ModelParallelStrategy):
     One mesh ("replica", "fsdp", "ep") over all ranks; `trainer.replicas`, what is left, and `trainer.expert_parallel`.
     Experts are dealt out over "ep", and each rank's share is sharded over "fsdp"; all else is sharded over both axes,
     flattened. Replicas hold the same, and their gradients are summed after those of their ranks. Gradients are sums
-    over ranks of those of each rank's share of the loss, whatever the axes. Each rank writes and
-    reads its part of a checkpoint, of several replicas those of the first.
+    over ranks of those of each rank's share of the loss, whatever the axes. Each rank writes and reads its part of a
+    checkpoint; of several replicas the first writes.
     """
 
     def __init__(self, options: TrainerConfig, process_group_backend: str) -> None:
@@ -79,7 +79,7 @@ class ShardedStrategy(ModelParallelStrategy):
         Routers stay whole on every rank: small (experts x d_model a layer), and float32 however the rest is sent.
         Under bf16-mixed the weights of blocks are sent as bfloat16; those of the rest, where the residual stream
         begins and ends, as float32. Autocast chooses what is computed in which dtype, as on one device, so no unit
-        casts its inputs. Gradients are averaged in float32.
+        casts its inputs. Gradients are summed in float32.
         """
         float32 = MixedPrecisionPolicy(reduce_dtype=torch.float32, cast_forward_inputs=False)
         mixed = float32

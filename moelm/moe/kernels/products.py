@@ -26,7 +26,7 @@ class Tiles(NamedTuple):
     """How the rows are worked on, whatever the load, which the host does not know."""
 
     tiles_N3: Tensor  # int32 expert, first row, end of the expert's rows; expert -1 for a tile without rows
-    experts_E: Tensor  # int32, most rows first: who takes the next of them whenever it is free is done about together
+    experts_E: Tensor  # int32, most rows first: dealt out in turn, work that grows with the rows ends about together
 
 
 def hopper_tiles(
