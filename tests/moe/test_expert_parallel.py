@@ -27,21 +27,24 @@ class Rank:
     """A process group of threads, as one of them sees it. Only while they wait for each other do others run."""
 
     def __init__(self, rank: int, ranks: list[Rank], barrier: threading.Barrier, turn: threading.Lock) -> None:
-        self.rank, self.ranks, self.barrier, self.turn = rank, ranks, barrier, turn
+        self.number, self.ranks, self.barrier, self.turn = rank, ranks, barrier, turn
         self.group_name = f"thread-{rank}"
         self.parts: list[torch.Tensor] = []
         self.sent = 0  # bytes, for other ranks
         self.n_counts = 0  # exchanges of counts
+
+    def rank(self) -> int:
+        return self.number
 
     def size(self) -> int:
         return len(self.ranks)
 
     def exchange(self, result, message, received=None, sent=None):
         self.parts = list(message.detach().split(sent or [len(message) // self.size()] * self.size()))
-        self.sent += sum(part.nbytes for rank, part in enumerate(self.parts) if rank != self.rank)
+        self.sent += sum(part.nbytes for rank, part in enumerate(self.parts) if rank != self.number)
         self.n_counts += message.dtype == torch.int64
         self.wait_for_all()
-        parts = [rank.parts[self.rank] for rank in self.ranks]
+        parts = [rank.parts[self.number] for rank in self.ranks]
         assert [len(part) for part in parts] == (received or [len(part) for part in self.parts])
         with torch.no_grad():
             result.copy_(torch.cat(parts))
@@ -89,9 +92,9 @@ def on_ranks(n_ranks, run):
     def task(rank):
         with turn:
             try:
-                results[rank.rank] = run(rank)
+                results[rank.number] = run(rank)
             except BaseException as error:
-                results[rank.rank] = error
+                results[rank.number] = error
                 barrier.abort()
 
     threads = [threading.Thread(target=task, args=(rank,)) for rank in ranks]
@@ -163,9 +166,9 @@ def shared_and_alone(moe, n_ranks, idle=False, mixed=False, device="cpu"):
         return layer.to(device)
 
     def run(group):
-        layer = make(group.rank * n_local, n_local)
+        layer = make(group.rank() * n_local, n_local)
         layer.exchange = ExpertParallel(group, 8)
-        return run_layer(layer, x_PBLD[group.rank], mask_PBL[group.rank].to(device), mixed)
+        return run_layer(layer, x_PBLD[group.rank()], mask_PBL[group.rank()].to(device), mixed)
 
     shared, groups = on_ranks(n_ranks, run)
     assert all(group.sent for group in groups[:-1])
@@ -216,7 +219,7 @@ def test_a_token_travels_once_to_each_of_its_ranks_and_back_and_no_rank_gets_row
         journey = exchange.send(x_TD, routing)
         x_ND, local, plan = exchange.receive(journey)
         seen = group.sent
-        y_TD = exchange.bring_home(x_ND * (1 + group.rank), journey)
+        y_TD = exchange.bring_home(exchange.send_back(x_ND * (1 + group.rank()), journey), journey)
         return x_ND, local, plan, y_TD, group.sent - seen
 
     (first, second), _ = on_ranks(2, run)

@@ -13,6 +13,7 @@ Written in Gluon, the part of Triton in which layouts and barriers are explicit;
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from functools import cache, lru_cache
 
 import torch
@@ -226,10 +227,13 @@ def _rows_product(
     # fmt: on
 
 
-def product(rows_RK: Tensor, w: Tensor, tiles: Tiles, *, transposed: bool = False) -> Tensor:
-    """[R, N] rows_r W^e, or with `transposed` rows_r W^eT. 2 R K N operations; R K + E K N + R N elements moved."""
+def product(
+    rows_RK: Tensor, w: Tensor, tiles: Tiles, *, transposed: bool = False, out_RN: Tensor | None = None
+) -> Tensor:
+    """[R, N] rows_r W^e, or with `transposed` rows_r W^eT, for the rows of `tiles`. 2 R K N operations; R K + E K N +
+    R N elements moved."""
     (R, K), n = rows_RK.shape, w.shape[1 if transposed else 2]
-    out_RN = rows_RK.new_empty(R, n)
+    out_RN = rows_RK.new_empty(R, n) if out_RN is None else out_RN
     _rows_product[_blocks(tiles.tiles_N3.shape[0] * cdiv(n, COLUMNS), rows_RK.device)](
         _blocks_of(rows_RK, ROWS // 2, DEPTH),
         _blocks_of(w, *((COLUMNS, DEPTH) if transposed else (DEPTH, COLUMNS))),
@@ -472,34 +476,36 @@ def _up_product(
 
 
 def up_product(
-    x_TD: Tensor, choice_of_row_R: Tensor, top_k: int, gate_up_EDF: Tensor, tiles: Tiles
+    x_TD: Tensor, choice_of_row_R: Tensor, top_k: int, gate_up_EDF: Tensor, tiles: Iterable[Tiles]
 ) -> tuple[Tensor, Tensor]:
-    """(gate_up [R, 2F], h [R, F]): gate_up_r = x_t W^e, and h = silu(gate) up of them once they are rounded.
+    """(gate_up [R, 2F], h [R, F]): gate_up_r = x_t W^e, and h = silu(gate) up of them once they are rounded. One launch
+    for each of the `tiles`, which together have all rows.
 
     4 R D F operations; T D + 2 E D F elements read, most rows R D from L2, 3 R F written.
     """
     R, D, n = choice_of_row_R.shape[0], x_TD.shape[1], gate_up_EDF.shape[2] // 2
     gate_up_R2F, h_RF = x_TD.new_empty(R, 2 * n), x_TD.new_empty(R, n)
     columns = COLUMNS // 2
-    _up_product[_blocks(tiles.tiles_N3.shape[0] * cdiv(n, columns), x_TD.device)](
-        x_TD.contiguous(),
-        choice_of_row_R,
-        _blocks_of(gate_up_EDF, DEPTH, columns),
-        gate_up_R2F,
-        h_RF,
-        tiles.tiles_N3,
-        tiles.tiles_N3.shape[0],
-        top_k,
-        D,
-        n,
-        columns,
-        DEPTH,
-        STAGES - 1,  # what is handed over needs the room of one
-        GROUP // 2,
-        _layout(ROWS // 2, DEPTH),
-        num_warps=4,
-        maxnreg=128,
-    )
+    for tiles_N3, _ in tiles:
+        _up_product[_blocks(tiles_N3.shape[0] * cdiv(n, columns), x_TD.device)](
+            x_TD.contiguous(),
+            choice_of_row_R,
+            _blocks_of(gate_up_EDF, DEPTH, columns),
+            gate_up_R2F,
+            h_RF,
+            tiles_N3,
+            tiles_N3.shape[0],
+            top_k,
+            D,
+            n,
+            columns,
+            DEPTH,
+            STAGES - 1,  # what is handed over needs the room of one
+            GROUP // 2,
+            _layout(ROWS // 2, DEPTH),
+            num_warps=4,
+            maxnreg=128,
+        )
     return gate_up_R2F, h_RF
 
 
@@ -633,10 +639,10 @@ def down_backward(
     offsets_E: Tensor,
     down_EFD: Tensor,
     gate_up_R2F: Tensor,
-    tiles: Tiles,
+    tiles: Iterable[Tiles],
 ) -> tuple[Tensor, Tensor, Tensor]:
     """`rows.swiglu_backward` of grad_h_r = grad_y_t W^eT, which is never stored: (grad_gate_up [R, 2F], gated_h [R, F],
-    grad_gates [T, K] float32).
+    grad_gates [T, K] float32). One launch for each of the `tiles`, which together have all rows.
 
     2 R D F operations; T D + E F D + 2 R F elements read, most rows R D from L2, 3 R F written.
     """
@@ -644,32 +650,33 @@ def down_backward(
     grad_gate_up_R2F, gated_h_RF = torch.empty_like(gate_up_R2F), gate_up_R2F.new_empty(R, n)
     n_columns = cdiv(n, COLUMNS)
     grad_gates_cTK = torch.zeros(n_columns, *gates_TK.shape, device=gates_TK.device)  # those of "none" stay 0
-    _down_backward[_blocks(tiles.tiles_N3.shape[0] * n_columns, grad_y_TD.device)](
-        grad_y_TD.contiguous(),
-        choice_of_row_R,
-        _blocks_of(down_EFD, COLUMNS, DEPTH),
-        tiles.tiles_N3,
-        offsets_E,
-        gates_TK.contiguous(),
-        gate_up_R2F,
-        grad_gate_up_R2F,
-        gated_h_RF,
-        grad_gates_cTK,
-        tiles.tiles_N3.shape[0],
-        R,
-        offsets_E.shape[0],
-        gates_TK.shape[1],
-        D,
-        n,
-        COLUMNS,
-        DEPTH,
-        STAGES - 1,
-        GROUP,
-        _layout(ROWS // 2, DEPTH),
-        _layout(ROWS // 2, COLUMNS // 8),
-        num_warps=4,
-        maxnreg=128,
-    )
+    for tiles_N3, _ in tiles:
+        _down_backward[_blocks(tiles_N3.shape[0] * n_columns, grad_y_TD.device)](
+            grad_y_TD.contiguous(),
+            choice_of_row_R,
+            _blocks_of(down_EFD, COLUMNS, DEPTH),
+            tiles_N3,
+            offsets_E,
+            gates_TK.contiguous(),
+            gate_up_R2F,
+            grad_gate_up_R2F,
+            gated_h_RF,
+            grad_gates_cTK,
+            tiles_N3.shape[0],
+            R,
+            offsets_E.shape[0],
+            gates_TK.shape[1],
+            D,
+            n,
+            COLUMNS,
+            DEPTH,
+            STAGES - 1,
+            GROUP,
+            _layout(ROWS // 2, DEPTH),
+            _layout(ROWS // 2, COLUMNS // 8),
+            num_warps=4,
+            maxnreg=128,
+        )
     return grad_gate_up_R2F, gated_h_RF, grad_gates_cTK[0] if n_columns == 1 else grad_gates_cTK.sum(0)
 
 
