@@ -68,6 +68,84 @@ def poison(rows_RF, offsets_E):
     return rows_RF
 
 
+class Tiled:
+    """What `hopper.py` computes, for the rows of the tiles that it is given and when it is given them."""
+
+    SIZE = 4
+
+    def rows_of(self, tiles):
+        for e, row, stop in tiles.tiles_N3.tolist():
+            if e >= 0:
+                yield e, slice(row, min(row + self.SIZE, stop))
+
+    def product(self, rows_RK, w, tiles, *, transposed=False, out_RN=None):
+        out_RN = torch.full((len(rows_RK), w.shape[1 if transposed else 2]), torch.nan) if out_RN is None else out_RN
+        for e, rows in self.rows_of(tiles):
+            out_RN[rows] = rows_RK[rows] @ (w[e].T if transposed else w[e])
+        return out_RN
+
+    def up_product(self, x_TD, choice_of_row_R, top_k, w, tiles):
+        gate_up_R2F = torch.full((len(choice_of_row_R), w.shape[2]), torch.nan)
+        for part in tiles:
+            self.product(x_TD[choice_of_row_R // top_k], w, part, out_RN=gate_up_R2F)
+        return gate_up_R2F, expert_mlp.swiglu_reference(gate_up_R2F, None)
+
+    def down_backward(self, grad_y_TD, gates_TK, choice_of_row_R, offsets_E, w, gate_up_R2F, tiles):
+        grad_h_RF = torch.full((len(choice_of_row_R), w.shape[1]), torch.nan)
+        for part in tiles:
+            self.product(grad_y_TD[choice_of_row_R // gates_TK.shape[1]], w, part, transposed=True, out_RN=grad_h_RF)
+        return expert_mlp.swiglu_backward_reference(grad_h_RF, gate_up_R2F, gates_TK, choice_of_row_R, offsets_E)
+
+    def weight_gradient(
+        self, tokens_TM, rows_RN, choice_of_row_R, top_k, offsets_E, tiles, dtype, sum_EMN=None, *, rows_first=False
+    ):
+        pair = tokens_TM[choice_of_row_R // top_k], rows_RN
+        return expert_mlp._sum_of_products(*(reversed(pair) if rows_first else pair), offsets_E).to(dtype)
+
+
+@pytest.mark.parametrize("tiled", [True, False])
+@pytest.mark.parametrize("n_here", [0, 11, 37])
+def test_tokens_that_arrive_meanwhile_are_not_touched_before_and_leave_first(monkeypatch, n_here, tiled):
+    grad_y_TD, arguments = make_case(CASES["some_none"], "cpu", torch.float32)
+    x_TD, gates_TK, row_of_choice_TK, choice_of_row_R, offsets_E, *weights = arguments
+    wanted_y, wanted_gate_up = expert_mlp.forward_reference(*arguments)
+    wanted = expert_mlp.backward_reference(grad_y_TD, *arguments, wanted_gate_up)
+    n_rows_here = int((row_of_choice_TK[:n_here] < offsets_E[-1]).sum())
+    if tiled:
+        monkeypatch.setattr(expert_mlp, "hopper", Tiled)
+
+        def tiles(x_TD, n_rows, top_k, d_expert, offsets_E, dtype, here):
+            assert (here.n_choices, here.n_rows) == (n_here * top_k, n_rows_here)
+            return [products.row_tiles(n_rows, offsets_E, Tiled.SIZE, here, part) for part in (1, 2)]
+
+        monkeypatch.setattr(expert_mlp, "hopper_tiles", tiles)
+    left = []
+
+    def others(arriving_TD=None):
+        """Of which only those that are here are in what this returns."""
+        travelling_TD = torch.full_like(x_TD, torch.nan)
+
+        def arrive():
+            travelling_TD[n_here:] = arriving_TD[n_here:]
+
+        if arriving_TD is not None:
+            travelling_TD[:n_here] = arriving_TD[:n_here]
+        return travelling_TD, expert_mlp.Others(n_here, n_rows_here, arrive, lambda home: left.append(home.clone()))
+
+    batch = gates_TK, row_of_choice_TK, choice_of_row_R, offsets_E
+    there_TD, about = others(x_TD)
+    gate_up_R2F, h_RF = expert_mlp.up(there_TD, *batch, weights[0], about)
+    here_XD = expert_mlp.down(h_RF, *batch, weights[1], about)
+    grad_there_TD, about = others(grad_y_TD)
+    inputs = there_TD, *batch, *weights, gate_up_R2F, torch.float32, about
+    grad_x_XD, *grads = expert_mlp.backward_around(grad_there_TD, *inputs)
+    assert len(left) == 2
+    n_used = int(offsets_E[-1])
+    found = [gate_up_R2F[:n_used], torch.cat([here_XD, left[0]]), torch.cat([grad_x_XD, left[1]]), *grads]
+    right = [wanted_gate_up[:n_used], wanted_y, *wanted]
+    assert_near(dict(enumerate(found)), dict(enumerate(right)), 1e-6)
+
+
 @pytest.mark.parametrize("case", CASES)
 def test_the_reference_is_a_loop_over_tokens_and_its_gradient(case):
     grad_y_TD, arguments = make_case(CASES[case], "cpu", torch.float32)

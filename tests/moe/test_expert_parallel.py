@@ -21,6 +21,7 @@ from moelm.moe.kernels import HAS_TRITON
 from moelm.moe.types import RouteContext
 
 T, D = 24, 32
+NEEDS_TRITON = pytest.mark.skipif(not HAS_TRITON, reason="needs Triton")
 
 
 class Rank:
@@ -196,7 +197,7 @@ def test_ranks_that_share_the_experts_compute_what_one_does_that_has_them_all(al
         assert not shared[-1]["experts.down"].any()
 
 
-@pytest.mark.skipif(not HAS_TRITON, reason="needs Triton")
+@NEEDS_TRITON
 @pytest.mark.parametrize("idle", [False, True], ids=["", "one_rank_idle"])
 def test_fused_experts_take_what_other_ranks_send(all_to_all, kernel_device, idle):
     moe = {"experts": {"backend": "fused"}, "router": {"name": "top_k", "selection_bias": True}}
@@ -247,7 +248,7 @@ def test_a_received_token_has_no_more_choices_than_there_are_local_experts(all_t
     assert found == [((12, 2), 24)] * 4
 
 
-@pytest.mark.skipif(not HAS_TRITON, reason="needs Triton")
+@NEEDS_TRITON
 def test_choices_of_experts_elsewhere_take_no_memory_in_fused_experts(kernel_device):
     """In a quarter of the rows of a plan that has one for each choice, to the same result."""
     experts = make_block({"experts": {"backend": "fused"}, "d_expert": 24}).to(kernel_device).experts
@@ -272,10 +273,14 @@ def test_choices_of_experts_elsewhere_take_no_memory_in_fused_experts(kernel_dev
     assert saved.count((64, 48)) == saved.count((16, 48)) == 1
 
 
+FUSED = {"experts": {"backend": "fused"}}
+
+
+@pytest.mark.parametrize("moe", [{}, pytest.param(FUSED, marks=NEEDS_TRITON)], ids=["", "fused"])
 @pytest.mark.parametrize("mode", [pytest.param("none", marks=pytest.mark.slow), "full"])
-def test_a_block_compiles_whole_and_once_for_any_number_of_tokens(all_to_all, mode):
+def test_a_block_compiles_whole_and_once_for_any_number_of_tokens(all_to_all, mode, moe):
     def steps(group=None):
-        model = make_model({"n_shared_experts": 1})
+        model = make_model({"n_shared_experts": 1, **moe})
         model.activation_checkpointing = mode
         if group is not None:
             model.blocks[0].moe.exchange = ExpertParallel(group, 8)
@@ -286,7 +291,9 @@ def test_a_block_compiles_whole_and_once_for_any_number_of_tokens(all_to_all, mo
                 torch.randint(64, (2, 9), generator=generator),
                 torch.rand(2, 8, generator=generator) < 0.7,
             )
-            model(tokens_BL[:, :-1], tokens_BL[:, 1:], token_mask_BL=mask_BL).loss.backward()
+            with torch.autocast("cpu", torch.bfloat16, enabled=moe == FUSED):
+                loss = model(tokens_BL[:, :-1], tokens_BL[:, 1:], token_mask_BL=mask_BL).loss
+            loss.backward()
         return {name: parameter.grad for name, parameter in model.named_parameters()}
 
     torch._dynamo.reset()
