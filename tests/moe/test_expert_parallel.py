@@ -80,7 +80,9 @@ def all_to_all(monkeypatch):
         return group.exchange(result, message, received, sent)
 
     monkeypatch.setattr(dist, "all_to_all_single", all_to_all_single)
+    torch.use_deterministic_algorithms(True, warn_only=True)  # fills what is not initialised
     yield
+    torch.use_deterministic_algorithms(False)
     assert expert_parallel._under_way == {}
 
 
@@ -98,9 +100,10 @@ def on_ranks(n_ranks, run):
                 results[rank.number] = error
                 barrier.abort()
 
-    threads = [threading.Thread(target=task, args=(rank,)) for rank in ranks]
+    threads = [threading.Thread(target=task, args=(rank,)) for rank in ranks[1:]]
     for thread in threads:
         thread.start()
+    task(ranks[0])  # here, since torch 2.11 cannot compile in one thread after the other
     for thread in threads:
         thread.join()
     for result in results:
@@ -187,9 +190,15 @@ def assert_same(shared, alone, close):
             close(torch.cat([found[key] for found in shared]), sum(each[key] for each in alone))
 
 
+@pytest.fixture
+def few_sizes(monkeypatch):
+    """Tokens in multiples of 4 and rows of 14, so that some are nobody's."""
+    monkeypatch.setattr(expert_parallel, "STEPS", 5)
+
+
 @pytest.mark.parametrize("n_ranks", [2, 4])
 @pytest.mark.parametrize("name", CASES)
-def test_ranks_that_share_the_experts_compute_what_one_does_that_has_them_all(all_to_all, name, n_ranks):
+def test_ranks_that_share_the_experts_compute_what_one_does_that_has_them_all(all_to_all, few_sizes, name, n_ranks):
     idle = name == "one_rank_idle"
     shared, alone = shared_and_alone(CASES[name], n_ranks, idle)
     assert_same(shared, alone, partial(torch.testing.assert_close, rtol=1e-5, atol=1e-6))
@@ -199,7 +208,7 @@ def test_ranks_that_share_the_experts_compute_what_one_does_that_has_them_all(al
 
 @NEEDS_TRITON
 @pytest.mark.parametrize("idle", [False, True], ids=["", "one_rank_idle"])
-def test_fused_experts_take_what_other_ranks_send(all_to_all, kernel_device, idle):
+def test_fused_experts_take_what_other_ranks_send(all_to_all, few_sizes, kernel_device, idle):
     moe = {"experts": {"backend": "fused"}, "router": {"name": "top_k", "selection_bias": True}}
     shared, alone = shared_and_alone(moe, 2, idle, mixed=True, device=kernel_device)
 
