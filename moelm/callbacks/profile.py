@@ -29,7 +29,7 @@ CATEGORIES = (  # the first whose pattern a name has; a kernel is asked first, t
         "row movement",
         r"^_(spread|row_tiles|gather_sum|swiglu|count|sum_blocks|place)|sort|sum_by_|^_?(Dispatch|Combine|Spread)",
     ),
-    ("row movement", r"^moelm::(send|receive|send_back|gather_home|send_choices|return_choices)$"),
+    ("row movement", r"^moelm::(send|receive|send_back|gather_home|send_choices|return_choices|expert_mlp_\w+)$"),
     ("router", r"^_(top_k|sums|write_parts|logits|grad_x|grad_weight)|topk|TopK|router|sums_of_choices"),
     ("router", r"^moelm::(keep_choice|choose|best_ids)|^triton_.*(softmax|logsumexp|scatter)"),
     ("loss", r"^_(cross_entropy)|CrossEntropy|log_softmax|nll_loss"),

@@ -205,12 +205,12 @@ def _backward_around(
     if not len(x_ND):
         others.arrive()
         others.leave(grad_y_ND)
-        grads = (w.new_zeros(w.shape, dtype=dtype) for w in (gate_up_EDF, down_EFD))
-        return landing_SD, torch.empty_like(gates_NJ), *grads
+        grad_gate_up_EDF, grad_down_EFD = (w.new_zeros(w.shape, dtype=dtype) for w in (gate_up_EDF, down_EFD))
+        return landing_SD, torch.empty_like(gates_NJ), grad_gate_up_EDF, grad_down_EFD
     inputs = x_ND, gates_NJ, row_of_choice_NJ, choice_of_row_R, offsets_E, gate_up_EDF, down_EFD, gate_up_R2F
-    grad_x_XD, *grads = kernels.backward_around(grad_y_ND, *inputs, dtype, others)
+    grad_x_XD, grad_gates_NJ, *grads = kernels.backward_around(grad_y_ND, *inputs, dtype, others)
     landing_SD[len(landing_SD) - others.n_here :] = grad_x_XD
-    return landing_SD, *grads
+    return landing_SD, grad_gates_NJ, grads[0], grads[1]
 
 
 class _ExpertMLPAround(torch.autograd.Function):

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from functools import partial
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
 import torch
+import torch._dynamo.config
 from lightning.pytorch.strategies import DDPStrategy, ModelParallelStrategy, Strategy
 from lightning.pytorch.strategies.parallel import ParallelStrategy
 from torch import Tensor, nn
@@ -20,6 +23,7 @@ from torch.optim import Optimizer
 from moelm.config import Config, TrainerConfig
 from moelm.model.block import Block
 from moelm.model.gpt import GPT
+from moelm.moe import kernels
 from moelm.moe.dispatch.expert_parallel import ExpertParallel
 from moelm.moe.experts import Experts
 from moelm.moe.layer import MoELayer
@@ -37,8 +41,10 @@ def build_strategy(config: Config) -> Strategy | None:
         return None
     end_with_launcher()
     backend = "gloo" if options.accelerator == "cpu" or not torch.cuda.is_available() else "nccl"
+    kernels.processors_left_free = int(os.environ.get("NCCL_MAX_CTAS", "0"))
     if options.strategy == "fsdp":
         return ShardedStrategy(options, backend)
+    torch._dynamo.config.optimize_ddp = False  # it cuts what is compiled at DDP's buckets, and blocks are small pieces
     # counters are no buffers, so none is broadcast
     return DDPStrategy(process_group_backend=backend, broadcast_buffers=False, gradient_as_bucket_view=True)
 
@@ -98,6 +104,7 @@ class ShardedStrategy(ModelParallelStrategy):
             if isinstance(unit, FSDPModule):
                 unit.set_gradient_divide_factor(1.0)
                 unit.set_force_sum_reduction_for_comms(True)
+        fetch_ahead(model)
 
     def _place_experts(self, block: Block, moe: MoELayer, policy: MixedPrecisionPolicy) -> set[nn.Parameter]:
         """Over "ep", if it has several ranks, and the share of each over "fsdp" likewise; what needs no FSDP2 then."""
@@ -217,6 +224,20 @@ def deal_out(experts: Experts, mesh: DeviceMesh) -> None:
 def hold_experts(block: Block, inputs: Any) -> None:
     assert block.moe is not None
     block.moe.experts.hold()
+
+
+def fetch_ahead(model: GPT) -> None:
+    """Let the units of the next block be gathered while one computes, where by itself FSDP2 would begin too late:
+    once the host comes to the next block, after it has waited for the number of tokens; and in the backward pass only
+    with one of the two units."""
+    units: list[list[Any]] = [
+        [unit for unit in (block, block.moe and block.moe.experts) if isinstance(unit, FSDPModule)]
+        for block in model.all_blocks
+    ]
+    for before, after in pairwise(units):
+        if len(before) + len(after) > 2:
+            before[0].set_modules_to_forward_prefetch(after)
+            after[0].set_modules_to_backward_prefetch(before)
 
 
 def gather_with(block: Block, experts: Any) -> None:

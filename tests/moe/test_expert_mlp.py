@@ -116,7 +116,7 @@ def test_tokens_that_arrive_meanwhile_are_not_touched_before_and_leave_first(mon
 
         def tiles(x_TD, n_rows, top_k, d_expert, offsets_E, dtype, here):
             assert (here.n_choices, here.n_rows) == (n_here * top_k, n_rows_here)
-            return [products.row_tiles(n_rows, offsets_E, Tiled.SIZE, here, part) for part in (1, 2)]
+            return products.row_tiles(n_rows, offsets_E, Tiled.SIZE, here)
 
         monkeypatch.setattr(expert_mlp, "hopper_tiles", tiles)
     left = []

@@ -244,6 +244,17 @@ def test_a_token_travels_once_to_each_of_its_ranks_and_back_and_no_rank_gets_row
     assert first[4] == 3 * D * 4  # what it had received of the other
 
 
+def test_two_journeys_at_once_of_a_rank_that_sends_nothing_are_told_apart(all_to_all):
+    def run(group):
+        exchange = ExpertParallel(group, 8)
+        ids_TK = torch.full((3, 2), 8 if group.rank() else 5)
+        routing = expert_parallel.TokenChoice(ids_TK, torch.ones(3, 2))
+        journeys = [exchange.send(torch.full((3, D), value), routing) for value in (1.0, 2.0)]
+        return [exchange.receive(journey)[0].unique().tolist() for journey in journeys]
+
+    assert on_ranks(2, run)[0] == [[[], []], [[1.0], [2.0]]]
+
+
 def test_a_received_token_has_no_more_choices_than_there_are_local_experts(all_to_all):
     def run(group):
         exchange = ExpertParallel(group, 8)

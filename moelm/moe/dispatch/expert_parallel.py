@@ -5,9 +5,9 @@ Beside the suffixes of `moe/types.py`:
     P ranks that share the experts    N tokens received by this rank    J = min(K, E / P) choices of a received token
     S tokens sent by it, one for each of a token's ranks: the other ranks' in their order, then those that stay
 
-Received tokens begin with those that stayed, which never wait for a link. S and N depend on the data. The host learns them in one exchange of counts a layer, and waits for it: the only wait
-here, once for the forward and the backward pass. Shapes inside what is compiled are unbacked symbols, so no number of
-tokens compiles anything anew.
+Received tokens begin with those that stayed, which never wait for a link. S and N depend on the data. The host learns
+them in one exchange of counts a layer, and waits for it: the only wait here, once for the forward and the backward
+pass. Shapes inside what is compiled are unbacked symbols, so no number of tokens compiles anything anew.
 
 On [S, D] tensors a journey is under way between two of the four ops below: `send` (T to S) begins one that `receive`
 (S to N) ends, `send_back` (N to S) begins one that `gather_home` (S to T) ends. What the layer does between the two
@@ -162,7 +162,7 @@ def exchange_counts(sent_P2: Tensor, choice_of_row_R: Tensor, group: str) -> tup
 
 def _key(tensor_SD: Tensor) -> int:
     """Of a tensor and the views of it; tensors without elements have no address."""
-    return tensor_SD.untyped_storage()._cdata
+    return int(tensor_SD.untyped_storage()._cdata)
 
 
 def end(tensor_SD: Tensor) -> Tensor:

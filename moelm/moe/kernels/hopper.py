@@ -30,6 +30,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 )
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
+from moelm.moe import kernels
 from moelm.moe.kernels.launch import Kernel, cdiv
 from moelm.moe.kernels.products import ROWS, Tiles
 
@@ -922,4 +923,4 @@ def _n_processors(device: torch.device) -> int:
 
 
 def _blocks(n_tiles: int, device: torch.device) -> tuple[int, int, int]:
-    return min(n_tiles, _n_processors(device)), 1, 1
+    return min(n_tiles, _n_processors(device) - kernels.processors_left_free), 1, 1

@@ -53,31 +53,34 @@ def hopper_tiles(
         return None
     if not _hopper_works(x_TD.device, x_TD.shape[1], d_expert, top_k, dtype):
         return None
-    return [row_tiles(n_rows, offsets_E, ROWS, here, part) for part in ((1, 2) if here else (0,))]
+    return row_tiles(n_rows, offsets_E, ROWS, here)
 
 
-def row_tiles(n_rows: int, offsets_E: Tensor, size: int, here: Here | None = None, part: int = 0) -> Tiles:
-    """Each expert's rows, `size` at a time; as many tiles as `n_rows` can need. `part`: 1 only those all of whose rows
-    are here, 2 the rest."""
+def row_tiles(n_rows: int, offsets_E: Tensor, size: int, here: Here | None = None) -> list[Tiles]:
+    """Each expert's rows, `size` at a time; as many tiles as `n_rows` can need. With `here` twice: the tiles all of
+    whose rows are here, and the rest."""
     E = offsets_E.shape[0]
-    n_here = here.n_rows if here else 0
-    n_tiles = min(n_rows, (n_rows // size + E, n_here // size + E, (n_rows - n_here) // size + 2 * E)[part])
+    n_here = here.n_rows if here else n_rows
+    n_first = cdiv(min(n_rows, n_here // size + E), 4) * 4  # what follows on them is as aligned as they are
+    n_tiles = n_first + (min(n_rows, (n_rows - n_here) // size + 2 * E) if here else 0)
     tiles_N3, experts_E = offsets_E.new_empty(n_tiles, 3), torch.empty_like(offsets_E)
     block = 64
-    _row_tiles[cdiv(max(n_tiles, E), block), 1, 1](
+    _row_tiles[cdiv(max(n_first, n_tiles - n_first, E), block), 2 if here else 1, 1](
         offsets_E,
         here.choice_of_row_R if here else None,
         tiles_N3,
         experts_E,
+        n_first,
         n_tiles,
         here.n_choices if here else 0,
         E,
         next_power_of_2(E),
         size,
         block,
-        part,
     )
-    return Tiles(tiles_N3, experts_E)
+    return [
+        Tiles(part_N3, experts_E) for part_N3 in ((tiles_N3[:n_first], tiles_N3[n_first:]) if here else (tiles_N3,))
+    ]
 
 
 def row_tiles_reference(n_rows: int, offsets_E: Tensor, size: int) -> Tiles:
@@ -89,44 +92,43 @@ def row_tiles_reference(n_rows: int, offsets_E: Tensor, size: int) -> Tiles:
 
 
 @Kernel
-@triton.jit(do_not_specialize=["n_tiles", "n_choices"])
+@triton.jit(do_not_specialize=["n_first", "n_tiles", "n_choices"])
 def _row_tiles(
     offsets_E,
     choice_of_row_R,
     tiles_N3,
     experts_E,
+    n_first,
     n_tiles,
     n_choices,
     E: tl.constexpr,
     BLOCK_E: tl.constexpr,
     SIZE: tl.constexpr,
     BLOCK: tl.constexpr,
-    PART: tl.constexpr,
 ):
     e = tl.arange(0, BLOCK_E)
     end = tl.load(offsets_E + e, mask=e < E, other=0)
     start = tl.load(offsets_E + e - 1, mask=(e > 0) & (e < E), other=0)
-    n = tl.where(e < E, tl.cdiv(end - start, SIZE), 0)
-    first = start
-    if PART:  # an expert's choices lie in their order: by halving, how many tiles end before the first from elsewhere
+    n, first = tl.where(e < E, tl.cdiv(end - start, SIZE), 0), start
+    if choice_of_row_R is not None:  # whose expert's lie in their order: by halving, after how many tiles others begin
         low, high = tl.zeros_like(n), n
-        for _ in range(24):
+        while tl.max(high - low, 0) > 0:
             middle = (low + high) // 2
             row = tl.minimum(start + (middle + 1) * SIZE, end) - 1
             is_here = tl.load(choice_of_row_R + row, mask=low < high, other=n_choices) < n_choices
             low, high = tl.where(is_here, middle + 1, low), tl.where(is_here, high, middle)
-        if PART == 1:
-            n = low
+        if tl.program_id(1) == 0:
+            n, n_tiles = low, n_first
         else:
-            first = start + low * SIZE
-            n = n - low
+            first += low * SIZE
+            n, n_tiles, tiles_N3 = n - low, n_tiles - n_first, tiles_N3 + 3 * n_first
     last = tl.cumsum(n, 0)
     tile = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     mine_end = tl.load(offsets_E + tile, mask=tile < E, other=0)
     mine_start = tl.load(offsets_E + tile - 1, mask=(tile > 0) & (tile < E), other=0)
     rows, mine_rows = tl.where(e < E, end - start, -1)[None, :], (mine_end - mine_start)[:, None]
     before = (rows > mine_rows) | ((rows == mine_rows) & (e[None, :] < tile[:, None]))
-    tl.store(experts_E + tl.sum(before.to(tl.int32), 1), tile, mask=tile < E)
+    tl.store(experts_E + tl.sum(before.to(tl.int32), 1), tile, mask=(tile < E) & (tl.program_id(1) == 0))
     expert = tl.sum((last[None, :] <= tile[:, None]).to(tl.int32), 1)
     mine = e[None, :] == expert[:, None]
     row = tl.sum(tl.where(mine, (first - (last - n) * SIZE)[None, :], 0), 1) + tile * SIZE
@@ -180,7 +182,7 @@ def _compare_with_torch(device: torch.device, D: int, F_: int, K: int, dtype: to
     ids_TK = torch.randint(0, 2 * E, (T, K), device=device, generator=generator).clamp(max=E)
     gates_TK = torch.rand(T, K, device=device, generator=generator)
     row_of_choice_TK, choice_of_row_R, offsets_E = sort_by_expert(torch.where(ids_TK == 1, 0, ids_TK), E)
-    tiles, n_used, ours = row_tiles(T * K, offsets_E, ROWS), int(offsets_E[-1]), hopper()
+    (tiles,), n_used, ours = row_tiles(T * K, offsets_E, ROWS), int(offsets_E[-1]), hopper()
     rows_RD = spread(x_TD, row_of_choice_TK)
     gate_up_R2F = F.grouped_mm(rows_RD, up_EDF, offs=offsets_E)
     h_RF = swiglu(gate_up_R2F, offsets_E)
