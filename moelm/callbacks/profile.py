@@ -29,7 +29,8 @@ CATEGORIES = (  # the first whose pattern a name has; a kernel is asked first, t
         "row movement",
         r"^_(spread|row_tiles|gather_sum|swiglu|count|sum_blocks|place)|sort|sum_by_|^_?(Dispatch|Combine|Spread)",
     ),
-    ("row movement", r"^moelm::(send|receive|send_back|gather_home|send_choices|return_choices|expert_mlp_\w+)$"),
+    ("row movement", r"^moelm::(send|receive|send_back|gather_home|send_choices|return_choices)$"),
+    ("row movement", r"^moelm::expert_mlp_(arriving|leaving|backward_around)$"),
     ("router", r"^_(top_k|sums|write_parts|logits|grad_x|grad_weight)|topk|TopK|router|sums_of_choices"),
     ("router", r"^moelm::(keep_choice|choose|best_ids)|^triton_.*(softmax|logsumexp|scatter)"),
     ("loss", r"^_(cross_entropy)|CrossEntropy|log_softmax|nll_loss"),
@@ -146,7 +147,7 @@ def table_of(events: list[dict[str, Any]], n_steps: int) -> dict[str, Any]:
     for piece in work:
         by_category[category_of(piece.names)].append(piece.busy)
         by_name[piece.names[0]].append(piece.busy)
-    idle = end - begin - _union((piece.start, piece.end) for piece in work)
+    idle = end - begin - union((piece.start, piece.end) for piece in work)
     rows = [(name, sum(times), len(times)) for name, times in by_category.items()]
     rows = [*sorted(rows, key=lambda row: -row[1]), ("idle" if kernels else "between ops", idle, 0)]
     longest = sorted(((name, sum(times), len(times)) for name, times in by_name.items()), key=lambda row: -row[1])[:25]
@@ -195,7 +196,7 @@ def category_of(names: Iterable[str]) -> str:
     return REST
 
 
-def _union(spans: Iterable[tuple[float, float]]) -> float:
+def union(spans: Iterable[tuple[float, float]]) -> float:
     """The time in which at least one of them lasts."""
     total, until = 0.0, float("-inf")
     for start, end in sorted(spans):
