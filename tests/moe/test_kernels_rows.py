@@ -55,9 +55,9 @@ def test_tiles_cut_each_experts_rows_and_the_busiest_expert_comes_first(case, si
     inputs = case.T * case.K, case.offsets_E, size
     ((found, experts_E),), (wanted, wanted_E) = row_tiles(*inputs), row_tiles_reference(*inputs)
     assert torch.equal(experts_E, wanted_E)
-    assert torch.equal(found[: len(wanted), 0], wanted[:, 0])
+    assert torch.equal(found[:, 0], wanted[:, 0])
     used = found[:, 0] >= 0
-    assert torch.equal(found[used], wanted[wanted[:, 0] >= 0])
+    assert torch.equal(found[used], wanted[used])
 
 
 @pytest.mark.parametrize("n_tokens", [0, 5, 20, 37])

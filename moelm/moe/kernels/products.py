@@ -60,11 +60,12 @@ def row_tiles(n_rows: int, offsets_E: Tensor, size: int, here: Here | None = Non
     """Each expert's rows, `size` at a time; as many tiles as `n_rows` can need. With `here` twice: the tiles all of
     whose rows are here, and the rest."""
     E = offsets_E.shape[0]
-    n_here = here.n_rows if here else n_rows
-    n_first = cdiv(min(n_rows, n_here // size + E), 4) * 4  # what follows on them is as aligned as they are
-    n_tiles = n_first + (min(n_rows, (n_rows - n_here) // size + 2 * E) if here else 0)
+    n_first, n_tiles, block = min(n_rows, n_rows // size + E), 0, 64
+    if here:  # in steps, since a launch is remembered by its numbers
+        n_first, rest = here.n_rows // size + E, (n_rows - here.n_rows) // size + 2 * E
+        n_first, n_tiles = cdiv(n_first, block) * block, cdiv(rest, block) * block
+    n_tiles += n_first
     tiles_N3, experts_E = offsets_E.new_empty(n_tiles, 3), torch.empty_like(offsets_E)
-    block = 64
     _row_tiles[cdiv(max(n_first, n_tiles - n_first, E), block), 2 if here else 1, 1](
         offsets_E,
         here.choice_of_row_R if here else None,
