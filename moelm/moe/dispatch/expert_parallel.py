@@ -77,13 +77,15 @@ class ExpertParallel:
         goes_TP = on_rank_TKP.any(1)
         trips = sort_by_expert(torch.where(goes_TP, seats_P, P), P)
         counts_P2 = torch.stack([goes_TP.sum(0), on_rank_TKP.sum((0, 1))], 1)
-        splits, token_of_row_S = exchange_counts(counts_P2, trips.choice_of_row_R, self.group)
         known_TK = rank_TK.clamp(max=P - 1)
         row_TK = trips.row_of_choice_TK.gather(1, known_TK)
         slot_TK = on_rank_TKP.cumsum(1).gather(2, known_TK.unsqueeze(-1)).squeeze(-1) - 1  # k-th of those on its rank
         place_TK = torch.where(rank_TK < P, row_TK * n_slots + slot_TK, -1)  # among the S * J of what is sent
+        # all that can be is queued before the host waits
+        message_MX = _message(ids_TK % self.n_local, gates_TK.detach().float(), place_TK, P, n_slots, self.n_local)
+        splits, token_of_row_S = exchange_counts(counts_P2, trips.choice_of_row_R, self.group)
         gates_NJ, ids_NJ, *rows = _SendChoices.apply(
-            gates_TK.float(), ids_TK, place_TK, splits, self.n_local, self.group
+            gates_TK.float(), message_MX, place_TK, splits, self.n_local, self.group
         )
         row_of_choice_NJ, choice_of_row_R, offsets_E = rows
         plan = Permutation(ids_NJ, row_of_choice_NJ, choice_of_row_R, ids_NJ != self.n_local, offsets_E)
@@ -251,39 +253,41 @@ def gather_home(landing_SD: Tensor, row_of_rank_TP: Tensor, ends_P: Tensor) -> T
     return y_TD.to(landing_SD.dtype)
 
 
+def _message(ids_TK: Tensor, gates_TK: Tensor, place_TK: Tensor, P: int, J: int, none: int) -> Tensor:
+    """int32 [T P, 2 J], of which the first S rows are sent: ids, and the bits of gates, in their places."""
+    end = place_TK.shape[0] * P * J  # of the places; what is not sent goes behind it
+    place_R = torch.where(place_TK < 0, end, place_TK).flatten()
+    pairs = (ids_TK.int(), none), (gates_TK, 0.0)
+    placed = [values.new_full((end + 1,), rest).scatter(0, place_R, values.flatten())[:end] for values, rest in pairs]
+    return torch.cat([placed[0].view(-1, J), placed[1].view(torch.int32).view(-1, J)], 1)
+
+
 def _empty_choices(
-    gates_TK: Tensor, ids_TK: Tensor, place_TK: Tensor, splits: Tensor, n_local: int, group: str
-) -> tuple[Tensor, ...]:
+    message_MX: Tensor, n_choices: int, splits: Tensor, n_local: int, group: str
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     context = torch.library.get_ctx()
-    gates_NJ = gates_TK.new_empty(context.new_dynamic_size(), min(ids_TK.shape[1], n_local))
-    ids_NJ, rows_NJ = (torch.empty_like(gates_NJ, dtype=dtype) for dtype in (torch.int64, torch.int32))
+    rows_NJ = message_MX.new_empty(context.new_dynamic_size(), message_MX.shape[1] // 2)
+    gates_NJ, ids_NJ = (torch.empty_like(rows_NJ, dtype=dtype) for dtype in (torch.float32, torch.int64))
     return gates_NJ, ids_NJ, rows_NJ, rows_NJ.new_empty(context.new_dynamic_size()), rows_NJ.new_empty(n_local)
 
 
 @op("moelm::send_choices", fake=_empty_choices)
 def send_choices(
-    gates_TK: Tensor, ids_TK: Tensor, place_TK: Tensor, splits: Tensor, n_local: int, group: str
+    message_MX: Tensor, n_choices: int, splits: Tensor, n_local: int, group: str
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """(gates [N, J] float32, local ids [N, J], row of choice [N, J], choice of row [R], ends [E / P]) of what this rank
-    receives, N and R in steps: choices of tokens past the last are "none". 2 J S four-byte elements sent."""
-    S, J = int(splits[0, :, 0].sum()), min(ids_TK.shape[1], n_local)
-    place_R = torch.where(place_TK < 0, S * J, place_TK).flatten()
-    ids_SJ = _placed(place_R, (ids_TK % n_local).int().flatten(), S, J, n_local)
-    gates_SJ = _placed(place_R, gates_TK.flatten(), S, J, 0.0)
-    message_SX = torch.cat([ids_SJ, gates_SJ.view(torch.int32)], 1)
-    message_NX = message_SX.new_empty(_n_received(splits, len(ids_TK)), 2 * J)
-    n = int(splits[1, :, 0].sum())
+    receives, of T K = `n_choices` on each. N and R in steps: choices of tokens past the last are "none". 2 J S
+    four-byte elements sent."""
+    split, J = _split(splits, group), message_MX.shape[1] // 2
+    n = split.stay + sum(split.received)
+    n_tokens = len(message_MX) // len(split.sent)
+    message_NX = message_MX.new_empty(_in_steps(n, n_tokens), 2 * J)
     message_NX[n:, :J], message_NX[n:, J:] = n_local, 0
-    _go(message_SX, message_NX, _split(splits, group), group)
+    _go(message_MX[: split.stay + sum(split.sent)], message_NX, split, group)
     ids_NJ, gates_NJ = message_NX[:, :J].long(), message_NX[:, J:].contiguous().view(torch.float32)
     plan = sort_by_expert(ids_NJ, n_local)
-    n_rows = _in_steps(int(splits[1, :, 1].sum()), place_TK.numel())
+    n_rows = _in_steps(int(splits[1, :, 1].sum()), n_choices)
     return gates_NJ, ids_NJ, plan.row_of_choice_TK, plan.choice_of_row_R[:n_rows], plan.offsets_E
-
-
-def _placed(place_R: Tensor, values_R: Tensor, S: int, J: int, rest: float) -> Tensor:
-    """[S, J]: the values in their places, which are all different but for S * J, and `rest` elsewhere."""
-    return values_R.new_full((S * J + 1,), rest).scatter(0, place_R, values_R)[:-1].view(S, J)
 
 
 @op("moelm::return_choices", fake=lambda grad_NJ, place_TK, *_: grad_NJ.new_empty(place_TK.shape))
@@ -375,11 +379,11 @@ class _GatherHome(torch.autograd.Function):
 class _SendChoices(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any, gates_TK: Tensor, ids_TK: Tensor, place_TK: Tensor, splits: Tensor, n_local: int, group: str
+        ctx: Any, gates_TK: Tensor, message_MX: Tensor, place_TK: Tensor, splits: Tensor, n_local: int, group: str
     ) -> tuple[Tensor, ...]:
         ctx.save_for_backward(place_TK, splits)
         ctx.group = group
-        gates_NJ, *others = send_choices(gates_TK, ids_TK, place_TK, splits, n_local, group)
+        gates_NJ, *others = send_choices(message_MX, place_TK.numel(), splits, n_local, group)
         ctx.mark_non_differentiable(*others)
         return gates_NJ, *others
 
