@@ -41,7 +41,7 @@ def build_strategy(config: Config) -> Strategy | None:
         return None
     end_with_launcher()
     backend = "gloo" if options.accelerator == "cpu" or not torch.cuda.is_available() else "nccl"
-    kernels.processors_left_free = int(os.environ.get("NCCL_MAX_CTAS", "0"))
+    kernels.processors_left_free = min(64, int(os.environ.get("NCCL_MAX_CTAS", "0")))
     if options.strategy == "fsdp":
         return ShardedStrategy(options, backend)
     torch._dynamo.config.optimize_ddp = False  # it cuts what is compiled at DDP's buckets, and blocks are small pieces

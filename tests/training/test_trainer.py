@@ -6,8 +6,10 @@ from collections.abc import Callable
 from typing import Any
 
 import pytest
+import torch
 
 from moelm.config import Config, ConfigError
+from moelm.moe import kernels
 from moelm.training.preemption import StopSignals
 from moelm.training.trainer import build_trainer
 
@@ -31,3 +33,16 @@ def test_replicas_that_devices_cannot_make_are_refused(tiny: Callable[..., Confi
     changes = {"trainer.devices": 4, "trainer.strategy": "fsdp", "trainer.expert_parallel": 2, "trainer.replicas": 4}
     with pytest.raises(ConfigError, match=r"replicas.*4 does not divide the 4 devices / 2 \(trainer.expert_parallel\)"):
         build_trainer(tiny(changes))
+
+
+def test_ddp_cuts_nothing_that_is_compiled_and_products_leave_nccl_its_room(
+    tiny: Callable[..., Config], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch._dynamo.config, "optimize_ddp", True)
+    monkeypatch.setattr(kernels, "processors_left_free", 0)
+    monkeypatch.setenv("NCCL_MAX_CTAS", "8")
+    build_trainer(tiny())
+    assert kernels.processors_left_free == 0
+    build_trainer(tiny({"trainer.devices": 2, "trainer.strategy": "ddp"}))
+    assert not torch._dynamo.config.optimize_ddp
+    assert kernels.processors_left_free == 8
