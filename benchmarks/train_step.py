@@ -81,11 +81,12 @@ def bare_loop(config: Config, device: str) -> list[Interval]:
         model = GPT(config.model)
     model.to_empty(device=device)
     initialize_once(model, config.run.seed)
-    model.compile_blocks()
+    accumulation = config.optim.batch_tokens // MICRO_TOKENS
+    model.compile_blocks(cuda_graphs=device == "cuda" and accumulation == 1)  # as `auto` does
     model.activation_checkpointing = config.trainer.activation_checkpointing
     module.model = model
     optimizer = build_optimizer(model, config.optim)
-    place_gradients(model, optimizer, config.optim.batch_tokens // MICRO_TOKENS)
+    place_gradients(model, optimizer, accumulation)
 
     def loss(batch: Batch) -> Tensor:
         with torch.autocast(device, torch.bfloat16):

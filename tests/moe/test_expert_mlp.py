@@ -369,7 +369,7 @@ def test_gradients_of_experts_are_what_the_op_wrote_in_float32_or_in_bfloat16_if
             short = step()
         for gradient, wanted in zip(short, full, strict=True):
             if compiled:  # what is not this op has other roundings
-                assert (gradient - wanted).norm() <= 0.01 * wanted.norm()
+                assert (gradient - wanted).norm() <= 0.03 * wanted.norm()
             else:
                 assert ((gradient - wanted).abs() <= 2**-8 * wanted.abs()).all()
         assert [each.dtype for each in short] == hooked == [torch.bfloat16] * 2
