@@ -83,6 +83,14 @@ class TokenDataModule(LightningDataModule):
             n_workers=self.config.data.n_workers,
         )
 
+    def on_exception(self, exception: BaseException) -> None:
+        """Workers leave signals to this process, even the one by which Python would end them: without this it would
+        wait for them for ever."""
+        if self.trainer is not None:
+            for loader in (self.trainer.train_dataloader, self.trainer.val_dataloaders):
+                if isinstance(loader, BatchLoader):
+                    loader.end_workers()
+
     def _rank_and_world_size(self) -> tuple[int, int]:
         if self.trainer is None:
             return 0, 1
@@ -123,6 +131,11 @@ class BatchLoader(DataLoader[Any]):
             if isinstance(batch, DataError):
                 raise batch
             yield batch
+
+    def end_workers(self) -> None:
+        workers: Any = self._iterator
+        if workers is not None:
+            workers._shutdown_workers()
 
 
 class _Windows(Dataset[Row]):
