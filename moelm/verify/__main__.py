@@ -91,7 +91,7 @@ def tell(subject: str, row: Row) -> bool:
         figures = str(broken)
     except Exception as error:  # a check that cannot be made is no promise kept
         figures = f"{type(error).__name__}: {error}"
-    print(f"{verdict}  {subject:<10}  {row.name:<44}  {figures}", flush=True)
+    print(f"{verdict}  {subject:<10}  {row.name:<37}  {figures}", flush=True)
     return verdict == "PASS"
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -25,8 +26,8 @@ def rows(lab: Lab, full: bool) -> Iterator[Row]:
     for ranks in lab.devices:
         modes = {**MODES, ", fsdp": ("trainer.strategy=fsdp",)} if ranks > 1 and full else MODES
         for name, overrides in modes.items():
-            yield Row(f"{ranks} x counts{name}", lambda r=ranks, o=overrides: counted(lab, r, *o))
-    yield Row("balancing losses reach the routers", lambda: balanced(lab))
+            yield Row(f"{ranks} x counts{name}", partial(counted, lab, ranks, *overrides))
+    yield Row("balancing losses reach the routers", partial(balanced, lab))
 
 
 def counted(lab: Lab, ranks: int, *overrides: str) -> str:
@@ -72,13 +73,13 @@ def moved_bias(run: Run, bias_ME: Any, load_ME: Any) -> Any:
 
 
 def tiny_flops(lab: Lab) -> int:
-    """A token of `TINY`: 2 operations for a multiply-add, and twice that backward; causal scores of half a sequence."""
+    """A token of `TINY`: 2 operations for a multiply-add, and twice that backward; it attends to half a sequence."""
     model = to_dict(lab.config)["model"]
     d, layers, moe, attention = model["d_model"], model["n_layers"], model["moe"], model["attention"]
     kv = d // attention["n_heads"] * attention["n_kv_heads"]
     block = 2 * d * d + 2 * d * kv + d * moe["n_experts"] + moe["top_k"] * 3 * d * moe["d_expert"]
-    scores = 2 * d * (lab.config.data.seq_len + 1) // 2
-    return 6 * (layers * (block + scores) + model["vocab_size"] * d)
+    scores = 2 * d * lab.config.data.seq_len // 2  # and the weighted sum
+    return int(6 * (layers * (block + scores) + model["vocab_size"] * d))
 
 
 def balanced(lab: Lab) -> str:

@@ -5,10 +5,12 @@ from __future__ import annotations
 import random
 import time
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 
 from moelm.training.checkpoint_io import is_valid, step_folders
 from moelm.verify.lab import Broken, Lab, Row, Run
+from moelm.verify.same import curves_of
 
 NEVER = 10**6
 SAVES = {
@@ -22,18 +24,39 @@ def rows(lab: Lab, full: bool) -> Iterator[Row]:
     n = lab.n or (25 if full else 5)
     for asynchronous in (False, True):
         name = "saved beside training" if asynchronous else "saved in place"
-        yield Row(f"{n} kills, {name}", lambda a=asynchronous: Kills(lab, a, every=1).times(n))
+        yield Row(f"{n} kills, {name}", partial(kills, lab, asynchronous, n))
     for ranks in lab.devices if full else (1,):
         for name, overrides in list(SAVES.items())[: 2 + (ranks > 1)]:
-            yield Row(f"{ranks} x {name}: synced, then renamed", lambda r=ranks, o=overrides: synced(lab, r, *o))
+            yield Row(f"{ranks} x {name}: synced, then renamed", partial(synced, lab, ranks, *overrides))
 
 
 def soak(lab: Lab, minutes: float) -> Iterator[Row]:
-    yield Row(f"{minutes:g} minutes, a kill every 60 to 90 s", lambda: Kills(lab, True, every=20).for_(minutes))
+    yield Row(f"{minutes:g} minutes, a kill every 60 to 90 s", partial(soaked, lab, minutes))
 
 
-class Kills:
-    """Beside the run that is killed and continued again and again goes one that is not."""
+def kills(lab: Lab, asynchronous: bool, n: int) -> str:
+    trial = Trial(lab, asynchronous, every=1)
+    for i in range(n):
+        trial.once(trial.random.uniform(0, 1), aimed=i % 2 == 1)
+    unsaved = f"checkpoint.every_n_steps={NEVER}"
+    return trial.compared(lab.start(f"{trial.name}-straight", *trial.overrides, unsaved))
+
+
+def soaked(lab: Lab, minutes: float) -> str:
+    trial = Trial(lab, asynchronous=True, every=20)
+    straight = lab.start(f"{trial.name}-straight", *trial.overrides)
+    until, memory = time.monotonic() + 60 * minutes, list[int]()
+    while time.monotonic() < until:
+        trial.once(trial.random.uniform(60, 90), aimed=len(memory) % 2 == 1)
+        memory.append(resident_bytes(straight))
+    growth = memory[-1] / memory[len(memory) // 10] - 1  # not from the very start
+    if growth > 0.05:
+        raise Broken(f"memory grew by {growth:.0%} to {memory[-1] / 2**20:.0f} MiB")
+    return f"{trial.compared(straight)}; memory {memory[-1] / 2**20:.0f} MiB, {growth:+.1%}"
+
+
+class Trial:
+    """A run that is killed and continued again and again."""
 
     def __init__(self, lab: Lab, asynchronous: bool, every: int) -> None:
         self.lab, self.every, self.random = lab, every, random.Random(7)
@@ -45,24 +68,7 @@ class Kills:
         self.lost: list[int] = []  # steps, by kill
         self.in_a_save = 0
 
-    def times(self, n: int) -> str:
-        for i in range(n):
-            self._once(self.random.uniform(0, 0.5), aimed=i % 2 == 1)
-        unsaved = f"checkpoint.every_n_steps={NEVER}"
-        return self._compared(self.lab.start(f"{self.name}-straight", *self.overrides, unsaved))
-
-    def for_(self, minutes: float) -> str:
-        straight = self.lab.start(f"{self.name}-straight", *self.overrides)
-        until, memory = time.monotonic() + 60 * minutes, list[int]()
-        while time.monotonic() < until:
-            self._once(self.random.uniform(60, 90), aimed=len(self.lost) % 2 == 1)
-            memory.append(resident_bytes(straight))
-        growth = memory[-1] / memory[len(memory) // 10] - 1
-        if growth > 0.05:
-            raise Broken(f"memory grew by {growth:.0%} to {memory[-1] / 2**20:.0f} MiB")
-        return f"{self._compared(straight)}; memory {memory[-1] / 2**20:.0f} MiB, {growth:+.1%}"
-
-    def _once(self, after_s: float, aimed: bool) -> None:
+    def once(self, after_s: float, aimed: bool) -> None:
         """Start or continue, kill `after_s` later, or if `aimed` a moment after the next stage of a save is there."""
         before = self.newest
         run = self.lab.start(self.name, *self.overrides, resume=bool(self.lost))
@@ -98,9 +104,11 @@ class Kills:
         if strays:
             raise Broken(f"left over: {', '.join(strays)}")
 
-    def _compared(self, straight: Run) -> str:
+    def compared(self, straight: Run) -> str:
         """What the killed run computed, each time that it made a step, is what `straight` did."""
-        lines = next(run for run in reversed(self.lab.runs) if run.folder.name == self.name).lines("tape")
+        killed = next(run for run in reversed(self.lab.runs) if run.folder.name == self.name)
+        curves_of(killed.folder)  # none repeats a step or runs back
+        lines = killed.lines("tape")
         last = max(line["step"] for line in lines)
         while not (made := straight.lines("tape")) or made[-1]["step"] < last:
             if None not in straight.codes:

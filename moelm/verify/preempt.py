@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterator
+from functools import partial
 from itertools import product
 
 from moelm.training.preemption import EXIT_CODE
@@ -33,10 +34,9 @@ def rows(lab: Lab, full: bool) -> Iterator[Row]:
 
 def row(lab: Lab, ranks: int, signal: str, to: tuple[int, ...], moment: str, as_command: bool = False) -> Row:
     whom = "all" if len(to) == ranks else f"rank {to[0]}"
-    name = f"{ranks} x {signal} to {whom} in {'a ' if moment != 'forward' else ''}{moment}"
+    name = f"{ranks} x {signal} to {whom}" + (", by Lightning" if as_command else f" in {moment}")
     mishap = {"name": "verify_mishap", "what": signal, "when": moment, "step": MOMENTS[moment], "ranks": list(to)}
-    how = ", started by Lightning" if as_command else ""
-    return Row(name + how, lambda: preempted(lab, ranks, mishap, as_command))
+    return Row(name, partial(preempted, lab, ranks, mishap, as_command))
 
 
 def preempted(lab: Lab, ranks: int, mishap: dict[str, object], as_command: bool) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from functools import partial
 
 from moelm.verify.lab import Lab, Row
 from moelm.verify.same import same_run
@@ -22,9 +23,9 @@ def rows(lab: Lab, full: bool) -> Iterator[Row]:
     variants = dict(list(VARIANTS.items())[: None if full else 2]) if lab.is_tiny else {"the config": ()}
     for ranks in lab.devices:
         for name, overrides in variants.items():
-            yield Row(f"{ranks} x {name}", lambda r=ranks, o=overrides: resumed(lab, r, *o))
+            yield Row(f"{ranks} x {name}", partial(resumed, lab, ranks, *overrides))
         if ranks > 1 and full:
-            yield Row(f"{ranks} x fsdp in parts", lambda r=ranks: resumed(lab, r, *SHARDED))
+            yield Row(f"{ranks} x fsdp in parts", partial(resumed, lab, ranks, *SHARDED))
 
 
 def resumed(lab: Lab, ranks: int, *overrides: str) -> str:

@@ -31,11 +31,11 @@ def same_run(straight: Run, other: Run, bound: float = 0.0) -> str:
             if line["batches"] != expected[step]["batches"]:
                 raise Broken(f"step {step}: rank {rank} got other batches")
             losses = [torch.tensor([float.fromhex(x) for x in each["losses"]]) for each in (expected[step], line)]
-            worst = max(worst, distance(*losses, f"step {step}: losses of rank {rank}", bound))
+            worst = max(worst, distance(losses[0], losses[1], f"step {step}: losses of rank {rank}", bound))
     states = [state_of(step_folder(run.folder, last)) for run in (straight, other)]
-    worst = max(worst, distance(*states, f"checkpoint {last}", bound))
+    worst = max(worst, distance(states[0], states[1], f"checkpoint {last}", bound))
     curves = [curves_of(run.folder) for run in (straight, other)]
-    worst = max(worst, distance(*curves, "TensorBoard", bound))
+    worst = max(worst, distance(curves[0], curves[1], "TensorBoard", bound))
     n_tensors = sum(isinstance(value, Tensor) for value in flat(states[0]))
     alike = "equal to the bit" if worst == 0 else f"within {worst:.0e}"
     return f"{last} steps in {len(legs)} processes a rank, {n_tensors} tensors, {len(curves[0])} curves: {alike}"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from functools import partial
 from typing import Any
 
 import torch
@@ -35,7 +36,7 @@ def rows(lab: Lab, full: bool) -> Iterator[Row]:
     quiet = [] if not hasattr(moe and moe.router, "jitter") else ["model.moe.router.jitter=0"]
     for name, (ranks, overrides) in SPREADS.items():
         if (ranks in lab.devices or (full and ranks == 4 and lab.most >= 4)) and (moe or "experts" not in name):
-            yield Row(f"1 = {ranks} x {name}", lambda r=ranks, o=overrides: spread(lab, r, *quiet, *o))
+            yield Row(f"1 = {ranks} x {name}", partial(spread, lab, ranks, *quiet, *overrides))
 
 
 def spread(lab: Lab, ranks: int, *overrides: str) -> str:

@@ -44,7 +44,9 @@ class Mishap(Callback):
         if self.hook is not None:
             self.hook.remove()
 
-    def on_validation_batch_start(self, trainer: Any, pl_module: Any, batch: Any, batch_idx: int) -> None:
+    def on_validation_batch_start(
+        self, trainer: Any, pl_module: Any, batch: Any, batch_idx: int, dataloader_idx: int = 0
+    ) -> None:
         self._perhaps("validation", trainer, pl_module, pl_module.step)
 
     def on_save_checkpoint(self, trainer: Any, pl_module: Any, checkpoint: Any) -> None:
@@ -197,7 +199,8 @@ class Syncs(Witness):
                 self.write(trainer, line)
             replace(source, target)
 
-        os.fsync, os.replace = noted_fsync, noted_replace
+        for name, noted in (("fsync", noted_fsync), ("replace", noted_replace)):
+            setattr(os, name, noted)
 
 
 def identity(facts: os.stat_result) -> list[int]:
