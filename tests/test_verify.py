@@ -50,7 +50,7 @@ MUTATIONS: dict[str, tuple[str, list[tuple[str, str, str]]]] = {  # subject, and
             ("training/strategies.py", "broadcast_buffers=False", "broadcast_buffers=True"),
         ],
     ),
-    "balancing losses are dropped": ("counters", [(MODULE, ", *(aux.weighted for aux in losses.values())", "")]),
+    "balancing losses are dropped": ("counters", [(MODULE, "*(aux.weighted for aux in losses.values())", "*()")]),
     "biases are rounded to bfloat16": (
         "counters",
         [(MODULE, "expert_bias.copy_(new_E)", "expert_bias.copy_(new_E.bfloat16())")],
@@ -72,7 +72,7 @@ EXPECTED = {  # which rows fail, and how
     "balancing losses are dropped": ("balancing losses", "0.0e+00 of the gradient"),
     "biases are rounded to bfloat16": ("counts", "says bias"),
     "nothing is synced": ("in place: synced", "not synced"),
-    "checkpoints are written in place": ("kills, saved in place", "is in place and not whole"),
+    "checkpoints are written in place": ("in place: synced, then renamed", "0 of 3 checkpoints were renamed into place"),
 }
 
 

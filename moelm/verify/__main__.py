@@ -57,12 +57,12 @@ def main(argv: list[str]) -> None:
     if arguments.n < 0 or arguments.minutes <= 0:
         raise UserError("--n and --minutes: must be more than 0")
     lab = Lab(arguments.config, overrides, arguments.devices, arguments.n)
-    failed = True
+    n_failed = 0
     try:
-        failed = verify(lab, named, arguments.minutes) > 0
+        n_failed = verify(lab, named, arguments.minutes)
     finally:
-        lab.close(keep=failed)
-    if failed:
+        lab.close(keep=n_failed > 0)
+    if n_failed:
         print(f"the runs are in {lab.folder}", file=sys.stderr)
         sys.exit(1)
 

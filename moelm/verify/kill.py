@@ -74,7 +74,8 @@ class Trial:
         run = self.lab.start(self.name, *self.overrides, resume=bool(self.lost))
         self._check_start(run)
         time.sleep(after_s)
-        while aimed and not stages(run.folder) and None in run.codes:
+        until = time.monotonic() + 5
+        while aimed and not stages(run.folder) and time.monotonic() < until:
             time.sleep(1e-4)
         time.sleep(self.random.uniform(0, 0.01) if aimed else 0)
         if None not in run.codes:
@@ -106,9 +107,11 @@ class Trial:
 
     def compared(self, straight: Run) -> str:
         """What the killed run computed, each time that it made a step, is what `straight` did."""
-        killed = next(run for run in reversed(self.lab.runs) if run.folder.name == self.name)
-        curves_of(killed.folder)  # none repeats a step or runs back
-        lines = killed.lines("tape")
+        end = self.lab.start(self.name, *self.overrides, resume=True)
+        self._check_start(end)
+        end.kill()
+        curves_of(end.folder)  # none repeats a step or runs back
+        lines = end.lines("tape")
         last = max(line["step"] for line in lines)
         while not (made := straight.lines("tape")) or made[-1]["step"] < last:
             if None not in straight.codes:

@@ -84,6 +84,13 @@ class Lab:
             json.dump(TINY, tiny)
             tiny.flush()
             config = load_config(file or tiny.name, [*overrides, *SHRUNK])
+        self.on_cuda = config.trainer.accelerator != "cpu" and torch.cuda.is_available()
+        self.most = torch.cuda.device_count() if self.on_cuda else 8
+        self.devices = tuple(devices) or (1, 2)[: self.most]
+        if not 1 <= min(self.devices) <= max(self.devices) <= self.most:
+            raise UserError(
+                f"--devices: 1 to {self.most} here\n  remedy: trainer.accelerator=cpu takes processes for devices"
+            )
         try:
             Path(config.run.dir).mkdir(parents=True, exist_ok=True)
             self.folder = Path(tempfile.mkdtemp(prefix="verify-", dir=config.run.dir)).resolve()
@@ -95,13 +102,6 @@ class Lab:
             Path(file).write_text(json.dumps(TINY))
         self.arguments = ["--config", file, *overrides, *SHRUNK, *own, f"run.dir={self.folder}"]
         self.config = load_config(file, self.arguments[2:])
-        self.on_cuda = self.config.trainer.accelerator != "cpu" and torch.cuda.is_available()
-        self.most = torch.cuda.device_count() if self.on_cuda else 8
-        self.devices = tuple(devices) or (1, 2)[: self.most]
-        if not 1 <= min(self.devices) <= max(self.devices) <= self.most:
-            raise UserError(
-                f"--devices: 1 to {self.most} here\n  remedy: trainer.accelerator=cpu takes processes for devices"
-            )
         self.shards = prepare(self.config.data.corpus, progress=False)
         self.other_disk = other_disk(self.folder)
         os.environ.setdefault("OMP_NUM_THREADS", "1")
