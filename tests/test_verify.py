@@ -70,9 +70,12 @@ EXPECTED = {  # which rows fail, and how
     "the place in the data is forgotten": ("the config", "got other batches"),
     "counts are buffers": ("counts, recomputed", "says load"),
     "balancing losses are dropped": ("balancing losses", "0.0e+00 of the gradient"),
-    "biases are rounded to bfloat16": ("counts", "says bias"),
+    "biases are rounded to bfloat16": ("counts", "bias of rank 0"),
     "nothing is synced": ("in place: synced", "not synced"),
-    "checkpoints are written in place": ("in place: synced, then renamed", "0 of 3 checkpoints were renamed into place"),
+    "checkpoints are written in place": (
+        "in place: synced, then renamed",
+        "0 of 3 checkpoints were renamed into place",
+    ),
 }
 
 

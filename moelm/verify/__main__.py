@@ -56,7 +56,7 @@ def main(argv: list[str]) -> None:
             raise UserError(f"{word}: no subject\n  remedy: {', '.join(SUBJECTS)}, all or soak")
     if arguments.n < 0 or arguments.minutes <= 0:
         raise UserError("--n and --minutes: must be more than 0")
-    lab = Lab(arguments.config, overrides, arguments.devices, arguments.n)
+    lab = Lab(arguments.config, overrides, arguments.devices, arguments.n, arguments.plugin)
     n_failed = 0
     try:
         n_failed = verify(lab, named, arguments.minutes)

@@ -14,7 +14,7 @@ from torch import Tensor
 from moelm.config import UserError, to_dict
 from moelm.model.size import flops_per_token
 from moelm.verify.lab import Broken, Lab, Row, Run
-from moelm.verify.same import curves_of
+from moelm.verify.same import curves_of, distance
 
 STEPS = ("trainer.max_steps=8", "data.val_every_n_steps=3", "checkpoint.every_n_steps=8", "trainer.compile=false")
 MODES = {"": (), ", recomputed": ("trainer.activation_checkpointing=full",)}
@@ -44,14 +44,21 @@ def counted(lab: Lab, ranks: int, *overrides: str) -> str:
         tokens = sum(line["found"]["tokens"] for line in lines)
         made = sum(line["found"]["micro_batches"] for line in lines)
         bias_ME = moved_bias(run, bias_ME, load_ME)
-        expected: dict[str, Any] = {"step": step, "load": load_ME.tolist()}
-        expected |= {} if bias_ME is None else {"bias": bias_ME.tolist()}
+        expected = {
+            "step": step,
+            "load": load_ME.tolist(),
+            "tokens": tokens,
+            "flops": float(np.float32(tokens * flops)),
+        }
         curves = {tag: float(logged[f"train/{tag}"]["values"][i]) for tag in ("tokens", "flops")}
         for rank, line in enumerate(lines):
             found = {**line["said"], **curves}
-            for key, value in {**expected, "tokens": tokens, "flops": float(np.float32(tokens * flops))}.items():
+            for key, value in expected.items():
                 if found[key] != value:
                     raise Broken(f"step {step}: rank {rank} says {key} {found[key]}, counted {value}")
+            if bias_ME is not None:  # CUDA's mean is a product with 1 / n
+                biases = [torch.tensor(each, dtype=torch.float32) for each in (found["bias"], bias_ME.tolist())]
+                distance(biases[0], biases[1], f"step {step}: bias of rank {rank}", 1e-6 if lab.on_cuda else 0.0)
         if made != step * micro_batches:
             raise Broken(f"step {step} came after {made} micro-batches, not {step * micro_batches}")
     if i + 1 != 8 or run.newest_step != 8:

@@ -6,7 +6,6 @@ from __future__ import annotations
 import json
 import os
 import shutil
-import signal
 import socket
 import subprocess
 import sys
@@ -14,7 +13,6 @@ import sysconfig
 import tempfile
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from contextlib import suppress
 from multiprocessing import get_all_start_methods, get_context, set_start_method
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -25,6 +23,7 @@ from moelm import command_line, train
 from moelm.config import Config, UserError, load_config, to_dict
 from moelm.data.prepare import prepare
 from moelm.training.checkpoint_io import newest_checkpoint, step_of
+from moelm.training.preemption import EXIT_CODE
 
 PLUGIN = "moelm.verify.witnesses"
 LIMIT_S = 600.0  # of a run that ends by itself
@@ -74,9 +73,17 @@ class Lab:
     """The config under test, and the folder of its runs: in `run.dir`, since that file system is the one that counts.
     It stays where something failed."""
 
-    def __init__(self, file: str | None, overrides: Sequence[str], devices: Sequence[int] = (), n: int = 0) -> None:
+    def __init__(
+        self,
+        file: str | None,
+        overrides: Sequence[str],
+        devices: Sequence[int] = (),
+        n: int = 0,
+        plugins: Sequence[str] = (),
+    ) -> None:
         """`n`: repetitions of what is random. Raises UserError."""
-        command_line.import_plugins([PLUGIN])
+        self.plugins = [PLUGIN, *plugins]
+        command_line.import_plugins(self.plugins)
         self.is_tiny, self.n = file is None, n
         self.runs: list[Run] = []
         self._straight: dict[tuple[Any, ...], Run] = {}
@@ -140,7 +147,7 @@ class Lab:
         spread = [f"trainer.devices={ranks}", f"trainer.strategy={'ddp' if ranks > 1 else 'auto'}"]
         arguments = [*self.arguments, *spread, *overrides, f"run.name={name}", f"callbacks={json.dumps(callbacks)}"]
         config = load_config(arguments[1], arguments[2:])
-        arguments += ["--plugin", PLUGIN, *(["--resume", "auto"] if resume else [])]
+        arguments += [f"--plugin={plugin}" for plugin in self.plugins] + (["--resume=auto"] if resume else [])
         if resume:
             time.sleep(1.01 - time.time() % 1)  # TensorBoard orders what processes wrote by the second
         environment = {} if self.other_disk is None else {"TMPDIR": str(self.other_disk)}
@@ -149,7 +156,7 @@ class Lab:
         if as_command:
             command = [sys.executable, "-m", "moelm.train", *arguments]
             with log.open("ab") as out:
-                processes = [subprocess.Popen(command, stdout=out, stderr=out, env={**os.environ, **environment})]
+                processes = [Command(command, stdout=out, stderr=out, env={**os.environ, **environment})]
         else:
             port = free_port()
             for rank in range(ranks):
@@ -170,6 +177,14 @@ class Lab:
         return self._straight[key]
 
 
+class Command(subprocess.Popen[bytes]):
+    """Looks like what multiprocessing starts."""
+
+    @property
+    def exitcode(self) -> int | None:
+        return self.poll()
+
+
 class Run:
     def __init__(self, config: Config, processes: list[Any], log: Path) -> None:
         self.config, self.processes, self.log, self.folder = config, processes, log, config.run_folder
@@ -177,20 +192,19 @@ class Run:
     @property
     def codes(self) -> list[int | None]:
         """Exit codes by rank, None of what still runs."""
-        return [each.poll() if isinstance(each, subprocess.Popen) else each.exitcode for each in self.processes]
+        return [each.exitcode for each in self.processes]
 
     def wait(self, limit_s: float = LIMIT_S, grace_s: float = 1.0) -> list[int]:
         """Exit codes. What still runs `grace_s` after one has failed is killed, as torchrun does."""
-        until = time.monotonic() + limit_s
+        until, has_failed = time.monotonic() + limit_s, False
         while None in self.codes:
             time.sleep(0.01)
-            if any(self.codes):
-                until = min(until, time.monotonic() + grace_s)
+            if not has_failed and any(code not in (None, 0, EXIT_CODE) for code in self.codes):
+                until, has_failed = time.monotonic() + grace_s, True
             if time.monotonic() > until:
-                if not any(self.codes):
-                    self.kill()
-                    raise Broken(f"still ran after {limit_s:g} s{self.last_words}")
                 self.kill()
+                if not has_failed:
+                    raise Broken(f"still ran after {limit_s:g} s{self.last_words}")
         return [code for code in self.codes if code is not None]
 
     def must_end_with(self, code: int) -> None:
@@ -200,10 +214,9 @@ class Run:
 
     def kill(self) -> None:
         for each in self.processes:
-            with suppress(ProcessLookupError):
-                each.send_signal(signal.SIGKILL) if isinstance(each, subprocess.Popen) else each.kill()
-        for each in self.processes:
-            each.wait() if isinstance(each, subprocess.Popen) else each.join()
+            each.kill()
+        while None in self.codes:
+            time.sleep(0.001)
 
     @property
     def last_words(self) -> str:
@@ -221,8 +234,12 @@ class Run:
         file = self.folder / f"{kind}-{rank}.jsonl"
         return [json.loads(line) for line in file.read_text().splitlines()] if file.exists() else []
 
-    def mishap_times(self) -> list[float]:
-        return [float(file.read_text()) for file in self.folder.glob("mishap-*")]
+    def since_mishap(self) -> float:
+        """Seconds since the first one. Raises Broken."""
+        times = [float(file.read_text()) for file in self.folder.glob("mishap-*")]
+        if not times:
+            raise Broken(f"ended with {self.codes} before the mishap{self.last_words}")
+        return time.time() - min(times)
 
 
 def train_here(arguments: list[str], log: str, environment: dict[str, str]) -> None:

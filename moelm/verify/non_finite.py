@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Iterator
 from functools import partial
 from typing import Any
@@ -11,7 +10,7 @@ from torch import Tensor
 
 from moelm.training.checkpoint_io import step_folder
 from moelm.verify.lab import Broken, Lab, Row, Run
-from moelm.verify.preempt import LIMIT_S, told_at
+from moelm.verify.preempt import LIMIT_S
 from moelm.verify.same import distance, flat, state_of
 
 STEPS = ("trainer.max_steps=6", "checkpoint.every_n_steps=1", "checkpoint.keep_last=9")
@@ -35,7 +34,7 @@ def mishap(what: str, ranks: int) -> dict[str, Any]:
 def stopped(lab: Lab, ranks: int, *overrides: str) -> str:
     run = lab.start(f"nan-{len(lab.runs)}", *STEPS, *overrides, ranks=ranks, witnesses=[mishap("nan", ranks)])
     codes = run.wait(grace_s=LIMIT_S)
-    took = time.time() - told_at(run)[0]
+    took = run.since_mishap()
     if took > LIMIT_S or any(code in (0, 75) for code in codes):
         raise Broken(f"ended with {codes} after {took:.1f} s{run.last_words}")
     if f"step {STEP}" not in run.log.read_text():
@@ -74,7 +73,7 @@ def failed(lab: Lab, ranks: int) -> str:
     name = f"failed-{len(lab.runs)}"
     run = lab.start(name, *STEPS, ranks=ranks, witnesses=[mishap("error", ranks)], as_command=True)
     codes = run.wait()
-    took = time.time() - told_at(run)[0]
+    took = run.since_mishap()
     log = run.log.read_text()
     if took > LIMIT_S or codes[0] in (0, 75):
         raise Broken(f"ended with {codes[0]} after {took:.1f} s{run.last_words}")

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Iterator
 from functools import partial
 from itertools import product
 
 from moelm.training.preemption import EXIT_CODE
-from moelm.verify.lab import Broken, Lab, Row, Run
+from moelm.verify.lab import Broken, Lab, Row
 from moelm.verify.same import same_run
 
 LIMIT_S = 10.0
@@ -44,22 +43,15 @@ def preempted(lab: Lab, ranks: int, mishap: dict[str, object], as_command: bool)
     name = f"preempted-{len(lab.runs)}"
     run = lab.start(name, *STEPS, ranks=ranks, witnesses=[mishap], as_command=as_command)
     run.must_end_with(EXIT_CODE)
-    took = time.time() - min(told_at(run))
+    took = run.since_mishap()
     done = run.lines("tape")[-1]["step"]
     if run.newest_step != done:
         raise Broken(f"step {done} was made, and the newest whole checkpoint is {run.newest_step}")
     if f"step {done} is saved" not in run.log.read_text():
         raise Broken(f"it does not say that step {done} is saved{run.last_words}")
-    if took > LIMIT_S or done > MOMENTS[str(mishap["when"])] + 2:
+    if took > (LIMIT_S if lab.is_tiny else run.config.trainer.stop_within_s) or done > MOMENTS[str(mishap["when"])] + 2:
         raise Broken(f"ended {took:.1f} s later, after step {done}")
     end = lab.start(name, *STEPS, ranks=ranks, resume=True)
     end.must_end_with(0)
     same_run(straight, end, lab.bound)
     return f"exit code {EXIT_CODE} after {took:.1f} s, step {done} saved, continued equal"
-
-
-def told_at(run: Run) -> list[float]:
-    times = run.mishap_times()
-    if not times:
-        raise Broken(f"ended before the mishap{run.last_words}")
-    return times
