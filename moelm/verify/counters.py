@@ -69,14 +69,15 @@ def counted(lab: Lab, ranks: int, *overrides: str) -> str:
 
 
 def moved_bias(run: Run, bias_ME: Any, load_ME: Any) -> Any:
-    """b += rate x (s - mean(s)), s = sign(mean load - load), in float32; None where a config has other rules."""
+    """b += rate x s, s = sign(mean load - load), centred if wanted, in float32; None where a config has other rules."""
     moe = run.config.model.moe
     balancers = [each for each in to_dict(moe)["balancers"] if each["name"] == "loss_free"]
-    if len(balancers) != 1 or balancers[0]["rule"] != "sign" or not balancers[0]["centred"]:
+    if len(balancers) != 1 or balancers[0]["rule"] != "sign" or balancers[0]["stop_step"]:
         return None
     sign_ME = np.sign(load_ME.mean(1, keepdims=True) - load_ME).astype(np.float32)
-    step_ME = sign_ME - sign_ME.mean(1, keepdims=True, dtype=np.float32)
-    return (0 if bias_ME is None else bias_ME) + np.float32(balancers[0]["rate"]) * step_ME
+    if balancers[0]["centred"]:
+        sign_ME -= sign_ME.mean(1, keepdims=True, dtype=np.float32)
+    return (0 if bias_ME is None else bias_ME) + np.float32(balancers[0]["rate"]) * sign_ME
 
 
 def tiny_flops(lab: Lab) -> int:
