@@ -71,9 +71,9 @@ EXPECTED = {  # which rows fail, and how
     "counts are buffers": ("counts, recomputed", "says load"),
     "balancing losses are dropped": ("balancing losses", "0.0e+00 of the gradient"),
     "biases are rounded to bfloat16": ("counts", "bias of rank 0"),
-    "nothing is synced": ("in place: synced", "not synced"),
+    "nothing is synced": ("in place, all synced", "not synced"),
     "checkpoints are written in place": (
-        "in place: synced, then renamed",
+        "in place, all synced",
         "0 of 3 checkpoints were renamed into place",
     ),
 }

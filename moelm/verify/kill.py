@@ -27,7 +27,7 @@ def rows(lab: Lab, full: bool) -> Iterator[Row]:
         yield Row(f"{n} kills, {name}", partial(kills, lab, asynchronous, n))
     for ranks in lab.devices if full else (1,):
         for name, overrides in list(SAVES.items())[: 2 + (ranks > 1)]:
-            yield Row(f"{ranks} x {name}: synced, then renamed", partial(synced, lab, ranks, *overrides))
+            yield Row(f"{ranks} x {name}, all synced", partial(synced, lab, ranks, *overrides))
 
 
 def soak(lab: Lab, minutes: float) -> Iterator[Row]:

@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
+from lightning.pytorch.utilities import rank_zero_only
 
 from moelm import command_line, train
 from moelm.config import Config, UserError, load_config, to_dict
@@ -248,7 +249,8 @@ def train_here(arguments: list[str], log: str, environment: dict[str, str]) -> N
     os.dup2(descriptor, 1)
     os.dup2(descriptor, 2)
     os.environ |= environment
-    tempfile.tempdir = None  # look it up again
+    tempfile.tempdir = None  # looked up before, as was the rank
+    rank_zero_only.rank = int(environment.get("RANK", 0))
     set_start_method(get_all_start_methods()[0], force=True)  # of what loads data, as in the command
     sys.argv = ["moelm.train", *arguments]
     command_line.run(train.main)

@@ -151,7 +151,6 @@ def test_an_exception_ends_the_workers(shards):
     batches = [iter(loader) for loader in loaders]
     assert all(next(each) for each in batches)
     assert len(active_children()) == 2
-    data.trainer = SimpleNamespace(train_dataloader=loaders[0], val_dataloaders=loaders[1])
     data.on_exception(RuntimeError())
     assert not active_children()
 
