@@ -250,7 +250,7 @@ def train_here(arguments: list[str], log: str, environment: dict[str, str]) -> N
     os.dup2(descriptor, 2)
     os.environ |= environment
     tempfile.tempdir = None  # looked up before, as was the rank
-    rank_zero_only.rank = int(environment.get("RANK", 0))
+    rank_zero_only.rank = int(environment.get("RANK", 0))  # type: ignore[attr-defined]
     set_start_method(get_all_start_methods()[0], force=True)  # of what loads data, as in the command
     sys.argv = ["moelm.train", *arguments]
     command_line.run(train.main)
