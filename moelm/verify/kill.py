@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import random
 import time
 from collections.abc import Iterator
@@ -133,9 +134,9 @@ def stages(folder: Path) -> list[Path]:
 
 
 def resident_bytes(run: Run) -> int:
-    """0 where the system has no /proc."""
+    """1 where the system has no /proc."""
     file = Path(f"/proc/{run.processes[0].pid}/statm")
-    return int(file.read_text().split()[1]) * 4096 if file.exists() else 1
+    return int(file.read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE") if file.exists() else 1
 
 
 def synced(lab: Lab, ranks: int, *overrides: str) -> str:
