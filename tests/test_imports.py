@@ -21,6 +21,7 @@ MAY_IMPORT = {
     "data": {"data", "config"},
     **dict.fromkeys(RUN, RUN | PURE | {"data", "config"}),
     "command": RUN | PURE | {"data", "config", "command"},
+    "verify": RUN | PURE | {"data", "config", "command", "verify"},
     "data_prep": RUN | PURE | {"data", "config", "data_prep"},
 }
 STRANGERS = {"routing", "dispatch", "balancing"}  # the folders of moe/ that never import each other

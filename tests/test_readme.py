@@ -28,7 +28,8 @@ MAINS = {
     "moelm.convert": convert_main,
     "data_prep.prepare": prepare_main,
 }
-NEEDS_NETWORK = "data_prep.corpora.packages"  # run by the slow test of tests/data/test_corpora.py
+# run by the slow test of tests/data/test_corpora.py, since it needs a network, and by tests/test_verify.py
+ELSEWHERE = ("data_prep.corpora.packages", "moelm.verify")
 SMALL = [
     *("trainer.accelerator=cpu", "trainer.devices=1", "trainer.strategy=auto", "trainer.precision=32-true"),
     *("trainer.max_steps=3", "trainer.limit_val_batches=2", "optim.schedule.warmup_steps=0"),
@@ -47,7 +48,7 @@ def commands() -> list[list[str]]:
 
 def test_every_command_of_the_readme_is_of_a_known_kind() -> None:
     kinds = {tuple(words[:3])[: 3 if words[0] == "python" else 1] for words in commands()}
-    known = {("python", "-m", module) for module in (*MAINS, NEEDS_NETWORK)}
+    known = {("python", "-m", module) for module in (*MAINS, *ELSEWHERE)}
     known |= {(name,) for name in ("make", "git", "cd", "tensorboard")}
     assert kinds <= known
     assert {("python", "-m", module) for module in MAINS} <= kinds

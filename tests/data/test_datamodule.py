@@ -2,6 +2,7 @@
 
 import json
 from itertools import islice
+from multiprocessing import active_children
 from types import SimpleNamespace
 
 import lightning.pytorch as pl
@@ -141,6 +142,17 @@ def test_reading_never_draws_from_the_global_generator(shards, n_workers):
     assert len(train) == 2
     next(iter(data.val_dataloader()))
     assert torch.equal(torch.get_rng_state(), before)
+
+
+def test_an_exception_ends_the_workers(shards):
+    """Python would wait for them, since they heed no signal."""
+    data = make(shards, n_workers=1)
+    loaders = data.train_dataloader(), data.val_dataloader()
+    batches = [iter(loader) for loader in loaders]
+    assert all(next(each) for each in batches)
+    assert len(active_children()) == 2
+    data.on_exception(RuntimeError())
+    assert not active_children()
 
 
 @pytest.mark.parametrize("n_workers", [0, 1])

@@ -1,0 +1,149 @@
+"""`moelm.verify` tells a build that keeps its promises from one that does not."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from collections.abc import Iterator
+from functools import partial
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+import moelm
+from moelm.config import UserError
+from moelm.verify import __main__ as command
+from moelm.verify.lab import TINY, Broken, Lab, Row
+
+COUNTS_IN_FORWARD = """
+        with torch.no_grad():
+            self.count_E += stats.load_BE.sum(0)
+        x_TD = chunk_BLD.flatten(0, 1)"""
+COUNTS_READ = """self.accumulator.finish(received(self.trainer) is not None)
+        from moelm.training.statistics import all_reduce_sums
+
+        counts_ME = torch.stack([layer.count_E for layer in self.model.moe_layers]).double()
+        self.last_step.load_ME = all_reduce_sums({"load": counts_ME})["load"]
+        for layer in self.model.moe_layers:
+            layer.count_E.zero_()"""
+COUNTS_MADE = """seed_rank(self.config.run.seed, self.global_rank)
+        for layer in self.model.moe_layers:
+            layer.register_buffer("count_E", torch.zeros(layer.experts.gate_up.shape[0]), persistent=False)"""
+MODULE = "training/lightning_module.py"
+MUTATIONS: dict[str, tuple[str, list[tuple[str, str, str]]]] = {  # subject, and file, what stands there, what instead
+    "random numbers are not restored": ("resume", [(MODULE, "set_rng_state(self._rng_to_restore)", "pass")]),
+    "the place in the data is forgotten": (
+        "resume",
+        [("train.py", "data.consumed_samples = (step or 0) * module.batch_samples", "data.consumed_samples = 0")],
+    ),
+    "counts are buffers": (
+        "counters",
+        [
+            ("moe/layer.py", "\n        x_TD = chunk_BLD.flatten(0, 1)", COUNTS_IN_FORWARD),
+            (MODULE, "self.accumulator.finish(received(self.trainer) is not None)", COUNTS_READ),
+            (MODULE, "seed_rank(self.config.run.seed, self.global_rank)", COUNTS_MADE),
+            ("training/strategies.py", "broadcast_buffers=False", "broadcast_buffers=True"),
+        ],
+    ),
+    "balancing losses are dropped": ("counters", [(MODULE, "*(aux.weighted for aux in losses.values())", "*()")]),
+    "biases are rounded to bfloat16": (
+        "counters",
+        [(MODULE, "expert_bias.copy_(new_E)", "expert_bias.copy_(new_E.bfloat16())")],
+    ),
+    "nothing is synced": ("kill", [("training/checkpoint_io.py", "os.fsync(descriptor)", "pass")]),
+    "checkpoints are written in place": (
+        "kill",
+        [
+            ("training/saving.py", 'stage = target.with_name(f".{target.name}.tmp-{os.getpid()}")', "stage = target"),
+            ("training/saving.py", "        if self.target.exists():\n            discard(self.target)\n", ""),
+            ("training/saving.py", "        os.replace(self.stage, self.target)\n", ""),
+        ],
+    ),
+}
+EXPECTED = {  # which rows fail, and how
+    "random numbers are not restored": ("the config", "losses of rank 0"),
+    "the place in the data is forgotten": ("the config", "got other batches"),
+    "counts are buffers": ("counts, recomputed", "says load"),
+    "balancing losses are dropped": ("balancing losses", "0.0e+00 of the gradient"),
+    "biases are rounded to bfloat16": ("counts", "bias of rank 0"),
+    "nothing is synced": ("in place, all synced", "not synced"),
+    "checkpoints are written in place": (
+        "in place, all synced",
+        "0 of 3 checkpoints were renamed into place",
+    ),
+}
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(400)
+@pytest.mark.parametrize("mutation", MUTATIONS)
+def test_a_program_that_breaks_a_promise_is_found(mutation: str, tmp_path: Path) -> None:
+    subject, changes = MUTATIONS[mutation]
+    package = tmp_path / "src" / "moelm"
+    shutil.copytree(Path(moelm.__file__).parent, package, ignore=shutil.ignore_patterns("__pycache__"))
+    for file, old, new in changes:
+        text = (package / file).read_text()
+        assert text.count(old) == 1, f"{file}: no longer what this test changes: {old}"
+        (package / file).write_text(text.replace(old, new))
+    config = {**TINY, "data": {**TINY["data"], "corpus": {**TINY["data"]["corpus"], "dir": str(tmp_path / "data")}}}
+    (tmp_path / "tiny.yaml").write_text(json.dumps(config))
+    arguments = [subject, "--config", str(tmp_path / "tiny.yaml"), "--devices", "1", "--n", "8", f"run.dir={tmp_path}"]
+    environment = {**os.environ, "PYTHONPATH": str(tmp_path / "src"), "OMP_NUM_THREADS": "1"}
+    verify = [sys.executable, "-m", "moelm.verify", *arguments]
+    result = subprocess.run(verify, env=environment, cwd=tmp_path, capture_output=True, text=True, timeout=300)
+    row, how = EXPECTED[mutation]
+    failed = [line for line in result.stdout.splitlines() if line.startswith("FAIL")]
+    assert any(row in line and how in line for line in failed), result.stdout + result.stderr[-3000:]
+    assert result.returncode == 1
+
+
+def first(rows: Any, lab: Lab, full: bool) -> Iterator[Row]:
+    return islice(rows(lab, False), 1)
+
+
+def test_one_promise_of_each_subject_is_kept(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for subject, rows in command.SUBJECTS.items():
+        monkeypatch.setitem(command.SUBJECTS, subject, partial(first, rows))
+    command.main(["--n", "2", "data.n_workers=0", f"run.dir={tmp_path}"])
+    told = capsys.readouterr().out.splitlines()
+    assert [line.split()[:2] for line in told[:-1]] == [["PASS", subject] for subject in command.SUBJECTS]
+    assert told[-1].startswith("6 of 6 promises kept")
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_promise_that_is_not_kept_ends_with_1_and_leaves_the_runs(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def broken() -> str:
+        raise Broken("how it is broken")
+
+    monkeypatch.setitem(command.SUBJECTS, "kill", lambda lab, full: iter([Row("one", broken), Row("two", str)]))
+    with pytest.raises(SystemExit, match="1"):
+        command.main(["kill", f"run.dir={tmp_path}"])
+    told = capsys.readouterr()
+    assert told.out.startswith("FAIL  kill        one ")
+    assert "1 of 2 promises kept" in told.out
+    (folder,) = tmp_path.glob("verify-*")
+    assert str(folder) in told.err
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["everything"], "everything: no subject"),
+        (["all", "--devices", "9"], "--devices: 1 to 8 here"),
+        (["model.n_layer=3"], "did you mean n_layers"),
+        (["counters", "model.moe=null"], "a dense model counts no experts"),
+        (["strategies", "model.moe.router=noisy_top_k", "model.moe.balancers=[load]"], "draws numbers on each rank"),
+    ],
+)
+def test_a_mistake_is_said(arguments: list[str], message: str, tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=message):
+        command.main([f"run.dir={tmp_path}", *arguments])
