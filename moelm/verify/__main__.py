@@ -45,7 +45,7 @@ def main(argv: list[str]) -> None:
     )
     parser.add_argument("words", nargs="*", metavar="WHAT | key=value", help="subjects, and changes of the config")
     parser.add_argument("--config", metavar="F", help="a YAML file of your own; only its number of steps is changed")
-    parser.add_argument("--devices", nargs="+", type=int, default=[], metavar="N", help="devices of a run: 1 and 2")
+    parser.add_argument("--devices", type=numbers, default=[], metavar="N[,N]", help="devices of a run: 1,2")
     parser.add_argument("--n", type=int, default=0, metavar="N", help="kills of each kind (all: 5, kill: 25)")
     parser.add_argument("--minutes", type=float, default=30.0, metavar="M", help="of soak")
     arguments = command_line.parse(parser, argv)
@@ -65,6 +65,10 @@ def main(argv: list[str]) -> None:
     if n_failed:
         print(f"the runs are in {lab.folder}", file=sys.stderr)
         sys.exit(1)
+
+
+def numbers(text: str) -> list[int]:
+    return [int(number) for number in text.split(",")]
 
 
 def verify(lab: Lab, named: list[str], minutes: float) -> int:
