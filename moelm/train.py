@@ -20,6 +20,7 @@ from moelm.data.datamodule import TokenDataModule
 from moelm.data.prepare import prepare
 from moelm.data.token_shards import TokenShards
 from moelm.model.size import flops_per_token, model_size, short_name
+from moelm.training.bad_steps import BadStepError
 from moelm.training.checkpoint_io import (
     find_checkpoint,
     load_checkpoint_config,
@@ -30,7 +31,7 @@ from moelm.training.checkpoint_io import (
 )
 from moelm.training.lightning_module import MoELightningModule
 from moelm.training.loading import check_tokenizer
-from moelm.training.preemption import Preempted, requeue
+from moelm.training.preemption import Preempted, exit_code, requeue
 from moelm.training.trainer import build_trainer, hardware
 
 EPILOG = """example:
@@ -100,6 +101,12 @@ def train(config: Config, resume: str | None = None) -> dict[str, Any]:
         trainer.fit(module, data, ckpt_path=checkpoint)
     except MisconfigurationException as error:
         raise ConfigError("trainer", f"Lightning refuses it: {' '.join(str(error).split())}") from error
+    except BadStepError:  # on all ranks
+        if trainer.is_global_zero:
+            raise
+        code = exit_code(trainer, 2)
+        time.sleep(bool(code))  # torchrun or SLURM may end the first rank for it, which has something to say
+        sys.exit(code)
     except Preempted as stop:
         if trainer.is_global_zero:
             print(stop, file=sys.stderr, flush=True)

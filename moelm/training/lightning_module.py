@@ -16,24 +16,21 @@ from torch import Tensor
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LambdaLR
 
-from moelm.config import Config, ConfigError, UserError, build
+from moelm.config import Config, ConfigError, build
 from moelm.model.gpt import GPT, GPTOutput
 from moelm.model.init import initialize
 from moelm.model.size import flops_per_token
 from moelm.moe.balancing.base import Balancer, auxiliary_losses
 from moelm.moe.load_metrics import dead_experts, max_violation
+from moelm.training.bad_steps import BadStepError, Evidence, LossSpikeError, NonFiniteError, RecentLosses
 from moelm.training.evaluation import Evaluation, EvaluationSums, forward_batch
-from moelm.training.gradient_clipping import clip_gradients, gradient_norm, is_finite
+from moelm.training.gradient_clipping import clip_gradients, is_finite, tensor_norms
 from moelm.training.optim import build_optimizer, lr_factor, parameter_names, place_gradients
 from moelm.training.preemption import Preempted, exit_code, received
 from moelm.training.rng import rng_state, seed_rank, set_rng_state
 from moelm.training.shards import held_part, local
 from moelm.training.statistics import RecentLoad, StepAccumulator, StepReports, StepStatistics, gather, world_size
 from moelm.training.strategies import ShardedStrategy
-
-
-class NonFiniteError(UserError):
-    """Training went where there are no numbers. Nothing of that is in a checkpoint."""
 
 
 class MoELightningModule(pl.LightningModule):
@@ -67,6 +64,7 @@ class MoELightningModule(pl.LightningModule):
         self._step_before_batch = 0
         self.must_stop = False  # one rank was told to end, and all know: this step is saved, and the run ends
         self.n_skipped = 0  # steps left out in this run
+        self._recent_losses = RecentLosses()
         self._reports = StepReports()
 
     # ------------------------------------------------------------------------------------------ set-up
@@ -163,18 +161,23 @@ class MoELightningModule(pl.LightningModule):
         super().optimizer_step(epoch, batch_idx, optimizer, optimizer_closure)
         optimizer.zero_grad()
         self._read_report()
-        assert self.last_step is not None
+        last = self.last_step
+        assert last is not None
         assert self.grad_norm is not None
-        logit_sq = [self.last_step.observed_M[name] for name in ("logit_sq",) if name in self.last_step.observed_M]
-        self._reports.send(self.step + 1, [self.last_step.n_asked, self.last_step.loss, self.grad_norm, *logit_sq])
+        self._reports.send(
+            self.step + 1, [last.n_asked, last.loss, last.ce, self._ce_limit, self.grad_norm], self._evidence
+        )
 
     def _read_report(self) -> None:
         report = self._reports.read()
         if report is not None:
-            step, (n_asked, loss, norm, *logit_sq_M) = report
+            step, (n_asked, loss, ce, ce_limit, norm), evidence = report
             self.must_stop |= n_asked > 0
             if not math.isfinite(loss + norm):
-                self._leave_out(step, loss, norm, logit_sq_M)
+                self._leave_out(step, NonFiniteError, f"loss {loss:.4g}, gradient norm {norm:.4g}", evidence)
+            elif ce > ce_limit:
+                usual = f"more than trainer.max_loss_spike={self.config.trainer.max_loss_spike:g} times the usual"
+                self._leave_out(step, LossSpikeError, f"cross-entropy {ce:.4g}, {usual}", evidence)
         if world_size() == 1:
             self.must_stop |= received(self.trainer) is not None
 
@@ -183,18 +186,16 @@ class MoELightningModule(pl.LightningModule):
         if self.must_stop and not self.is_last_step:
             raise Preempted(self.step, exit_code(self.trainer))
 
-    def _leave_out(self, step: int, loss: float, norm: float, logit_sq_M: list[float]) -> None:
-        """Say what was wrong with a step that the optimizer did not take. Raises NonFiniteError after too many."""
+    def _leave_out(self, step: int, error: type[BadStepError], what: str, evidence: Evidence) -> None:
+        """Say what was wrong with a step that the optimizer did not take. Raises `error` after too many, on all ranks,
+        which must all call it."""
         self.n_skipped += 1
-        most = self.config.trainer.max_skipped_steps
+        most, model = self.config.trainer.max_skipped_steps, self.config.model
         first, last = (step - 1) * self.batch_samples, step * self.batch_samples - 1
-        logits = ", ".join(f"{math.sqrt(value):.3g}" for value in logit_sq_M)
-        problem = (
-            f"step {step}: loss {loss:.4g}, gradient norm {norm:.4g}; samples {first} to {last} of the order of samples"
-            + (f"; root mean square of the router logits by layer: {logits}" if logits else "")
-        )
+        more = evidence.describe(self.model, [model.layer_name(layer) for layer in model.routed_layers])
+        problem = f"step {step}: {what}; samples {first} to {last} of the order of samples" + (more and f"; {more}")
         if self.n_skipped > most:
-            raise NonFiniteError(
+            raise error(
                 f"{problem}\n  remedy: look at those samples, lower optim.lr, or leave such steps out: "
                 f"--resume auto trainer.max_skipped_steps={most + 10}"
             )
@@ -228,10 +229,17 @@ class MoELightningModule(pl.LightningModule):
         gradient_clip_algorithm: str | None = None,
     ) -> None:
         assert self.last_step is not None
-        step = self.last_step
-        self.grad_norm = clip_gradients(optimizer, self.model.parameters(), gradient_clip_val, step.loss)
+        step, factor = self.last_step, self.config.trainer.max_loss_spike
+        loss, self._ce_limit = step.loss, torch.full_like(step.ce, torch.nan)
+        if factor is not None:
+            self._ce_limit = self._recent_losses.limit(step.ce, factor, self.step)
+            loss = torch.where(step.ce > self._ce_limit, torch.nan, loss)  # so nothing takes the step
+        parameters = [parameter for parameter in self.model.parameters() if parameter.grad is not None]
+        norms = tensor_norms([parameter.grad for parameter in parameters if parameter.grad is not None])
+        self._evidence = Evidence(step.own_loss, step.logit_max_M, parameters, norms)
+        self.grad_norm = clip_gradients(optimizer, parameters, gradient_clip_val, loss, norms)
         if step.load_ME is not None:
-            self._update_expert_bias(step.load_ME, is_finite(self.grad_norm, step.loss))
+            self._update_expert_bias(step.load_ME, is_finite(self.grad_norm, loss))
 
     @property
     def is_step_end(self) -> bool:
@@ -320,14 +328,21 @@ class MoELightningModule(pl.LightningModule):
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         self._read_report()
-        if not gradient_norm([parameter.detach() for parameter in self.model.parameters()]).isfinite():
-            raise NonFiniteError(f"step {self.step}: a weight is not finite, so the step is not saved")
+        names, weights = zip(*((n, p.detach()) for n, p in self.model.named_parameters()), strict=True)
+        are_finite = torch.stack(tensor_norms(weights)).isfinite().tolist()
+        bad = [name for name, fine in zip(names, are_finite, strict=True) if not fine]
+        by_rank = gather((rng_state(), bad))
+        for _, found in by_rank:
+            if found:
+                problem = f"{found[0]} holds what is no number, so the step is not saved"
+                raise NonFiniteError(f"step {self.step}: {problem}")
         checkpoint["moelm"] = {
             "step": self.step,
-            "rng_by_rank": gather(rng_state()),
+            "rng_by_rank": [state for state, _ in by_rank],
             "recent_load": self.recent_load.ring,
             "parameters": parameter_names(self.model, self.trainer.optimizers[0]),
             "n_skipped": self.n_skipped,
+            "recent_losses": self._recent_losses.ring,
         }
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
@@ -337,6 +352,7 @@ class MoELightningModule(pl.LightningModule):
         self._rng_to_restore = states[self.global_rank] if len(states) == self.trainer.world_size else None
         self.recent_load.ring = state["recent_load"]
         self.n_skipped = state.get("n_skipped", 0)
+        self._recent_losses.ring = state.get("recent_losses")
         set_loop_position(checkpoint["loops"]["fit_loop"], state["step"], self.trainer.accumulate_grad_batches)
 
     def load_summary(self) -> dict[str, float | None]:

@@ -111,11 +111,11 @@ def received(trainer: pl.Trainer) -> signal.Signals | None:
     return signals.received if isinstance(signals, StopSignals) else None
 
 
-def exit_code(trainer: pl.Trainer) -> int:
-    """EXIT_CODE for the process that the user, torchrun or SLURM started. 0 for one that Lightning started: when such
+def exit_code(trainer: pl.Trainer, code: int = EXIT_CODE) -> int:
+    """`code` for the process that the user, torchrun or SLURM started. 0 for one that Lightning started: when such
     a one ends otherwise Lightning kills the process that started it."""
     environment = trainer._accelerator_connector.cluster_environment
-    return 0 if isinstance(environment, LightningEnvironment) and trainer.local_rank > 0 else EXIT_CODE
+    return 0 if isinstance(environment, LightningEnvironment) and trainer.local_rank > 0 else code
 
 
 def requeue(trainer: pl.Trainer) -> None:
