@@ -28,6 +28,7 @@ from moelm.training.checkpoint_io import (
     set_aside_later,
     step_of,
     training_state,
+    validation_is_due,
 )
 from moelm.training.lightning_module import MoELightningModule
 from moelm.training.loading import check_tokenizer
@@ -84,7 +85,8 @@ def train(config: Config, resume: str | None = None) -> dict[str, Any]:
         check_tokenizer(checkpoint, shards, "put the data of that run back, or start another run.name")
     data = TokenDataModule(config, shards)
     module = MoELightningModule(config, shards.domains, shards.end_of_text_id)
-    if step is not None and step >= config.trainer.max_steps:
+    only_validates = checkpoint is not None and step == config.trainer.max_steps and validation_is_due(checkpoint)
+    if step is not None and step >= config.trainer.max_steps and not only_validates:
         raise ConfigError(
             "trainer.max_steps",
             f"{config.trainer.max_steps} steps are done already in {checkpoint}",
@@ -96,6 +98,8 @@ def train(config: Config, resume: str | None = None) -> dict[str, Any]:
         set_aside_later(config.run_folder, step or 0)
         _write(config.run_folder / "config.yaml", to_yaml(config))
         _say_start(config, shards, hardware(trainer), checkpoint, changed)
+    if only_validates:
+        trainer.fit_loop.epoch_loop.max_steps = config.trainer.max_steps + 1  # or it would not begin; `on_train_start` does the rest
     started = time.perf_counter()
     try:
         trainer.fit(module, data, ckpt_path=checkpoint)

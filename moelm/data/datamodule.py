@@ -32,6 +32,7 @@ class TokenDataModule(LightningDataModule):
         self.config = config
         self.shards = shards
         self.consumed_samples = 0
+        self._loaders: list[BatchLoader] = []
         self.batch_size = config.optim.batch_tokens // config.data.seq_len  # sequences, over all ranks
         if shards.vocab_size > config.model.vocab_size:
             raise UserError(
@@ -62,7 +63,7 @@ class TokenDataModule(LightningDataModule):
         position in the global order of samples."""
         rank, world_size = self._rank_and_world_size()
         config = self.config
-        return BatchLoader(
+        loader = BatchLoader(
             _TrainingWindows(self.shards, config.data.seq_len, config.run.seed),
             batch_sampler=GlobalBatchSampler(
                 self.consumed_samples,
@@ -73,15 +74,26 @@ class TokenDataModule(LightningDataModule):
             ),
             **_loader_arguments(config.data.n_workers),
         )
+        self._loaders.append(loader)
+        return loader
 
     def val_dataloader(self) -> BatchLoader:
-        return validation_loader(
+        loader = validation_loader(
             self.shards,
             self.config.data.seq_len,
             self.config.optim.micro_batch_size,
             *self._rank_and_world_size(),
             n_workers=self.config.data.n_workers,
         )
+        self._loaders.append(loader)
+        return loader
+
+    def teardown(self, stage: str) -> None:
+        for loader in self._loaders:
+            loader.end_workers()
+
+    def on_exception(self, exception: BaseException) -> None:
+        self.teardown("fit")
 
     def _rank_and_world_size(self) -> tuple[int, int]:
         if self.trainer is None:
@@ -121,8 +133,16 @@ class BatchLoader(DataLoader[Any]):
     def __iter__(self) -> Iterator[Batch]:  # type: ignore[override]
         for batch in super().__iter__():
             if isinstance(batch, DataError):
+                self.end_workers()
                 raise batch
             yield batch
+
+    def end_workers(self) -> None:
+        """Or Python waits for them on its way out, for ever: what asks them to end is a SIGTERM (`_leave_signals`), unless
+        nothing refers to this loader any more, as the frames of an exception do."""
+        if self._iterator is not None and self.num_workers:
+            self._iterator._shutdown_workers()  # type: ignore[attr-defined]
+            self._iterator = None
 
 
 class _Windows(Dataset[Row]):

@@ -29,7 +29,15 @@ from moelm.training.optim import build_optimizer, lr_factor, parameter_names, pl
 from moelm.training.preemption import Preempted, exit_code, received
 from moelm.training.rng import rng_state, seed_rank, set_rng_state
 from moelm.training.shards import held_part, local
-from moelm.training.statistics import RecentLoad, StepAccumulator, StepReports, StepStatistics, gather, world_size
+from moelm.training.statistics import (
+    RecentLoad,
+    StepAccumulator,
+    StepReports,
+    StepStatistics,
+    all_reduce_sums,
+    gather,
+    world_size,
+)
 from moelm.training.strategies import ShardedStrategy
 
 
@@ -66,6 +74,9 @@ class MoELightningModule(pl.LightningModule):
         self.n_skipped = 0  # steps left out in this run
         self._recent_losses = RecentLosses()
         self._reports = StepReports()
+        self._asked = StepReports()  # the same between batches of a validation
+        self._validation_due = False  # the one after this step has not ended
+        self.is_late_validation = False  # the one in which the run before was told to end
 
     # ------------------------------------------------------------------------------------------ set-up
 
@@ -130,6 +141,19 @@ class MoELightningModule(pl.LightningModule):
         for group, numbers in zip(self.trainer.optimizers[0].param_groups, self._numbers, strict=True):
             group |= {**numbers, "params": group["params"], "initial_lr": numbers["lr"], "lr": numbers["lr"] * factor}
         scheduler.base_lrs = [numbers["lr"] for numbers in self._numbers]
+        if self._validation_due:
+            self._validate()
+        self.trainer.fit_loop.epoch_loop.max_steps = self.config.trainer.max_steps  # see `train`
+
+    def _validate(self) -> None:
+        """What Lightning does after a step at which a validation is due."""
+        trainer = self.trainer
+        trainer.validating, first = True, trainer._logger_connector._first_loop_iter
+        self.is_late_validation = True
+        trainer.fit_loop.epoch_loop.val_loop.restarting = False
+        trainer.fit_loop.epoch_loop.val_loop.run()
+        self.is_late_validation = False
+        trainer.training, trainer._logger_connector._first_loop_iter = True, first
 
     def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
         self._step_before_batch = self.step
@@ -181,9 +205,20 @@ class MoELightningModule(pl.LightningModule):
         if world_size() == 1:
             self.must_stop |= received(self.trainer) is not None
 
+    def _ask_in_validation(self) -> None:
+        """One batch late where there are other ranks, as `StepReports` are."""
+        asked = received(self.trainer) is not None
+        if world_size() == 1:
+            self.must_stop |= asked
+            return
+        report = self._asked.read()
+        self.must_stop |= report is not None and report[1][0] > 0
+        n_asked = torch.full((), float(asked), device=self.device)
+        self._asked.send(self.step, list(all_reduce_sums({"asked": n_asked}).values()))
+
     def _stop_if_asked(self) -> None:
         """After `StepCheckpoint` has saved."""
-        if self.must_stop and not self.is_last_step:
+        if self.must_stop and (self._validation_due or not self.is_last_step):
             raise Preempted(self.step, exit_code(self.trainer))
 
     def _leave_out(self, step: int, error: type[BadStepError], what: str, evidence: Evidence) -> None:
@@ -302,6 +337,8 @@ class MoELightningModule(pl.LightningModule):
         if self.device.type == "cuda":
             torch.cuda.synchronize(self.device)  # what is still queued is training, not validation
         self._validation_started = time.perf_counter()
+        self._validation_due = not self.trainer.sanity_checking
+        self._asked = StepReports()
         self.evaluation_sums = EvaluationSums(self.domains)
 
     def validation_step(self, batch: dict[str, Tensor], batch_idx: int) -> dict[str, GPTOutput]:
@@ -309,9 +346,16 @@ class MoELightningModule(pl.LightningModule):
         assert self.evaluation_sums is not None
         output = forward_batch(self.model, batch, self.document_separator)
         self.evaluation_sums.add(batch, output)
+        if self._validation_due:
+            self._ask_in_validation()
         return {"output": output}
 
+    def on_validation_batch_end(self, *args: Any) -> None:
+        if self._validation_due:
+            self._stop_if_asked()
+
     def on_validation_epoch_end(self) -> None:
+        self._validation_due = False
         assert self.evaluation_sums is not None
         self.evaluation = self.evaluation_sums.results()
         if not self.trainer.sanity_checking:
@@ -331,7 +375,7 @@ class MoELightningModule(pl.LightningModule):
         names, weights = zip(*((n, p.detach()) for n, p in self.model.named_parameters()), strict=True)
         are_finite = torch.stack(tensor_norms(weights)).isfinite().tolist()
         bad = [name for name, fine in zip(names, are_finite, strict=True) if not fine]
-        by_rank = gather((rng_state(), bad))
+        by_rank = gather((self._rng_to_restore or rng_state(), bad))
         for _, found in by_rank:
             if found:
                 problem = f"{found[0]} holds what is no number, so the step is not saved"
@@ -341,6 +385,7 @@ class MoELightningModule(pl.LightningModule):
             "rng_by_rank": [state for state, _ in by_rank],
             "recent_load": self.recent_load.ring,
             "parameters": parameter_names(self.model, self.trainer.optimizers[0]),
+            "validation_due": self._validation_due,
             "n_skipped": self.n_skipped,
             "recent_losses": self._recent_losses.ring,
         }
@@ -351,6 +396,7 @@ class MoELightningModule(pl.LightningModule):
         # another number of ranks: their streams cannot be continued, so the seeds of on_fit_start stand
         self._rng_to_restore = states[self.global_rank] if len(states) == self.trainer.world_size else None
         self.recent_load.ring = state["recent_load"]
+        self._validation_due = state.get("validation_due", False)
         self.n_skipped = state.get("n_skipped", 0)
         self._recent_losses.ring = state.get("recent_losses")
         set_loop_position(checkpoint["loops"]["fit_loop"], state["step"], self.trainer.accumulate_grad_batches)
