@@ -71,7 +71,7 @@ class StopSignals:
         while number := os.read(reader, 1)[0]:
             n_interrupts += number == signal.SIGINT
             if n_interrupts == 2:
-                _end(128 + signal.SIGINT)
+                end_process(128 + signal.SIGINT)
             if number in SIGNALS and self.received is None:
                 self._deadline = threading.Timer(self.within_s, self._give_up)
                 self._deadline.daemon = True
@@ -87,14 +87,14 @@ class StopSignals:
             file=sys.stderr,
         )
         faulthandler.dump_traceback()
-        _end(1)
+        end_process(1)
 
     @rank_zero_only
     def _say(self, line: str) -> None:
         print(line, file=sys.stderr, flush=True)
 
 
-def _end(code: int) -> None:
+def end_process(code: int) -> None:
     """At once, and what loads data with it, which would wait some seconds more."""
     for worker in active_children():
         worker.kill()
