@@ -7,6 +7,7 @@ import json
 import os
 import sys
 import time
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -33,6 +34,7 @@ from moelm.training.checkpoint_io import (
 from moelm.training.lightning_module import MoELightningModule
 from moelm.training.loading import check_tokenizer
 from moelm.training.preemption import Preempted, exit_code, requeue
+from moelm.training.run_lock import run_lock
 from moelm.training.trainer import build_trainer, hardware
 
 EPILOG = """example:
@@ -73,6 +75,16 @@ def train(config: Config, resume: str | None = None) -> dict[str, Any]:
     checkpoint or starts; a path continues that checkpoint. Raises UserError, and Preempted once a run that was told to
     end is saved.
     """
+    with run_lock(config.run_folder) if _is_first_rank() else nullcontext():
+        return _train(config, resume)
+
+
+def _is_first_rank() -> bool:
+    """By the launcher's environment, before there are process groups."""
+    return getattr(rank_zero_only, "rank", 0) == 0
+
+
+def _train(config: Config, resume: str | None) -> dict[str, Any]:
     checkpoint = _checkpoint_to_resume(config, resume)
     step = None if checkpoint is None else step_of(checkpoint)
     changed: list[str] = []
@@ -94,12 +106,11 @@ def train(config: Config, resume: str | None = None) -> dict[str, Any]:
         )
     data.consumed_samples = (step or 0) * module.batch_samples
     if trainer.is_global_zero:
-        config.run_folder.mkdir(parents=True, exist_ok=True)
         set_aside_later(config.run_folder, step or 0)
         _write(config.run_folder / "config.yaml", to_yaml(config))
         _say_start(config, shards, hardware(trainer), checkpoint, changed)
-    if only_validates:
-        trainer.fit_loop.epoch_loop.max_steps = config.trainer.max_steps + 1  # or it would not begin; `on_train_start` does the rest
+    if only_validates:  # or the loop would not begin; `on_train_start` ends it
+        trainer.fit_loop.epoch_loop.max_steps = config.trainer.max_steps + 1
     started = time.perf_counter()
     try:
         trainer.fit(module, data, ckpt_path=checkpoint)
@@ -125,7 +136,7 @@ def train(config: Config, resume: str | None = None) -> dict[str, Any]:
 
 def _checkpoint_to_resume(config: Config, resume: str | None) -> Path | None:
     folder = config.run_folder
-    is_first = getattr(rank_zero_only, "rank", 0) == 0  # by the launcher's environment
+    is_first = _is_first_rank()
     if (folder / "manifest.json").exists():  # an imported model, whose config.yaml a run would write over
         problem = f"{folder} is itself a checkpoint, not the folder of a run"
         raise ConfigError("run.name", problem, "choose another run.name or run.dir")

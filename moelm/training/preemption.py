@@ -77,7 +77,9 @@ class StopSignals:
                 self._deadline.daemon = True
                 self._deadline.start()
                 self.received = signal.Signals(number)
-                self._say(f"{self.received.name}: the run is saved after at most two more steps (or batches of a validation), then it ends")
+                self._say(
+                    f"{self.received.name}: the run is saved after at most two more steps (or batches of a validation), then it ends"
+                )
         os.close(reader)
 
     def _give_up(self) -> None:

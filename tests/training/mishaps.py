@@ -52,7 +52,9 @@ class Poisoned(Callback):
         steps, rank, *factor = os.environ.get("POISON", "0 0").split()
         if str(pl_module.step + 1) in steps.split(",") and trainer.global_rank == int(rank) and batch_idx % 2:
             (self.run_folder / "poisoned").write_text(str(time.time()))
-            module, by = (pl_module.model.norm, float(factor[0])) if factor else (pl_module.model.embedding, float("nan"))
+            module, by = (
+                (pl_module.model.norm, float(factor[0])) if factor else (pl_module.model.embedding, float("nan"))
+            )
             self.hook = module.register_forward_hook(lambda module, inputs, output: output * by)
 
     def on_train_batch_end(self, trainer: Any, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
