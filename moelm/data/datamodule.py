@@ -138,8 +138,8 @@ class BatchLoader(DataLoader[Any]):
             yield batch
 
     def end_workers(self) -> None:
-        """Or Python waits for them on its way out, for ever: what asks them to end is a SIGTERM (`_leave_signals`), unless
-        nothing refers to this loader any more, as the frames of an exception do."""
+        """Or, while the frames of an exception refer to this loader, Python on its way out sends them a SIGTERM, which
+        they leave to it (`_leave_signals`), and waits for ever."""
         if self._iterator is not None and self.num_workers:
             self._iterator._shutdown_workers()  # type: ignore[attr-defined]
             self._iterator = None
