@@ -1,7 +1,7 @@
 """A plugin of two callbacks that disturb a run. `told` sends its process, and those that load its data, a signal at the
 moment that TOLD in the environment names: "SIGTERM forward 1" does so on rank 1 (or `all`) before a forward pass.
-`poisoned` makes the activations of the steps on the rank that POISON names NaN: "3,4 1"; with a third word it multiplies
-the last ones by that."""
+`poisoned` makes the activations of the steps on the rank that POISON names NaN: "3,4 1"; with a third word it
+multiplies the last ones by that."""
 
 from __future__ import annotations
 

@@ -70,9 +70,8 @@ def test_a_run_ends_before_it_saves_what_is_not_as_it_should_be(
 ) -> None:
     monkeypatch.setenv("POISON", "3 0")
     config = poisoned(tiny({**CHANGES, "checkpoint.every_n_steps": every, "trainer.log_every_n_steps": 50}))
-    with pytest.raises(
-        NonFiniteError, match=r"(?s)step 3: loss nan.*by layer: 0: nan, 1: nan; .* layer 0\n.*max_skipped_steps"
-    ):
+    message = r"(?s)step 3: loss nan.*by layer: 0: nan, 1: nan; .* layer 0\n.*max_skipped_steps"
+    with pytest.raises(NonFiniteError, match=message):
         train(config)
     assert len(Recorder.made[-1].biases) == 3
     assert newest_checkpoint(config.run_folder) == (step_folder(config.run_folder, 2) if every == 1 else None)
