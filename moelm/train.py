@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import errno
 import json
 import os
 import sys
@@ -116,6 +117,10 @@ def _train(config: Config, resume: str | None) -> dict[str, Any]:
         trainer.fit(module, data, ckpt_path=checkpoint)
     except MisconfigurationException as error:
         raise ConfigError("trainer", f"Lightning refuses it: {' '.join(str(error).split())}") from error
+    except OSError as error:  # of a log; a checkpoint says it by itself
+        if error.filename is not None or error.errno not in DISK_ERRORS:
+            raise
+        raise UserError(f"{config.run_folder}: cannot be written: {error.strerror}") from error
     except BadStepError:  # on all ranks
         if trainer.is_global_zero:
             raise
@@ -190,12 +195,16 @@ MAY_CHANGE_AND_IS_SAID = (
 )
 
 
+DISK_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EIO, errno.ESTALE)
+
+
 def _write(file: Path, text: str) -> None:
+    stage = file.with_name(f".{file.name}.tmp-{os.getpid()}")
     try:
-        stage = file.with_name(f".{file.name}.tmp-{os.getpid()}")
         stage.write_text(text, encoding="utf-8")
         os.replace(stage, file)
     except OSError as error:
+        stage.unlink(missing_ok=True)
         raise UserError(f"{file}: cannot be written: {error}") from error
 
 

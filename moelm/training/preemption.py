@@ -78,7 +78,7 @@ class StopSignals:
                 self._deadline.start()
                 self.received = signal.Signals(number)
                 self._say(
-                    f"{self.received.name}: the run is saved within two steps, or batches of a validation, then it ends"
+                    f"{self.received.name}: saved within two steps, or batches of a validation, then the run ends"
                 )
         os.close(reader)
 

@@ -118,7 +118,7 @@ class FolderCheckpointIO(CheckpointIO):
         try:
             if rank() == 0:
                 shutil.rmtree(stage, ignore_errors=True)
-                stage.mkdir(parents=True)
+                stage.mkdir()  # not its parent: where a mount has vanished that would be a place on another disk
         except OSError as error:
             return str(stage), str(error)
         return str(stage), None

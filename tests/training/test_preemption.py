@@ -149,6 +149,21 @@ def test_a_slurm_job_asks_to_start_again_only_after_the_signal_for_that(
     assert (tmp_path / "asked").read_text() == "requeue 7\nrequeue 8_2\n"
 
 
+@pytest.mark.slow
+def test_a_job_of_slurm_saves_asks_to_start_again_and_continues(tiny: Callable[..., Config], tmp_path: Path) -> None:
+    (tmp_path / "scontrol").write_text(f"#!/bin/sh\necho $* >> {tmp_path}/asked\n")
+    (tmp_path / "scontrol").chmod(0o755)
+    job = {"JOB_ID": "7", "JOB_NAME": "train", "NTASKS": "1", "PROCID": "0", "LOCALID": "0", "NODEID": "0"}
+    job |= {"NTASKS_PER_NODE": "1", "NNODES": "1", "NODELIST": "localhost"}
+    slurm = {"PATH": f"{tmp_path}{os.pathsep}{os.environ['PATH']}", **{f"SLURM_{k}": v for k, v in job.items()}}
+    config = telling(tiny(CHANGES), "job")
+    assert check_stopped(run(config, tmp_path, "SIGUSR1 forward 0", **slurm), config.run_folder, [0]) == 4
+    assert (tmp_path / "asked").read_text() == "requeue 7\n"
+    result = run(config, tmp_path, "SIGUSR1 never 0", "--resume", "auto", **slurm)
+    assert result.returncode == 0, result.stderr[-3000:]
+    assert newest_checkpoint(config.run_folder) == step_folder(config.run_folder, 14)
+
+
 @pytest.mark.parametrize(
     ("environment", "local_rank", "code"),
     [(LightningEnvironment, 0, 75), (LightningEnvironment, 1, 0), (TorchElasticEnvironment, 1, 75)],
@@ -159,12 +174,12 @@ def test_only_what_lightning_started_ends_with_zero(environment: type[Any], loca
     assert exit_code(trainer) == code
 
 
-def run(config: Config, folder: Path, told: str, *overrides: str) -> subprocess.CompletedProcess[str]:
+def run(config: Config, folder: Path, told: str, *overrides: str, **variables: str) -> subprocess.CompletedProcess[str]:
     file = folder / "config.yaml"
     file.write_text(to_yaml(config))
     plugin = str(Path(__file__).with_name("mishaps.py"))
     command = [sys.executable, "-m", "moelm.train", "--plugin", plugin, "--config", str(file), *overrides]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "TOLD": told}
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "TOLD": told, **variables}
     return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=120)
 
 
