@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from functools import partial
 from typing import Any
 
@@ -15,8 +16,12 @@ import scaling
 import torch
 import train_step
 from peers import Layer, Shape
+from torch.optim import Optimizer
 
 from moelm import command_line
+from moelm.config import Config
+from moelm.model.gpt import GPT
+from moelm.training.optim import build_optimizer
 
 command_line.import_builtins()
 SHAPE = Shape(T=64, D=32, E=8, K=2, F=16)
@@ -147,3 +152,21 @@ def test_the_distance_of_loss_curves_is_that_of_their_moving_means_late_in_the_r
     assert found["fast and plain, seed 0"]["train"] == pytest.approx(0.5)
     assert found["fast and plain, seed 0"]["bias"] == pytest.approx(-0.5)
     assert found["fast and plain, seed 0"]["val"] == 0.25
+
+
+def test_the_bare_loop_trains(tiny: Callable[..., Config], monkeypatch: pytest.MonkeyPatch) -> None:
+    made: list[Optimizer] = []
+
+    def watched(*args: Any) -> Optimizer:
+        made.append(build_optimizer(*args))
+        return made[0]
+
+    monkeypatch.setattr(train_step, "build_optimizer", watched)
+    monkeypatch.setattr(GPT, "compile_blocks", lambda model, cuda_graphs: None)
+    config = tiny({"optim.micro_batch_size": 8, "trainer.max_steps": 2, "trainer.log_every_n_steps": 1})
+    intervals = train_step.bare_loop(config, "cpu")
+    assert [interval.tokens_per_s > 0 for interval in intervals] == [True, True]
+    for group in made[0].param_groups:
+        for parameter in group["params"]:
+            assert made[0].state[parameter]["step"] == 2
+            assert parameter.isfinite().all()

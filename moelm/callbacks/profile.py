@@ -33,7 +33,7 @@ CATEGORIES = (  # the first whose pattern a name has; a kernel is asked first, t
     ("router", r"^_(top_k|sums|write_parts|logits|grad_x|grad_weight)|topk|TopK|router|sums_of_choices"),
     ("router", r"^moelm::(keep_choice|choose|best_ids)|^triton_.*(softmax|logsumexp|scatter)"),
     ("loss", r"^_(cross_entropy)|CrossEntropy|log_softmax|nll_loss"),
-    ("attention", r"flash|fmha|[Aa]ttention|sdpa"),
+    ("attention", r"flash|fmha|[Aa]ttention|sdpa|^void cudnn::fusion"),
     ("optimizer", r"[Aa]dam|multi_tensor_apply|_foreach|[Mm]uon|clip"),
     ("copies and casts", r"^triton_poi_fused__to_copy(_(t|view|clone|permute|transpose))*_\d+$"),
     (REST, r"^triton_|^_turn_heads"),
@@ -136,8 +136,8 @@ def table_of(events: list[dict[str, Any]], n_steps: int) -> dict[str, Any]:
     if kernels:
         work = []
         for each in kernels:
-            launched, names = launches.get(each["args"].get("correlation"), (begin, []))
-            if launched >= begin:  # else it belongs to the step before
+            launched, names = launches.get(each["args"].get("correlation"), (0.0, []))
+            if launched >= begin:  # else it belongs to the step before, and its launch may not even be in the trace
                 work.append(Work([each["name"], *names], each["ts"], each["ts"] + each["dur"], each["dur"]))
         begin, end = min(piece.start for piece in work), max(piece.end for piece in work)
     else:

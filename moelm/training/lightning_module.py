@@ -38,7 +38,7 @@ from moelm.training.statistics import (
     gather,
     world_size,
 )
-from moelm.training.strategies import ShardedStrategy
+from moelm.training.strategies import ShardedStrategy, why_no_cuda_graphs
 
 
 class MoELightningModule(pl.LightningModule):
@@ -89,8 +89,9 @@ class MoELightningModule(pl.LightningModule):
         device = torch.device("cpu") if strategy is None else strategy.root_device
         options = self.config.trainer
         model.activation_checkpointing = options.activation_checkpointing
-        if options.compile is True or (options.compile == "auto" and device.type == "cuda"):
-            model.compile_blocks()
+        if options.compile in (True, "cuda_graphs") or (options.compile == "auto" and device.type == "cuda"):
+            graphs = strategy is not None and options.compile is not True and not why_no_cuda_graphs(self.trainer)
+            model.compile_blocks(cuda_graphs=graphs)
         if isinstance(strategy, ShardedStrategy):
             strategy.shard(model)
         try:

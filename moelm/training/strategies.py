@@ -8,8 +8,9 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import lightning.pytorch as pl
 import torch
-from lightning.pytorch.strategies import DDPStrategy, ModelParallelStrategy, Strategy
+from lightning.pytorch.strategies import DDPStrategy, ModelParallelStrategy, SingleDeviceStrategy, Strategy
 from lightning.pytorch.strategies.parallel import ParallelStrategy
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
@@ -229,3 +230,15 @@ def gather_with(block: Block, experts: Any) -> None:
     state._post_forward_hook_handle.remove()
     block.register_forward_pre_hook(state._pre_forward, prepend=True, with_kwargs=True)
     block.register_forward_hook(state._post_forward)
+
+
+def why_no_cuda_graphs(trainer: pl.Trainer) -> str:
+    """Of compiled blocks; empty if they can be recorded."""
+    if trainer.strategy.root_device.type != "cuda":
+        return "there is no CUDA device"
+    if not isinstance(trainer.strategy, SingleDeviceStrategy):
+        return "they are recorded on one device only"
+    if trainer.accumulate_grad_batches > 1:
+        n = trainer.accumulate_grad_batches
+        return f"a step has {n} micro-batches, of which each would overwrite the gradients of the one before"
+    return ""

@@ -23,7 +23,7 @@ from moelm.moe.kernels import HAS_TRITON, INTERPRETED
 from moelm.training.preemption import StopSignals
 from moelm.training.saving import FolderCheckpointIO, StepCheckpoint
 from moelm.training.stall import StallWatch
-from moelm.training.strategies import build_strategy
+from moelm.training.strategies import build_strategy, why_no_cuda_graphs
 
 
 def build_trainer(config: Config, resume_step: int | None = None) -> pl.Trainer:
@@ -69,6 +69,7 @@ def build_trainer(config: Config, resume_step: int | None = None) -> pl.Trainer:
     except (MisconfigurationException, ValueError, TypeError, RuntimeError) as error:
         raise ConfigError("trainer", f"Lightning refuses it: {' '.join(str(error).split())}") from error
     _set_intervals(trainer, config)
+    _check_cuda_graphs(trainer, config)
     _replace_signals(trainer, StopSignals(config.trainer.stop_within_s))
     return trainer
 
@@ -114,6 +115,12 @@ def _set_intervals(trainer: pl.Trainer, config: Config) -> None:
         )
     trainer.accumulate_grad_batches = config.optim.batch_tokens // micro_tokens
     trainer.val_check_interval = config.data.val_every_n_steps * trainer.accumulate_grad_batches
+
+
+def _check_cuda_graphs(trainer: pl.Trainer, config: Config) -> None:
+    problem = why_no_cuda_graphs(trainer)
+    if config.trainer.compile == "cuda_graphs" and problem:
+        raise ConfigError("trainer.compile", f"cuda_graphs: {problem}", "use auto")
 
 
 def _replace_signals(trainer: pl.Trainer, signals: StopSignals) -> None:

@@ -6,9 +6,12 @@ from collections.abc import Callable
 from typing import Any
 
 import pytest
+import torch
+from lightning.pytorch.strategies import SingleDeviceStrategy
 
 from moelm.config import Config, ConfigError
 from moelm.training.preemption import StopSignals
+from moelm.training.strategies import why_no_cuda_graphs
 from moelm.training.trainer import build_trainer
 
 
@@ -25,6 +28,19 @@ def test_devices_that_cannot_share_the_experts_are_refused(tiny: Callable[..., C
     config = tiny({"trainer.devices": 3, "trainer.strategy": "fsdp", "trainer.expert_parallel": 2})
     with pytest.raises(ConfigError, match=r"expert_parallel.*2 does not divide the 3 devices"):
         build_trainer(config)
+
+
+def test_cuda_graphs_are_refused_where_there_is_no_gpu(tiny: Callable[..., Config]) -> None:
+    with pytest.raises(ConfigError, match=r"trainer.compile: cuda_graphs: there is no CUDA device"):
+        build_trainer(tiny({"trainer.compile": "cuda_graphs"}))
+
+
+def test_cuda_graphs_want_one_micro_batch_a_step(tiny: Callable[..., Config], monkeypatch: pytest.MonkeyPatch) -> None:
+    gpu = property(lambda strategy: torch.device("cuda", 0))
+    monkeypatch.setattr(SingleDeviceStrategy, "root_device", gpu)
+    assert why_no_cuda_graphs(build_trainer(tiny())) == ""
+    with pytest.raises(ConfigError, match=r"a step has 2 micro-batches"):
+        build_trainer(tiny({"trainer.compile": "cuda_graphs", "optim.micro_batch_size": 8}))
 
 
 def test_replicas_that_devices_cannot_make_are_refused(tiny: Callable[..., Config]) -> None:
