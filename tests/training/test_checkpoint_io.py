@@ -310,7 +310,7 @@ def test_a_log_that_cannot_be_written_is_named(tiny: Callable[..., Config], monk
 def test_a_mount_that_vanishes_is_named_and_nothing_is_written_below_it(
     tiny: Callable[..., Config], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    steps = {"trainer.max_steps": 6, "checkpoint.every_n_steps": 2, "trainer.log_every_n_steps": 1}
+    steps = {"trainer.max_steps": 6, "checkpoint.every_n_steps": 2, "trainer.log_every_n_steps": 50}
     config, gone = named(tiny(steps), "run"), tmp_path / "gone"
 
     def vanish(recorder: Recorder, trainer: Any, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
@@ -319,7 +319,7 @@ def test_a_mount_that_vanishes_is_named_and_nothing_is_written_below_it(
             config.run_folder.parent.mkdir()  # what is mounted on
 
     monkeypatch.setattr(Recorder, "on_train_batch_end", vanish)
-    with pytest.raises((CheckpointError, FileNotFoundError), match=r"runs/run/"):
+    with pytest.raises(CheckpointError, match=r"runs/run/step-00000004: the checkpoint could not be .*No such"):
         train(config)
     assert list(config.run_folder.parent.iterdir()) == []
     assert find_checkpoint(gone / "run").name == "step-00000002"
