@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import sys
+from pathlib import Path
 
 from moelm import command_line
+from moelm.config import UserError
 from moelm.data.token_shards import SPLITS, DataError, TokenShards
 
 EXAMPLE = """example:
@@ -15,11 +17,15 @@ EXAMPLE = """example:
 def main(arguments: list[str]) -> None:
     parser = command_line.make_parser(
         "data_prep.verify",
-        "Compare tokenizer and shards with the manifest, sizes and sha256; name the first bad file and exit with 1.",
+        "Compare tokenizer and shards with the manifest, sizes and sha256; name the first bad file and exit with 1 "
+        "(2: nothing to verify there).",
         EXAMPLE,
     )
     parser.add_argument("folder", metavar="DIR", help="what data_prep.prepare made")
     options = command_line.parse(parser, arguments)
+    if not (Path(options.folder) / "manifest.json").is_file():
+        problem = "has no manifest.json" if Path(options.folder).is_dir() else "no such folder"
+        raise UserError(f"{options.folder}: {problem}\n  remedy: give a folder that data_prep.prepare made")
     try:
         shards = TokenShards(options.folder)
         shards.verify()

@@ -104,7 +104,8 @@ def run(main: Callable[[list[str]], None]) -> None:
     except OSError as error:
         if error.filename is None:
             raise
-        print(f"error: {error.filename}: {error.strerror}", file=sys.stderr)
+        name = os.fsdecode(error.filename) if isinstance(error.filename, bytes) else error.filename
+        print(f"error: {name}: {error.strerror}", file=sys.stderr)
         sys.exit(2)
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)

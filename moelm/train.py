@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import dataclasses
+import errno
 import json
 import os
 import sys
 import time
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +22,7 @@ from moelm.data.datamodule import TokenDataModule
 from moelm.data.prepare import prepare
 from moelm.data.token_shards import TokenShards
 from moelm.model.size import flops_per_token, model_size, short_name
+from moelm.training.bad_steps import BadStepError
 from moelm.training.checkpoint_io import (
     find_checkpoint,
     load_checkpoint_config,
@@ -27,10 +30,12 @@ from moelm.training.checkpoint_io import (
     set_aside_later,
     step_of,
     training_state,
+    validation_is_due,
 )
 from moelm.training.lightning_module import MoELightningModule
 from moelm.training.loading import check_tokenizer
-from moelm.training.preemption import Preempted, requeue
+from moelm.training.preemption import Preempted, exit_code, requeue
+from moelm.training.run_lock import run_lock
 from moelm.training.trainer import build_trainer, hardware
 
 EPILOG = """example:
@@ -71,6 +76,16 @@ def train(config: Config, resume: str | None = None) -> dict[str, Any]:
     checkpoint or starts; a path continues that checkpoint. Raises UserError, and Preempted once a run that was told to
     end is saved.
     """
+    with run_lock(config.run_folder) if _is_first_rank() else nullcontext():
+        return _train(config, resume)
+
+
+def _is_first_rank() -> bool:
+    """By the launcher's environment, before there are process groups."""
+    return getattr(rank_zero_only, "rank", 0) == 0
+
+
+def _train(config: Config, resume: str | None) -> dict[str, Any]:
     checkpoint = _checkpoint_to_resume(config, resume)
     step = None if checkpoint is None else step_of(checkpoint)
     changed: list[str] = []
@@ -83,7 +98,8 @@ def train(config: Config, resume: str | None = None) -> dict[str, Any]:
         check_tokenizer(checkpoint, shards, "put the data of that run back, or start another run.name")
     data = TokenDataModule(config, shards)
     module = MoELightningModule(config, shards.domains, shards.end_of_text_id)
-    if step is not None and step >= config.trainer.max_steps:
+    only_validates = checkpoint is not None and step == config.trainer.max_steps and validation_is_due(checkpoint)
+    if step is not None and step >= config.trainer.max_steps and not only_validates:
         raise ConfigError(
             "trainer.max_steps",
             f"{config.trainer.max_steps} steps are done already in {checkpoint}",
@@ -91,15 +107,26 @@ def train(config: Config, resume: str | None = None) -> dict[str, Any]:
         )
     data.consumed_samples = (step or 0) * module.batch_samples
     if trainer.is_global_zero:
-        config.run_folder.mkdir(parents=True, exist_ok=True)
         set_aside_later(config.run_folder, step or 0)
         _write(config.run_folder / "config.yaml", to_yaml(config))
         _say_start(config, shards, hardware(trainer), checkpoint, changed)
+    if only_validates:  # or the loop would not begin; `on_train_start` ends it
+        trainer.fit_loop.epoch_loop.max_steps = config.trainer.max_steps + 1
     started = time.perf_counter()
     try:
         trainer.fit(module, data, ckpt_path=checkpoint)
     except MisconfigurationException as error:
         raise ConfigError("trainer", f"Lightning refuses it: {' '.join(str(error).split())}") from error
+    except OSError as error:  # of a log; a checkpoint says it by itself
+        if error.filename is not None or error.errno not in DISK_ERRORS:
+            raise
+        raise UserError(f"{config.run_folder}: cannot be written: {error.strerror}") from error
+    except BadStepError:  # on all ranks
+        if trainer.is_global_zero:
+            raise
+        code = exit_code(trainer, 2)
+        time.sleep(bool(code))  # torchrun or SLURM may end the first rank for it, which has something to say
+        sys.exit(code)
     except Preempted as stop:
         if trainer.is_global_zero:
             print(stop, file=sys.stderr, flush=True)
@@ -114,7 +141,7 @@ def train(config: Config, resume: str | None = None) -> dict[str, Any]:
 
 def _checkpoint_to_resume(config: Config, resume: str | None) -> Path | None:
     folder = config.run_folder
-    is_first = getattr(rank_zero_only, "rank", 0) == 0  # by the launcher's environment
+    is_first = _is_first_rank()
     if (folder / "manifest.json").exists():  # an imported model, whose config.yaml a run would write over
         problem = f"{folder} is itself a checkpoint, not the folder of a run"
         raise ConfigError("run.name", problem, "choose another run.name or run.dir")
@@ -168,12 +195,16 @@ MAY_CHANGE_AND_IS_SAID = (
 )
 
 
+DISK_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EIO, errno.ESTALE)
+
+
 def _write(file: Path, text: str) -> None:
+    stage = file.with_name(f".{file.name}.tmp-{os.getpid()}")
     try:
-        stage = file.with_name(f".{file.name}.tmp-{os.getpid()}")
         stage.write_text(text, encoding="utf-8")
         os.replace(stage, file)
     except OSError as error:
+        stage.unlink(missing_ok=True)
         raise UserError(f"{file}: cannot be written: {error}") from error
 
 

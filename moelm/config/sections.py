@@ -272,14 +272,18 @@ class TrainerConfig:
     replicas: int = setting(1, ge=1)  # fsdp: groups of ranks of which each holds a whole model, sharded inside it
     accumulate_unreduced: bool = False  # fsdp: a device sums its own gradients of all weights, sent once a step
     stop_within_s: float = setting(600.0, gt=0)  # after SIGTERM, SIGINT or SIGUSR1; then it ends, saved or not
-    # steps that a run may leave out because loss or gradient norm is not finite; at the next one it ends
+    stall_timeout_s: float | None = setting(900.0, gt=0)  # without the end of a batch; then the run ends; null: never
+    # steps that a run may leave out because loss or gradient norm is not finite, or the loss jumps; at the next one it
+    # ends
     max_skipped_steps: int = setting(0, ge=0)
+    max_loss_spike: float | None = setting(None, gt=1)  # a jump: cross-entropy above this x the median of 32 steps
     profile: bool = False  # trace five steps after warm-up; the run's folder gets profile/
 
 
 OWN_TRAINER_KEYS = (
     *("activation_checkpointing", "compile", "float32_matmul_precision", "expert_parallel", "accumulate_unreduced"),
-    *("replicas", "stop_within_s", "max_skipped_steps", "profile"),
+    *("replicas", "stop_within_s", "max_skipped_steps", "max_loss_spike", "profile"),
+    "stall_timeout_s",
 )
 MANAGED_TRAINER_ARGUMENTS = {
     "accumulate_grad_batches": "it follows from optim.batch_tokens and optim.micro_batch_size; set those",

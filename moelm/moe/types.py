@@ -70,6 +70,8 @@ OBSERVED = (
     "logit_sq",  # mean square of its logits
     "unchosen",  # share of tokens that no expert chose (expert_choice)
 )
+# For who asks what went wrong, in training only:
+#   logit_max        float32 scalar, the largest absolute logit of a counted token; no gradient
 # For balancers and losses, where a router has them:
 #   sent_BG          float32 tokens that were sent to each group of experts (routers with n_groups > 1)
 #   smooth_load_BE   float32 expected load under the router's noise; with gradient (noisy_top_k)

@@ -172,6 +172,11 @@ def training_state(folder: Path) -> Path:
     return folder / "training.pt"
 
 
+def validation_is_due(folder: Path) -> bool:
+    """Was the run told to end in the validation after that step?"""
+    return bool(load_tensors(training_state(folder))["moelm"].get("validation_due"))
+
+
 def tokenizer_file(folder: Path) -> Path:
     """Raises CheckpointError for a converted model that came without one."""
     if not has_file(folder, "tokenizer.json"):

@@ -16,24 +16,29 @@ from torch import Tensor
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LambdaLR
 
-from moelm.config import Config, ConfigError, UserError, build
+from moelm.config import Config, ConfigError, build
 from moelm.model.gpt import GPT, GPTOutput
 from moelm.model.init import initialize
 from moelm.model.size import flops_per_token
 from moelm.moe.balancing.base import Balancer, auxiliary_losses
 from moelm.moe.load_metrics import dead_experts, max_violation
+from moelm.training.bad_steps import BadStepError, Evidence, LossSpikeError, NonFiniteError, RecentLosses
 from moelm.training.evaluation import Evaluation, EvaluationSums, forward_batch
-from moelm.training.gradient_clipping import clip_gradients, gradient_norm, is_finite
+from moelm.training.gradient_clipping import clip_gradients, is_finite, tensor_norms
 from moelm.training.optim import build_optimizer, lr_factor, parameter_names, place_gradients
 from moelm.training.preemption import Preempted, exit_code, received
 from moelm.training.rng import rng_state, seed_rank, set_rng_state
 from moelm.training.shards import held_part, local
-from moelm.training.statistics import RecentLoad, StepAccumulator, StepReports, StepStatistics, gather, world_size
+from moelm.training.statistics import (
+    RecentLoad,
+    StepAccumulator,
+    StepReports,
+    StepStatistics,
+    all_reduce_sums,
+    gather,
+    world_size,
+)
 from moelm.training.strategies import ShardedStrategy, why_no_cuda_graphs
-
-
-class NonFiniteError(UserError):
-    """Training went where there are no numbers. Nothing of that is in a checkpoint."""
 
 
 class MoELightningModule(pl.LightningModule):
@@ -67,7 +72,11 @@ class MoELightningModule(pl.LightningModule):
         self._step_before_batch = 0
         self.must_stop = False  # one rank was told to end, and all know: this step is saved, and the run ends
         self.n_skipped = 0  # steps left out in this run
+        self._recent_losses = RecentLosses()
         self._reports = StepReports()
+        self._asked = StepReports()  # the same between batches of a validation
+        self._validation_due = False  # the one after this step has not ended
+        self.is_late_validation = False  # the one in which the run before was told to end
 
     # ------------------------------------------------------------------------------------------ set-up
 
@@ -133,6 +142,19 @@ class MoELightningModule(pl.LightningModule):
         for group, numbers in zip(self.trainer.optimizers[0].param_groups, self._numbers, strict=True):
             group |= {**numbers, "params": group["params"], "initial_lr": numbers["lr"], "lr": numbers["lr"] * factor}
         scheduler.base_lrs = [numbers["lr"] for numbers in self._numbers]
+        if self._validation_due:
+            self._validate()
+        self.trainer.fit_loop.epoch_loop.max_steps = self.config.trainer.max_steps  # see `train`
+
+    def _validate(self) -> None:
+        """What Lightning does after a step at which a validation is due."""
+        trainer = self.trainer
+        trainer.validating, first = True, trainer._logger_connector._first_loop_iter
+        self.is_late_validation = True
+        trainer.fit_loop.epoch_loop.val_loop.restarting = False
+        trainer.fit_loop.epoch_loop.val_loop.run()
+        self.is_late_validation = False
+        trainer.training, trainer._logger_connector._first_loop_iter = True, first
 
     def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
         self._step_before_batch = self.step
@@ -164,38 +186,52 @@ class MoELightningModule(pl.LightningModule):
         super().optimizer_step(epoch, batch_idx, optimizer, optimizer_closure)
         optimizer.zero_grad()
         self._read_report()
-        assert self.last_step is not None
+        last = self.last_step
+        assert last is not None
         assert self.grad_norm is not None
-        logit_sq = [self.last_step.observed_M[name] for name in ("logit_sq",) if name in self.last_step.observed_M]
-        self._reports.send(self.step + 1, [self.last_step.n_asked, self.last_step.loss, self.grad_norm, *logit_sq])
+        self._reports.send(
+            self.step + 1, [last.n_asked, last.loss, last.ce, self._ce_limit, self.grad_norm], self._evidence
+        )
 
     def _read_report(self) -> None:
         report = self._reports.read()
         if report is not None:
-            step, (n_asked, loss, norm, *logit_sq_M) = report
+            step, (n_asked, loss, ce, ce_limit, norm), evidence = report
             self.must_stop |= n_asked > 0
             if not math.isfinite(loss + norm):
-                self._leave_out(step, loss, norm, logit_sq_M)
+                self._leave_out(step, NonFiniteError, f"loss {loss:.4g}, gradient norm {norm:.4g}", evidence)
+            elif ce > ce_limit:
+                usual = f"more than trainer.max_loss_spike={self.config.trainer.max_loss_spike:g} times the usual"
+                self._leave_out(step, LossSpikeError, f"cross-entropy {ce:.4g}, {usual}", evidence)
         if world_size() == 1:
             self.must_stop |= received(self.trainer) is not None
 
+    def _ask_in_validation(self) -> None:
+        """One batch late where there are other ranks, as `StepReports` are."""
+        asked = received(self.trainer) is not None
+        if world_size() == 1:
+            self.must_stop |= asked
+            return
+        report = self._asked.read()
+        self.must_stop |= report is not None and report[1][0] > 0
+        n_asked = torch.full((), float(asked), device=self.device)
+        self._asked.send(self.step, list(all_reduce_sums({"asked": n_asked}).values()))
+
     def _stop_if_asked(self) -> None:
         """After `StepCheckpoint` has saved."""
-        if self.must_stop and not self.is_last_step:
+        if self.must_stop and (self._validation_due or not self.is_last_step):
             raise Preempted(self.step, exit_code(self.trainer))
 
-    def _leave_out(self, step: int, loss: float, norm: float, logit_sq_M: list[float]) -> None:
-        """Say what was wrong with a step that the optimizer did not take. Raises NonFiniteError after too many."""
+    def _leave_out(self, step: int, error: type[BadStepError], what: str, evidence: Evidence) -> None:
+        """Say what was wrong with a step that the optimizer did not take. Raises `error` after too many, on all ranks,
+        which must all call it."""
         self.n_skipped += 1
-        most = self.config.trainer.max_skipped_steps
+        most, model = self.config.trainer.max_skipped_steps, self.config.model
         first, last = (step - 1) * self.batch_samples, step * self.batch_samples - 1
-        logits = ", ".join(f"{math.sqrt(value):.3g}" for value in logit_sq_M)
-        problem = (
-            f"step {step}: loss {loss:.4g}, gradient norm {norm:.4g}; samples {first} to {last} of the order of samples"
-            + (f"; root mean square of the router logits by layer: {logits}" if logits else "")
-        )
+        more = evidence.describe(self.model, [model.layer_name(layer) for layer in model.routed_layers])
+        problem = f"step {step}: {what}; samples {first} to {last} of the order of samples" + (more and f"; {more}")
         if self.n_skipped > most:
-            raise NonFiniteError(
+            raise error(
                 f"{problem}\n  remedy: look at those samples, lower optim.lr, or leave such steps out: "
                 f"--resume auto trainer.max_skipped_steps={most + 10}"
             )
@@ -229,10 +265,17 @@ class MoELightningModule(pl.LightningModule):
         gradient_clip_algorithm: str | None = None,
     ) -> None:
         assert self.last_step is not None
-        step = self.last_step
-        self.grad_norm = clip_gradients(optimizer, self.model.parameters(), gradient_clip_val, step.loss)
+        step, factor = self.last_step, self.config.trainer.max_loss_spike
+        loss, self._ce_limit = step.loss, torch.full_like(step.ce, torch.nan)
+        if factor is not None:
+            self._ce_limit = self._recent_losses.limit(step.ce, factor, self.step)
+            loss = torch.where(step.ce > self._ce_limit, torch.nan, loss)  # so nothing takes the step
+        parameters = [parameter for parameter in self.model.parameters() if parameter.grad is not None]
+        norms = tensor_norms([parameter.grad for parameter in parameters if parameter.grad is not None])
+        self._evidence = Evidence(step.own_loss, step.logit_max_M, parameters, norms)
+        self.grad_norm = clip_gradients(optimizer, parameters, gradient_clip_val, loss, norms)
         if step.load_ME is not None:
-            self._update_expert_bias(step.load_ME, is_finite(self.grad_norm, step.loss))
+            self._update_expert_bias(step.load_ME, is_finite(self.grad_norm, loss))
 
     @property
     def is_step_end(self) -> bool:
@@ -295,6 +338,8 @@ class MoELightningModule(pl.LightningModule):
         if self.device.type == "cuda":
             torch.cuda.synchronize(self.device)  # what is still queued is training, not validation
         self._validation_started = time.perf_counter()
+        self._validation_due = not self.trainer.sanity_checking
+        self._asked = StepReports()
         self.evaluation_sums = EvaluationSums(self.domains)
 
     def validation_step(self, batch: dict[str, Tensor], batch_idx: int) -> dict[str, GPTOutput]:
@@ -302,9 +347,16 @@ class MoELightningModule(pl.LightningModule):
         assert self.evaluation_sums is not None
         output = forward_batch(self.model, batch, self.document_separator)
         self.evaluation_sums.add(batch, output)
+        if self._validation_due:
+            self._ask_in_validation()
         return {"output": output}
 
+    def on_validation_batch_end(self, *args: Any) -> None:
+        if self._validation_due:
+            self._stop_if_asked()
+
     def on_validation_epoch_end(self) -> None:
+        self._validation_due = False
         assert self.evaluation_sums is not None
         self.evaluation = self.evaluation_sums.results()
         if not self.trainer.sanity_checking:
@@ -321,14 +373,22 @@ class MoELightningModule(pl.LightningModule):
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         self._read_report()
-        if not gradient_norm([parameter.detach() for parameter in self.model.parameters()]).isfinite():
-            raise NonFiniteError(f"step {self.step}: a weight is not finite, so the step is not saved")
+        names, weights = zip(*((n, p.detach()) for n, p in self.model.named_parameters()), strict=True)
+        are_finite = torch.stack(tensor_norms(weights)).isfinite().tolist()
+        bad = [name for name, fine in zip(names, are_finite, strict=True) if not fine]
+        by_rank = gather((self._rng_to_restore or rng_state(), bad))
+        for _, found in by_rank:
+            if found:
+                problem = f"{found[0]} holds what is no number, so the step is not saved"
+                raise NonFiniteError(f"step {self.step}: {problem}")
         checkpoint["moelm"] = {
             "step": self.step,
-            "rng_by_rank": gather(rng_state()),
+            "rng_by_rank": [state for state, _ in by_rank],
             "recent_load": self.recent_load.ring,
             "parameters": parameter_names(self.model, self.trainer.optimizers[0]),
+            "validation_due": self._validation_due,
             "n_skipped": self.n_skipped,
+            "recent_losses": self._recent_losses.ring,
         }
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
@@ -337,7 +397,9 @@ class MoELightningModule(pl.LightningModule):
         # another number of ranks: their streams cannot be continued, so the seeds of on_fit_start stand
         self._rng_to_restore = states[self.global_rank] if len(states) == self.trainer.world_size else None
         self.recent_load.ring = state["recent_load"]
+        self._validation_due = state.get("validation_due", False)
         self.n_skipped = state.get("n_skipped", 0)
+        self._recent_losses.ring = state.get("recent_losses")
         set_loop_position(checkpoint["loops"]["fit_loop"], state["step"], self.trainer.accumulate_grad_batches)
 
     def load_summary(self) -> dict[str, float | None]:

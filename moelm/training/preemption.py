@@ -71,13 +71,15 @@ class StopSignals:
         while number := os.read(reader, 1)[0]:
             n_interrupts += number == signal.SIGINT
             if n_interrupts == 2:
-                _end(128 + signal.SIGINT)
+                end_process(128 + signal.SIGINT)
             if number in SIGNALS and self.received is None:
                 self._deadline = threading.Timer(self.within_s, self._give_up)
                 self._deadline.daemon = True
                 self._deadline.start()
                 self.received = signal.Signals(number)
-                self._say(f"{self.received.name}: the run is saved after at most two more steps, then it ends")
+                self._say(
+                    f"{self.received.name}: saved within two steps, or batches of a validation, then the run ends"
+                )
         os.close(reader)
 
     def _give_up(self) -> None:
@@ -87,14 +89,14 @@ class StopSignals:
             file=sys.stderr,
         )
         faulthandler.dump_traceback()
-        _end(1)
+        end_process(1)
 
     @rank_zero_only
     def _say(self, line: str) -> None:
         print(line, file=sys.stderr, flush=True)
 
 
-def _end(code: int) -> None:
+def end_process(code: int) -> None:
     """At once, and what loads data with it, which would wait some seconds more."""
     for worker in active_children():
         worker.kill()
@@ -111,11 +113,11 @@ def received(trainer: pl.Trainer) -> signal.Signals | None:
     return signals.received if isinstance(signals, StopSignals) else None
 
 
-def exit_code(trainer: pl.Trainer) -> int:
-    """EXIT_CODE for the process that the user, torchrun or SLURM started. 0 for one that Lightning started: when such
+def exit_code(trainer: pl.Trainer, code: int = EXIT_CODE) -> int:
+    """`code` for the process that the user, torchrun or SLURM started. 0 for one that Lightning started: when such
     a one ends otherwise Lightning kills the process that started it."""
     environment = trainer._accelerator_connector.cluster_environment
-    return 0 if isinstance(environment, LightningEnvironment) and trainer.local_rank > 0 else EXIT_CODE
+    return 0 if isinstance(environment, LightningEnvironment) and trainer.local_rank > 0 else code
 
 
 def requeue(trainer: pl.Trainer) -> None:

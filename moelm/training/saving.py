@@ -34,6 +34,7 @@ from moelm.training.checkpoint_io import (
     write_manifest,
 )
 from moelm.training.lightning_module import MoELightningModule
+from moelm.training.preemption import received
 from moelm.training.shards import held_part, is_first_holder
 from moelm.training.statistics import gather, rank, world_size
 from moelm.training.weight_files import CheckpointError, Place, write_weights
@@ -117,7 +118,7 @@ class FolderCheckpointIO(CheckpointIO):
         try:
             if rank() == 0:
                 shutil.rmtree(stage, ignore_errors=True)
-                stage.mkdir(parents=True)
+                stage.mkdir()  # not its parent: where a mount has vanished that would be a place on another disk
         except OSError as error:
             return str(stage), str(error)
         return str(stage), None
@@ -256,7 +257,7 @@ class Save(threading.Thread):
 
 def discard(folder: Path) -> None:
     """A kill leaves it whole, or what the next start removes as it does a stage."""
-    gone = folder.with_name(f".{folder.name}.tmp-{os.getpid()}")
+    gone = folder.with_name(f".{folder.name}.tmp-{os.getpid()}-old")
     os.replace(folder, gone)
     shutil.rmtree(gone, ignore_errors=True)
 
@@ -279,9 +280,15 @@ class StepCheckpoint(Checkpoint):
         if pl_module.is_step_end and not pl_module.is_validation_step:
             self._save_if_due(trainer, pl_module)  # else after the validation
 
+    def on_validation_batch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule, *args: Any) -> None:
+        assert isinstance(pl_module, MoELightningModule)
+        if pl_module.must_stop and not trainer.sanity_checking:
+            self._save_if_due(trainer, pl_module)  # the run that continues will validate
+
     def on_validation_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        assert isinstance(pl_module, MoELightningModule)
         if not trainer.sanity_checking:
-            self._save_if_due(trainer, pl_module, force=trainer.should_stop)
+            self._save_if_due(trainer, pl_module, force=trainer.should_stop or pl_module.is_late_validation)
 
     def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         self._save_if_due(trainer, pl_module, force=True)
@@ -300,6 +307,7 @@ class StepCheckpoint(Checkpoint):
             torch.cuda.synchronize(module.device)  # what is still queued is training, not saving
         self._saved_step, started = step, time.perf_counter()
         trainer.save_checkpoint(step_folder(self.run_folder, step))
+        module.must_stop |= any(gather(received(trainer) is not None))  # one step more would be one save more
         if module.must_stop:
             checkpoint_io(trainer).settle()  # by all ranks, before they end
         module.paused_s += time.perf_counter() - started

@@ -26,6 +26,8 @@ class StepStatistics:
     aux_raw_M: dict[str, Tensor]
     observed_M: dict[str, Tensor]  # the OBSERVED statistics of routers that have them
     n_asked: Tensor  # float64 scalar, ranks that were told to end
+    own_loss: Tensor  # scalar, the sum of this rank's losses
+    logit_max_M: Tensor | None  # the largest absolute router logits on this rank; None for routers without
     load_ME: Tensor | None  # float64 counts summed, not averaged; None for a dense model
     kept_ME: Tensor | None  # the same after capacity
     gate_ME: Tensor | None  # float64 combine weights summed
@@ -40,6 +42,7 @@ class StepAccumulator:
 
     def __init__(self) -> None:
         self._sums: dict[str, Tensor] = {}
+        self._logit_max_M: Tensor | None = None
         self._n_micro_batches = 0
         self._window_ME: Tensor | None = None
 
@@ -70,12 +73,16 @@ class StepAccumulator:
         for name, value in parts.items():
             value = value.detach().double()
             self._sums[name] = self._sums[name] + value if name in self._sums else value
+        if stats is not None and "logit_max" in stats.extra:
+            new_M, old_M = stats.extra["logit_max"], self._logit_max_M
+            self._logit_max_M = new_M if old_M is None else torch.maximum(old_M, new_M)
         self._n_micro_batches += 1
 
     @torch.no_grad()
     def finish(self, asked: bool = False) -> StepStatistics:
         """`asked`: was this rank told to end?"""
         self._sums["asked"] = torch.full_like(self._sums["loss"], float(asked))
+        own_loss, logit_max_M, self._logit_max_M = self._sums["loss"], self._logit_max_M, None
         sums, n = all_reduce_sums(self._sums), self._n_micro_batches * world_size()
         self._sums, self._n_micro_batches, self._window_ME = {}, 0, None
         load_ME, kept_ME, gate_ME = (sums.pop(name, None) for name in ("load", "kept", "gate"))
@@ -89,6 +96,8 @@ class StepAccumulator:
             aux_raw_M=_with_prefix(means, "raw/"),
             observed_M=_with_prefix(means, "observed/"),
             n_asked=n_asked,
+            own_loss=own_loss,
+            logit_max_M=logit_max_M,
             load_ME=load_ME,
             kept_ME=kept_ME,
             gate_ME=gate_ME,
@@ -133,25 +142,25 @@ class StepReports:
     is so known to all after the same step."""
 
     def __init__(self) -> None:
-        self._sent: tuple[int, Tensor, torch.cuda.Event | None] | None = None
+        self._sent: tuple[int, Tensor, torch.cuda.Event | None, Any] | None = None
 
-    def send(self, step: int, values: list[Tensor]) -> None:
-        """Scalars or vectors, all on one device."""
+    def send(self, step: int, values: list[Tensor], kept: Any = None) -> None:
+        """Scalars or vectors, all on one device. What is `kept` stays there."""
         host = torch.cat([value.double().reshape(-1) for value in values]).to("cpu", non_blocking=True)
         arrived = None
         if values[0].is_cuda:
             arrived = torch.cuda.Event()
             arrived.record()
-        self._sent = step, host, arrived
+        self._sent = step, host, arrived, kept
 
-    def read(self) -> tuple[int, list[float]] | None:
-        """What was sent last, if it was not read before."""
+    def read(self) -> tuple[int, list[float], Any] | None:
+        """What was sent last and what was kept with it, if it was not read before."""
         if self._sent is None:
             return None
-        (step, host, arrived), self._sent = self._sent, None
+        (step, host, arrived, kept), self._sent = self._sent, None
         if arrived is not None:
             arrived.synchronize()
-        return step, host.tolist()
+        return step, host.tolist(), kept
 
 
 class RecentLoad:

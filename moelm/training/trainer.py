@@ -22,6 +22,7 @@ from moelm.config import OWN_TRAINER_KEYS, Config, ConfigError, build
 from moelm.moe.kernels import HAS_TRITON, INTERPRETED
 from moelm.training.preemption import StopSignals
 from moelm.training.saving import FolderCheckpointIO, StepCheckpoint
+from moelm.training.stall import StallWatch
 from moelm.training.strategies import build_strategy, why_no_cuda_graphs
 
 
@@ -42,6 +43,8 @@ def build_trainer(config: Config, resume_step: int | None = None) -> pl.Trainer:
     callbacks += [build("callback", callback, config) for callback in config.callbacks]
     if progress:
         callbacks.append(StepProgressBar(config))
+    if config.trainer.stall_timeout_s is not None:
+        callbacks.append(StallWatch(config.trainer.stall_timeout_s))
     torch.set_float32_matmul_precision(config.trainer.float32_matmul_precision)
     _silence_lightning()
     try:

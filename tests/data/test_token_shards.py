@@ -9,6 +9,7 @@ import pytest
 
 import moelm.data.token_shards as token_shards
 from data_prep.verify import main as verify_main
+from moelm import command_line
 from moelm.data.token_shards import (
     FORMAT_VERSION,
     NO_TARGET,
@@ -171,8 +172,13 @@ def test_the_command_names_the_first_file_that_is_not_what_was_written(folder, m
     with pytest.raises(SystemExit, match=r"error: .*train\.b\.00002\.bin: is damaged") as stop:
         verify_main([str(folder)])
     assert stop.value.code != 0
-    with pytest.raises(SystemExit, match="no prepared data"):
-        verify_main([str(folder / "none")])
+    (folder / "manifest.json").unlink()
+    for missing, message in ((folder / "none", "no such folder"), (folder, "has no manifest.json")):
+        monkeypatch.setattr("sys.argv", ["verify", str(missing)])
+        with pytest.raises(SystemExit) as stop:
+            command_line.run(verify_main)
+        assert stop.value.code == 2
+        assert f"error: {missing}: {message}\n  remedy: " in capsys.readouterr().err
 
 
 def test_a_manifest_names_no_file_outside_its_folder(folder):

@@ -1,6 +1,7 @@
 """A plugin of two callbacks that disturb a run. `told` sends its process, and those that load its data, a signal at the
 moment that TOLD in the environment names: "SIGTERM forward 1" does so on rank 1 (or `all`) before a forward pass.
-`poisoned` makes the activations of the steps on the rank that POISON names NaN: "3,4 1"."""
+`poisoned` makes the activations of the steps on the rank that POISON names NaN: "3,4 1"; with a third word it
+multiplies the last ones by that."""
 
 from __future__ import annotations
 
@@ -48,11 +49,13 @@ class Poisoned(Callback):
         self.run_folder = run.run_folder
 
     def on_train_batch_start(self, trainer: Any, pl_module: Any, batch: Any, batch_idx: int) -> None:
-        steps, rank = os.environ.get("POISON", "0 0").split()
+        steps, rank, *factor = os.environ.get("POISON", "0 0").split()
         if str(pl_module.step + 1) in steps.split(",") and trainer.global_rank == int(rank) and batch_idx % 2:
             (self.run_folder / "poisoned").write_text(str(time.time()))
-            embedding = pl_module.model.embedding
-            self.hook = embedding.register_forward_hook(lambda module, inputs, output: output * float("nan"))
+            module, by = (
+                (pl_module.model.norm, float(factor[0])) if factor else (pl_module.model.embedding, float("nan"))
+            )
+            self.hook = module.register_forward_hook(lambda module, inputs, output: output * by)
 
     def on_train_batch_end(self, trainer: Any, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
         if hasattr(self, "hook"):

@@ -11,6 +11,8 @@ from typing import Any
 
 import pytest
 import torch
+from test_resume import named
+from tiny_runs import Recorder
 
 from moelm.config import Config, UserError, to_yaml
 from moelm.evaluate import evaluate
@@ -293,6 +295,34 @@ def test_a_folder_that_cannot_be_written_is_named_and_the_last_checkpoint_stays(
     assert [folder.name for folder in step_folders(config.run_folder)] == ["step-00000002"]
     assert find_checkpoint(config.run_folder).name == "step-00000002"
     assert not [path for path in config.run_folder.iterdir() if path.name.startswith(".")]
+
+
+def test_a_log_that_cannot_be_written_is_named(tiny: Callable[..., Config], monkeypatch: pytest.MonkeyPatch) -> None:
+    def full_disk(*args: Any, **kwargs: Any) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("moelm.training.trainer.RunLogger.log_metrics", full_disk)
+    with pytest.raises(UserError, match="runs/tiny: cannot be written: No space left"):
+        train(tiny({"trainer.max_steps": 1}))
+
+
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")  # TensorBoard's
+def test_a_mount_that_vanishes_is_named_and_nothing_is_written_below_it(
+    tiny: Callable[..., Config], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    steps = {"trainer.max_steps": 6, "checkpoint.every_n_steps": 2, "trainer.log_every_n_steps": 50}
+    config, gone = named(tiny(steps), "run"), tmp_path / "gone"
+
+    def vanish(recorder: Recorder, trainer: Any, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
+        if pl_module.step == 3:
+            config.run_folder.parent.rename(gone)
+            config.run_folder.parent.mkdir()  # what is mounted on
+
+    monkeypatch.setattr(Recorder, "on_train_batch_end", vanish)
+    with pytest.raises(CheckpointError, match=r"runs/run/step-00000004: the checkpoint could not be .*No such"):
+        train(config)
+    assert list(config.run_folder.parent.iterdir()) == []
+    assert find_checkpoint(gone / "run").name == "step-00000002"
 
 
 @pytest.mark.parametrize("resume", [None, "auto"])

@@ -45,7 +45,7 @@ class NoHostSync(Callback):
         {"model.moe.router": SIGMOID_WITH_BIAS, "model.moe.balancers": ["loss_free", "sequence"]},
         {"model.moe.router": "gshard", "model.moe.dispatch": {"name": "capacity", "drop": "probability"}},
         {"model.moe.router": "base", "model.moe.balancers": ["z_loss"]},
-        {"model.moe.router": "expert_choice", "model.moe.balancers": ["none"]},
+        {"model.moe.router": "expert_choice", "model.moe.balancers": ["none"], "trainer.max_loss_spike": 9.0},
         {"model.moe.router": "reinforce"},
         {"model.moe.router": "noisy_top_k", "trainer.activation_checkpointing": "full"},
         {"data.seq_len": 512, "optim.batch_tokens": 8192},  # so many tokens that kernels for many are chosen

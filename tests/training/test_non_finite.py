@@ -12,13 +12,13 @@ import mishaps  # noqa: F401  registers the callback
 import pytest
 import torch
 from test_preemption import DDP, run
-from test_resume import assert_same, named
+from test_resume import assert_same, assert_same_state, named
 from tiny_runs import Recorder, scalars_of
 
 from moelm.config import Config, make_named
 from moelm.train import train
+from moelm.training.bad_steps import Evidence, LossSpikeError, NonFiniteError
 from moelm.training.checkpoint_io import load_training, load_weights, newest_checkpoint, step_folder
-from moelm.training.lightning_module import NonFiniteError
 
 CHANGES = {
     "model.moe.router": {"name": "top_k", "score": "sigmoid", "selection_bias": True},
@@ -31,8 +31,8 @@ CHANGES = {
 }
 
 
-def poisoned(config: Config, recorded: bool = True) -> Config:
-    config = named(config, "poisoned", recorded)
+def poisoned(config: Config, recorded: bool = True, name: str = "poisoned") -> Config:
+    config = named(config, name, recorded)
     return dataclasses.replace(config, callbacks=[*config.callbacks, make_named("callback", "poisoned")])
 
 
@@ -70,7 +70,8 @@ def test_a_run_ends_before_it_saves_what_is_not_as_it_should_be(
 ) -> None:
     monkeypatch.setenv("POISON", "3 0")
     config = poisoned(tiny({**CHANGES, "checkpoint.every_n_steps": every, "trainer.log_every_n_steps": 50}))
-    with pytest.raises(NonFiniteError, match=r"(?s)step 3: loss nan.*logits by layer: nan, nan.*max_skipped_steps"):
+    message = r"(?s)step 3: loss nan.*by layer: 0: nan, 1: nan; .* layer 0\n.*max_skipped_steps"
+    with pytest.raises(NonFiniteError, match=message):
         train(config)
     assert len(Recorder.made[-1].biases) == 3
     assert newest_checkpoint(config.run_folder) == (step_folder(config.run_folder, 2) if every == 1 else None)
@@ -83,9 +84,56 @@ def test_a_weight_that_is_not_finite_is_not_saved(tiny: Callable[..., Config], m
 
     monkeypatch.setattr(Recorder, "on_train_batch_end", spoil)
     config = named(tiny(CHANGES), "spoilt")
-    with pytest.raises(NonFiniteError, match="step 3: a weight is not finite"):
+    with pytest.raises(NonFiniteError, match=r"step 3: norm\.weight holds what is no number"):
         train(config)
     assert newest_checkpoint(config.run_folder) == step_folder(config.run_folder, 2)
+
+
+JUMPS = {
+    "trainer.max_steps": 24,
+    "trainer.max_loss_spike": 1.5,
+    "data.val_every_n_steps": 50,
+    "checkpoint.every_n_steps": 1,
+    "checkpoint.keep_last": 30,
+    "optim.micro_batch_size": 8,
+    "callbacks": [],
+}
+
+
+def test_a_loss_that_jumps_is_left_out_or_ends_the_run_and_what_is_usual_survives_a_resume(
+    tiny: Callable[..., Config], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("POISON", "5,20,22 0 50")  # at step 5 it is not yet known what is usual
+    straight, broken = (poisoned(tiny(JUMPS), name=name) for name in ("straight", "broken"))
+    for config in (straight, broken):
+        config.trainer.max_skipped_steps = 2
+    train(straight)
+    said = capsys.readouterr().err
+    assert "step 5:" not in said
+    assert "step 22: cross-entropy " in said
+    assert "more than trainer.max_loss_spike=1.5 times the usual; samples 336 to 351" in said
+    assert "left out, 2 of at most 2" in said
+    before, after = (load_weights(step_folder(straight.run_folder, step)) for step in (19, 20))
+    assert_same(before, after)
+    Recorder.raise_after = 18
+    with pytest.raises(RuntimeError, match="the machine is gone"):
+        train(broken)
+    Recorder.raise_after = None
+    broken.trainer.max_skipped_steps = 1
+    with pytest.raises(LossSpikeError, match="step 22: cross-entropy"):
+        train(broken, resume="auto")
+    assert newest_checkpoint(broken.run_folder) == step_folder(broken.run_folder, 21)
+    for step in (17, 20, 21):
+        assert_same_state(*(step_folder(config.run_folder, step) for config in (straight, broken)))
+
+
+def test_a_gradient_without_numbers_is_named() -> None:
+    model = torch.nn.ModuleDict({name: torch.nn.Linear(1, 1, bias=False) for name in "abc"})
+    norms = [torch.tensor(value) for value in (torch.nan, torch.inf, 1.0)]
+    evidence = Evidence(torch.tensor(1.0), torch.tensor([3.0, 4.0]), list(model.parameters()), norms)
+    assert evidence.describe(model, ["0", "2"]) == (
+        "largest router logit by layer: 0: 3, 2: 4; 2 of 3 gradients have none, nearest to the loss b.weight"
+    )
 
 
 @pytest.mark.slow
@@ -99,6 +147,9 @@ def test_all_ranks_stop_when_one_has_no_numbers(
     )
     result = run(config, tmp_path, "SIGTERM never 0")
     assert time.time() - float((config.run_folder / "poisoned").read_text()) < 10
-    assert result.returncode not in (0, 75), result.stderr[-3000:]
-    assert "error: step 3: loss nan, gradient norm nan; samples 32 to 47" in result.stderr
+    assert result.returncode == 2, result.stderr[-3000:]
+    message = "error: step 3: loss nan, gradient norm nan; samples 32 to 47 of the order of samples; on rank 1; largest"
+    assert result.stderr.count(message) == result.stderr.count("error: ") == 1, result.stderr[-3000:]
+    assert "Traceback" not in result.stderr
+    assert "signal" not in result.stderr
     assert newest_checkpoint(config.run_folder) == step_folder(config.run_folder, 2)

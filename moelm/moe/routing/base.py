@@ -192,7 +192,7 @@ def sums_of_choices(
 
 def means_of_tokens(prob_TE: Tensor, logits_TE: Tensor, context: RouteContext) -> tuple[Tensor, dict[str, Tensor]]:
     """Means over the counted tokens: logsumexp(logits)^2, with gradient, and the OBSERVED scalars of a router with
-    logits. All in one reduction."""
+    logits, all in one reduction; in training `logit_max` too."""
     prob, logits = prob_TE.detach(), logits_TE.detach()
     experts_E = torch.arange(prob.shape[1], device=prob.device)
     second_T = torch.where(experts_E == prob.argmax(-1, keepdim=True), 0.0, prob).amax(-1)
@@ -202,7 +202,13 @@ def means_of_tokens(prob_TE: Tensor, logits_TE: Tensor, context: RouteContext) -
         "logit_sq": logits.square().mean(-1),
     }
     means = mean_over_tokens(torch.stack([logits_TE.logsumexp(-1).square(), *observed.values()]), context)
-    return means[0], dict(zip(observed, means[1:].detach(), strict=True))
+    extra = dict(zip(observed, means[1:].detach(), strict=True))
+    if context.training:
+        largest_T = logits.abs().amax(-1)
+        if context.token_mask_BL is not None:
+            largest_T = torch.where(context.token_mask_BL.flatten(), largest_T, 0.0)
+        extra["logit_max"] = largest_T.amax()
+    return means[0], extra
 
 
 def count_tokens(context: RouteContext) -> Tensor:
