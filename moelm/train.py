@@ -30,6 +30,7 @@ from moelm.training.checkpoint_io import (
 )
 from moelm.training.lightning_module import MoELightningModule
 from moelm.training.loading import check_tokenizer
+from moelm.training.memory import check_memory, out_of_memory
 from moelm.training.preemption import Preempted, requeue
 from moelm.training.trainer import build_trainer, hardware
 
@@ -78,6 +79,7 @@ def train(config: Config, resume: str | None = None) -> dict[str, Any]:
         training_state(checkpoint)  # or there is nothing to continue
         changed = check_same_run(config, checkpoint)
     trainer = build_trainer(config, step)  # refuses what this machine cannot do before the data is prepared
+    check_memory(config, trainer)
     shards = prepare(config.data.corpus)
     if checkpoint is not None:
         check_tokenizer(checkpoint, shards, "put the data of that run back, or start another run.name")
@@ -100,6 +102,10 @@ def train(config: Config, resume: str | None = None) -> dict[str, Any]:
         trainer.fit(module, data, ckpt_path=checkpoint)
     except MisconfigurationException as error:
         raise ConfigError("trainer", f"Lightning refuses it: {' '.join(str(error).split())}") from error
+    except RuntimeError as error:
+        if (said := out_of_memory(error)) is not None:
+            raise said from error
+        raise
     except Preempted as stop:
         if trainer.is_global_zero:
             print(stop, file=sys.stderr, flush=True)

@@ -18,6 +18,7 @@ from moelm.config.registry import is_registered
 from moelm.config.sections import Config, CorpusConfig
 from moelm.config.typed import from_dict
 
+MOST_CHARACTERS = 10**6
 _UNPARSABLE = (yaml.YAMLError, OmegaConfBaseException, ValueError, RecursionError)
 
 
@@ -63,7 +64,10 @@ def _read_over(
             raise ConfigError(where, "is part of itself", f"remove one `{named_by}`")
         if path.resolve() in applied:
             return under
-        text = path.read_text(encoding="utf-8-sig")
+        with path.open(encoding="utf-8-sig") as stream:
+            text = stream.read(MOST_CHARACTERS + 1)
+        if len(text) > MOST_CHARACTERS:
+            raise ConfigError(where, f"has more than {MOST_CHARACTERS:,} characters", "name a YAML file with sections")
         loaded = OmegaConf.to_container(OmegaConf.load(io.StringIO(text)), resolve=False)
     except OSError as error:  # also what OmegaConf raises for a lone number
         missing = isinstance(error, FileNotFoundError)
