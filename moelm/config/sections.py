@@ -264,7 +264,8 @@ class TrainerConfig:
     # what backward computes again instead of keeping it. selective: what is elementwise; full: each block, but for the
     # routers' choices
     activation_checkpointing: str = setting("none", allowed=("none", "selective", "full"))
-    compile: bool | str = setting("auto", allowed=("auto", True, False))  # per block; auto: on CUDA only
+    # per block; auto: on CUDA only; cuda_graphs: and replayed with one launch, for models too small to keep a GPU busy
+    compile: bool | str = setting("auto", allowed=("auto", True, False, "cuda_graphs"))
     float32_matmul_precision: str = setting("highest", allowed=("highest", "high", "medium"))
     expert_parallel: int = setting(1, ge=1)  # fsdp: ranks that share the experts, each holding some whole ones
     replicas: int = setting(1, ge=1)  # fsdp: groups of ranks of which each holds a whole model, sharded inside it

@@ -44,6 +44,7 @@ class GPT(nn.Module):
         super().__init__()
         self.config = config
         self.activation_checkpointing = "none"  # of each block, by `checkpointing.run`; changes no value
+        self.cuda_graphs = False
         self.embedding = nn.Embedding(config.vocab_size, config.d_model)
         self.blocks = nn.ModuleList(Block(config, layer) for layer in range(config.n_layers))
         self.norm = make_norm(config)
@@ -72,8 +73,15 @@ class GPT(nn.Module):
     def attentions(self) -> list[Attention]:
         return [block.attention for block in self.blocks if isinstance(block, Block)]
 
-    def compile_blocks(self, **options: Any) -> None:
-        """Each block in place; names and values stay. `options` are those of torch.compile."""
+    def compile_blocks(self, cuda_graphs: bool = False, **options: Any) -> None:
+        """Each block in place; names and values stay. `options` are those of torch.compile.
+
+        With `cuda_graphs` a block's kernels are launched together, as recorded; what it returns and its gradients then
+        lie in memory that the next forward pass of the model takes again.
+        """
+        self.cuda_graphs = cuda_graphs
+        if cuda_graphs:
+            options["mode"] = "reduce-overhead"
         # else the backward pass is traced under the forward's autocast, and the router's float32 products become bf16
         torch._functorch.config.backward_pass_autocast = "off"
         torch._dynamo.config.capture_dynamic_output_shape_ops = True  # of tokens that other ranks sent
@@ -101,6 +109,8 @@ class GPT(nn.Module):
         routed nor counted. `document_ids_BL`: attention stays within equal ids. `cache`: from `init_cache`;
         the tokens follow those it holds. Modules of multi-token prediction run only with targets.
         """
+        if self.cuda_graphs:
+            torch.compiler.cudagraph_mark_step_begin()
         for layer in self.moe_layers:
             if layer.experts.backend == "fused":
                 layer.experts.refresh()  # here, since blocks may be compiled

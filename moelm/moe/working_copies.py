@@ -52,7 +52,11 @@ class _StandIn(torch.autograd.Function):
         return None if is_the_sum else gradient, None
 
 
-stand_in = _StandIn.apply
+def stand_in(weight: Tensor, value: Tensor) -> Tensor:
+    """`value`, whose gradient goes to `weight` uncast."""
+    made: Tensor = _StandIn.apply(weight, value)
+    torch._dynamo.mark_static_address(made)  # of CUDA graphs, which copy what might lie elsewhere the next time
+    return made
 
 
 def sum_gradients_in_place(weight: Tensor, copy: Any) -> None:

@@ -89,7 +89,10 @@ class AdamW(torch.optim.AdamW):
         if not parameters:
             return
         steps = [self.state[parameter]["step"] for parameter in parameters.values()]
-        torch._foreach_add_(steps, 1.0 if self.gradient_scale is None else (~self.gradient_scale.isnan()).float())
+        if self.gradient_scale is None:
+            torch._foreach_add_(steps, 1.0)
+        else:  # a list, since of one tensor torch asks the device for the number
+            torch._foreach_add_(steps, [(~self.gradient_scale.isnan()).float()] * len(steps))
         for index, parameter in parameters.items():
             assert parameter.grad is not None
             state, copy = self.state[parameter], getattr(parameter, "working_copy", None)

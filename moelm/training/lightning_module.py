@@ -80,8 +80,8 @@ class MoELightningModule(pl.LightningModule):
         device = torch.device("cpu") if strategy is None else strategy.root_device
         options = self.config.trainer
         model.activation_checkpointing = options.activation_checkpointing
-        if options.compile is True or (options.compile == "auto" and device.type == "cuda"):
-            model.compile_blocks()
+        if options.compile in (True, "cuda_graphs") or (options.compile == "auto" and device.type == "cuda"):
+            model.compile_blocks(options.compile == "cuda_graphs")
         if isinstance(strategy, ShardedStrategy):
             strategy.shard(model)
         try:

@@ -14,6 +14,7 @@ import torch
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.loggers import TensorBoardLogger
+from lightning.pytorch.strategies import SingleDeviceStrategy
 from lightning.pytorch.utilities import rank_zero_only
 from tensorboard.compat.proto.summary_pb2 import Summary  # type: ignore[import-untyped]
 
@@ -68,6 +69,7 @@ def build_trainer(config: Config, resume_step: int | None = None) -> pl.Trainer:
         raise ConfigError("trainer", f"Lightning refuses it: {' '.join(str(error).split())}") from error
     _check_nodes(trainer)
     _set_intervals(trainer, config)
+    _check_cuda_graphs(trainer, config)
     _replace_signals(trainer, StopSignals(config.trainer.stop_within_s))
     return trainer
 
@@ -122,6 +124,21 @@ def _set_intervals(trainer: pl.Trainer, config: Config) -> None:
         )
     trainer.accumulate_grad_batches = config.optim.batch_tokens // micro_tokens
     trainer.val_check_interval = config.data.val_every_n_steps * trainer.accumulate_grad_batches
+
+
+def _check_cuda_graphs(trainer: pl.Trainer, config: Config) -> None:
+    if config.trainer.compile != "cuda_graphs":
+        return
+    problem = ""
+    if trainer.strategy.root_device.type != "cuda":
+        problem = "there is no CUDA device"
+    elif not isinstance(trainer.strategy, SingleDeviceStrategy):
+        problem = "graphs are recorded on one device only"
+    elif trainer.accumulate_grad_batches > 1:
+        n = trainer.accumulate_grad_batches
+        problem = f"a step has {n} micro-batches, of which each would overwrite the gradients of the one before"
+    if problem:
+        raise ConfigError("trainer.compile", f"cuda_graphs: {problem}", "use auto")
 
 
 def _replace_signals(trainer: pl.Trainer, signals: StopSignals) -> None:

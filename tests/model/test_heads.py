@@ -72,7 +72,7 @@ def test_attention_with_the_kernel_is_as_right_as_without(options, tiny_config, 
     for name, exact in results[0].items():
         plain, fused = (float((result[name] - exact).norm() / exact.norm()) for result in results[1:])
         assert plain < 0.03, name
-        assert fused < 1.5 * plain + more, name
+        assert fused < 2 * plain + more, name
 
 
 def test_attention_with_the_kernel_compiles_to_one_graph(tiny_config, kernel_device, monkeypatch):

@@ -368,7 +368,10 @@ def test_gradients_of_experts_are_what_the_op_wrote_in_float32_or_in_bfloat16_if
         with torch._dynamo.config.patch(error_on_recompile=again):
             short = step()
         for gradient, wanted in zip(short, full, strict=True):
-            assert ((gradient - wanted).abs() <= 2**-8 * wanted.abs()).all()
+            if compiled:  # what is not this op has other roundings
+                assert (gradient - wanted).norm() <= 0.01 * wanted.norm()
+            else:
+                assert ((gradient - wanted).abs() <= 2**-8 * wanted.abs()).all()
         assert [each.dtype for each in short] == hooked == [torch.bfloat16] * 2
         copy.deepcopy(model)  # in which nothing may be left of the step
         with torch.no_grad():

@@ -12,6 +12,7 @@ import torch
 from test_resume import assert_same, assert_same_state, named
 from tiny_runs import Recorder
 from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from moelm.config import Config, OptimConfig
 from moelm.train import train
@@ -180,6 +181,28 @@ def test_autograd_sees_that_a_step_changed_what_it_saved(update: str) -> None:
     AdamW([parameter], **OPTIONS).step()
     with pytest.raises(RuntimeError, match="modified by an inplace operation"):
         loss.backward()
+
+
+class NoNumbers(TorchDispatchMode):
+    """On a GPU the host would wait for each."""
+
+    def __torch_dispatch__(self, op: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        assert op is not torch.ops.aten._local_scalar_dense.default
+        return op(*args, **(kwargs or {}))
+
+
+def test_a_step_asks_the_device_for_no_number(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(adamw, "LARGE", 64)
+    monkeypatch.setattr(adamw, "has_kernel", lambda parameter: True)
+    monkeypatch.setattr(adamw, "adamw_kernel", lambda *args, **kwargs: None, raising=False)
+    ours = parameters()
+    optimizer = AdamW(ours, **OPTIONS)
+    for parameter in ours:
+        parameter.grad = torch.randn_like(parameter)
+    with NoNumbers():
+        clip_gradients(optimizer, ours, 3.0)
+        optimizer.step()
+    assert all(optimizer.state[parameter]["step"] == 1 for parameter in ours)
 
 
 @pytest.mark.gpu
