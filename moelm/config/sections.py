@@ -270,7 +270,7 @@ class TrainerConfig:
     expert_parallel: int = setting(1, ge=1)  # fsdp: ranks that share the experts, each holding some whole ones
     replicas: int = setting(1, ge=1)  # fsdp: groups of ranks of which each holds a whole model, sharded inside it
     accumulate_unreduced: bool = False  # fsdp: a device sums its own gradients of all weights, sent once a step
-    stop_within_s: float = setting(600.0, gt=0, le=10**6)  # after SIGTERM, SIGINT or SIGUSR1; then it ends, saved or not
+    stop_within_s: float = setting(600.0, gt=0, le=10**6)  # after SIGTERM, SIGINT or SIGUSR1; then it ends anyhow
     # steps that a run may leave out because loss or gradient norm is not finite; at the next one it ends
     max_skipped_steps: int = setting(0, ge=0)
     profile: bool = False  # trace five steps after warm-up; the run's folder gets profile/

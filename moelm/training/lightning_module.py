@@ -337,6 +337,7 @@ class MoELightningModule(pl.LightningModule):
         self._rng_to_restore = states[self.global_rank] if len(states) == self.trainer.world_size else None
         self.recent_load.ring = state["recent_load"]
         self.n_skipped = state.get("n_skipped", 0)
+        checkpoint["loops"] = {"fit_loop": self.trainer.fit_loop.state_dict()}  # what it says of them does not count
         set_loop_position(checkpoint["loops"]["fit_loop"], state["step"], self.trainer.accumulate_grad_batches)
 
     def load_summary(self) -> dict[str, float | None]:

@@ -13,6 +13,7 @@ import pytest
 import torch
 
 from moelm.config import Config, UserError, to_yaml
+from moelm.data.token_shards import sealed
 from moelm.evaluate import evaluate
 from moelm.generate import main as generate_main
 from moelm.train import train
@@ -224,10 +225,19 @@ def test_a_manifest_that_is_not_right_is_refused(run: Config) -> None:
     text = (folder / "manifest.json").read_text()
     for change, message in MANIFESTS:
         manifest = json.loads(text)
+        del manifest["sha256"]  # as an older moelm left it
         change(manifest)
         (folder / "manifest.json").write_text(json.dumps(manifest))
         with pytest.raises(CheckpointError, match=message):
             find_checkpoint(folder)
+    (folder / "manifest.json").write_text(text.replace('"step": 6', '"step": 7'))
+    with pytest.raises(CheckpointError, match=r"manifest\.json is damaged: its content does not match its own sha256"):
+        find_checkpoint(folder)
+    manifest = json.loads(text)
+    del manifest["sha256"]
+    (folder / "manifest.json").write_text(json.dumps(sealed({**manifest, "step": 7})))
+    with pytest.raises(CheckpointError, match=r"training\.pt: is of step 6, manifest\.json says 7"):
+        train(run_longer(run), resume=str(folder))
 
 
 def run_longer(run: Config) -> Config:
