@@ -244,6 +244,14 @@ def load_checkpoint_config(folder: Path) -> Config:
     return from_dict(Config, read_yaml(folder / "config.yaml"))
 
 
+def is_valid(folder: Path) -> bool:
+    try:
+        verify_checkpoint(folder)
+    except CheckpointError:
+        return False
+    return True
+
+
 def step_folders(run_folder: Path) -> list[Path]:
     """Oldest first, valid or not."""
     if not run_folder.is_dir():

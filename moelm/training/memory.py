@@ -20,17 +20,15 @@ CGROUP_LIMITS = ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory/memory.limi
 def check_memory(config: Config, trainer: pl.Trainer) -> None:
     """Raises ConfigError where weights, gradients and moments alone exceed what there is, or the estimate of all, which
     is that of a GPU, does so by more than a factor of two."""
-    sharded = config.trainer.strategy == "fsdp"
+    sharded, device = config.trainer.strategy == "fsdp", trainer.strategy.root_device
     needed = training_memory(config, max(1, trainer.world_size // config.trainer.replicas) if sharded else 1)
-    states, n_local = needed.weights + needed.gradients + needed.optimizer, 1
-    there = device_memory(trainer.strategy.root_device)
-    if trainer.strategy.root_device.type == "cpu":  # all ranks share it
-        states, n_local = states + PROCESS_BYTES, trainer.num_devices
-    least = n_local * max(states, needed.total // 2)
-    if least <= there:
+    on_host = device.type == "cpu"  # whose memory all ranks share
+    n_local, process, there = (trainer.num_devices if on_host else 1), on_host * PROCESS_BYTES, device_memory(device)
+    states, total = (process + n for n in (needed.weights + needed.gradients + needed.optimizer, needed.total))
+    if n_local * max(states, total // 2) <= there:
         return
-    what = f"{needed.total / 2**30:,.2f} GiB" + (f" on each of {n_local} devices" if n_local > 1 else "")
-    problem = f"a step of it takes about {what}, and there are {there / 2**30:,.2f} GiB"
+    what = f"{total / 2**30:,.2f} GiB" + (f" on each of {n_local} devices" if n_local > 1 else "")
+    problem = f"a step takes about {what}, and there are {there / 2**30:,.2f} GiB"
     if n_local * states <= there:
         key, remedy = "optim.micro_batch_size", "lower it or data.seq_len, or set trainer.activation_checkpointing"
     elif n_local > 1 and states <= there:
