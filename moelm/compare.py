@@ -11,6 +11,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 from moelm import command_line
 from moelm.config import Config, UserError, from_dict, read_yaml
+from moelm.data.token_shards import read_json
 from moelm.model.size import model_size
 
 EPILOG = """example:
@@ -57,7 +58,7 @@ def finished_runs(folder: Path) -> list[Path]:
 def read_run(folder: Path) -> dict[str, Any]:
     summary_file = folder / "summary.json"
     try:
-        summary = json.loads(summary_file.read_text(encoding="utf-8"))
+        summary = read_json(summary_file)
         config = from_dict(Config, read_yaml(folder / "config.yaml"))
         dead, moe = _count(summary, "moe/dead_experts"), config.model.moe
         validations = _scalars(folder, "val/ce")
@@ -80,7 +81,7 @@ def read_run(folder: Path) -> dict[str, Any]:
             "tokens_per_s": _number(summary, "tokens_per_s"),
             "alarms": len(summary["alarms"]),
         }
-    except (ValueError, KeyError, TypeError, RecursionError) as error:
+    except (ValueError, KeyError, TypeError) as error:
         raise UserError(f"{summary_file}: not the summary of a run ({type(error).__name__}: {error})") from None
 
 

@@ -337,7 +337,7 @@ def _edited(file: Path, old: bytes, rng: random.Random) -> tuple[str, bytes]:
 def _edit(tree: Any, rng: random.Random, more: list[Any] | None = None) -> str:
     at = rng.choice(list(leaves(tree)))
     parent = get(tree, at[:-1])
-    numbers = [number for number in NUMBERS if math.isfinite(number) and abs(number) < 10**300]
+    numbers = [number for number in NUMBERS if abs(number) < 10**300]
     kind = rng.choice(["number", "text", "other", "delete", "copy"])
     if not isinstance(parent, dict | list):  # a tuple
         return "nothing"

@@ -54,13 +54,11 @@ def text(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
 @pytest.fixture
 def bounded(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[Path]:
     """A folder to run in, on a small machine, where a run that would go on is stopped and starts no process."""
-    n_micro_batches = 0
     step = MoELightningModule.training_step
 
     def counted(self: MoELightningModule, batch: Any, batch_idx: int) -> Any:
-        nonlocal n_micro_batches
-        n_micro_batches = 0 if batch_idx == 0 else n_micro_batches + 1
-        if n_micro_batches > 16:
+        self.n_begun = getattr(self, "n_begun", 0) + 1
+        if self.n_begun > 16:
             raise Enough
         return step(self, batch, batch_idx)
 
@@ -244,8 +242,11 @@ def forge(file: Path) -> bool:
     """Make the checksums right again, as one would who means harm; whether they were there to make."""
     manifest = file.with_name("manifest.json")
     if file == manifest:
-        content = json.loads(manifest.read_text()) if file.read_bytes()[:1] == b"{" else {}
-        content.pop("sha256", None)
+        try:
+            content = json.loads(manifest.read_bytes())
+            content.pop("sha256", None)
+        except (ValueError, AttributeError, TypeError):
+            return False
     elif file.parent.name.startswith("step-"):
         manifest.unlink()
         write_manifest(file.parent, int(file.parent.name[-8:]))

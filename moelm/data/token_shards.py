@@ -11,6 +11,7 @@ token, cut into shards of at most `shard_tokens` tokens wherever that falls.
 from __future__ import annotations
 
 import bisect
+import errno
 import hashlib
 import itertools
 import json
@@ -66,6 +67,16 @@ def slug(domain: str) -> str:
 def hash_file(file: Path) -> str:
     with open(file, "rb") as stream:
         return hashlib.file_digest(stream, "sha256").hexdigest()
+
+
+def read_json(file: Path) -> Any:
+    """Raises OSError and ValueError, also for what is no regular file, such as a link to a device without end."""
+    if file.exists() and not file.is_file():
+        raise OSError(errno.EINVAL, "is no file", str(file))
+    try:
+        return json.loads(file.read_text(encoding="utf-8"))
+    except RecursionError:
+        raise ValueError("it is nested too deeply") from None
 
 
 def sealed(manifest: dict[str, Any]) -> dict[str, Any]:
@@ -125,10 +136,10 @@ class StreamWriter:
 def read_manifest(folder: Path) -> dict[str, Any]:
     file = folder / "manifest.json"
     try:
-        manifest = json.loads(file.read_text(encoding="utf-8"))
+        manifest = read_json(file)
     except FileNotFoundError:
         raise _damaged(f"{file}: no such file, so there is no prepared data") from None
-    except (OSError, ValueError, RecursionError) as error:
+    except (OSError, ValueError) as error:
         raise _damaged(f"{file}: cannot be read: {error}") from None
     version = manifest.get("format_version") if isinstance(manifest, dict) else None
     if version != FORMAT_VERSION:

@@ -30,7 +30,7 @@ import torch
 
 import moelm
 from moelm.config import Config, from_dict, read_yaml
-from moelm.data.token_shards import hash_file, is_sealed, sealed
+from moelm.data.token_shards import hash_file, is_sealed, read_json, sealed
 from moelm.training.statistics import gather, rank, world_size
 from moelm.training.training_file import check_moments, check_training
 from moelm.training.weight_files import CheckpointError, TensorFiles, read_weights
@@ -60,7 +60,7 @@ def step_of(folder: Path) -> int:
 
 def _read_manifest(folder: Path) -> dict[str, Any]:
     try:
-        manifest: dict[str, Any] = json.loads((folder / "manifest.json").read_text(encoding="utf-8"))
+        manifest: dict[str, Any] = read_json(folder / "manifest.json")
         if manifest["format"] not in (2, FORMAT):  # in 2 the moments lie in training.pt
             older = "; an older moelm wrote it, which can still read it" if manifest["format"] == 1 else ""
             raise CheckpointError(f"{folder}: format {manifest['format']}, this moelm reads {FORMAT} and 2{older}")
@@ -71,7 +71,7 @@ def _read_manifest(folder: Path) -> dict[str, Any]:
             if Path(name).name != name:
                 raise CheckpointError(f"{folder}: manifest.json names {name!r}, which is no file of the folder")
             _ = int(facts["bytes"]), str(facts["sha256"])
-    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise CheckpointError(f"{folder}: not a checkpoint (manifest.json: {error})") from None
     return manifest
 
