@@ -11,6 +11,7 @@ import shutil
 import subprocess
 import sys
 import sysconfig
+import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -121,7 +122,7 @@ def test_mutated_configs_run_as_they_say_or_are_refused(text: dict[str, Any], bo
 
 @pytest.mark.slow
 def test_many_mutated_configs_run_as_they_say_or_are_refused(text: dict[str, Any], bounded: Path) -> None:
-    check_configs(range(100, 700), text, bounded)
+    check_configs(range(100, 500), text, bounded)
 
 
 FOUND = {  # what was not refused once, or only after memory or time were taken
@@ -233,7 +234,8 @@ def check_file(seed: int, whole: Path, folder: Path) -> list[str]:
         assert result != "fault", case
         assert not (folder / "executed").exists(), case
         if not forged and name in allowed:
-            assert said in allowed[name] if result == "ran" else file.name in said, case
+            named = file.name in said or "was prepared with another config" in said  # by evaluate --data, just before
+            assert said in allowed[name] if result == "ran" else named, case
         results.append(result)
     return results
 
@@ -278,7 +280,7 @@ def test_mutated_files_are_refused_or_passed_over(whole: Path, bounded: Path, mo
 def test_many_mutated_files_are_refused_or_passed_over(
     whole: Path, bounded: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    check_files(range(100, 300), whole, bounded, monkeypatch)
+    check_files(range(100, 250), whole, bounded, monkeypatch)
 
 
 # ------------------------------------------------------------------------------------- as real processes
@@ -286,6 +288,7 @@ def test_many_mutated_files_are_refused_or_passed_over(
 
 def end_of(module: str, arguments: list[str], folder: Path) -> str:
     """What a process said; it must have ended as a command does."""
+    started = time.perf_counter()
     ended = subprocess.run(
         [sys.executable, "-m", module, *arguments],
         cwd=folder,
@@ -294,6 +297,7 @@ def end_of(module: str, arguments: list[str], folder: Path) -> str:
         text=True,
         timeout=200,
     )
+    print(module, folder.name, f"{time.perf_counter() - started:.1f} s", ended.returncode, file=sys.stderr, flush=True)
     assert ended.returncode in (0, 2), f"{module} {arguments} exit {ended.returncode}: {ended.stderr}"
     assert "Traceback" not in ended.stderr
     assert ("error: " in ended.stderr) == (ended.returncode == 2), ended.stderr

@@ -6,7 +6,7 @@
                            only, which can be evaluated, generate and be converted, but not continued
     config.yaml            the resolved config
     tokenizer.json         may be missing where there is no training.pt
-    manifest.json          size and sha256 of each file; written last
+    manifest.json          size and sha256 of each file, and of what else it says itself; written last
 
 There may be several `model-*` and `optimizer-*` (of a converted model, of a run whose ranks wrote one each), of which
 each has some tensors or a part of each (`weight_files.py`). `training.pt` loads with `torch.load(weights_only=True)`;

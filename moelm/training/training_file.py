@@ -51,10 +51,11 @@ def check_training(checkpoint: Mapping[str, Any], step: int, version: str, where
     ):
         raise CheckpointError(f"{where}: holds no parameter groups")
     numbers = [i for group in groups for i in group["params"]]
-    right_names = names is None or (isinstance(names, list) and len(names) == len(numbers))
+    right_names = names is None or (
+        isinstance(names, list) and len(names) == len(numbers) and all(isinstance(name, str) for name in names)
+    )
     if numbers != list(range(len(numbers))) or not right_names:
         raise CheckpointError(f"{where}: its parameter groups do not hold its parameters")
-
 
 
 def check_moments(states: Mapping[Any, Any], n_parameters: int, where: str) -> None:
