@@ -11,7 +11,6 @@ import shutil
 import subprocess
 import sys
 import sysconfig
-import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -288,7 +287,6 @@ def test_many_mutated_files_are_refused_or_passed_over(
 
 def end_of(module: str, arguments: list[str], folder: Path) -> str:
     """What a process said; it must have ended as a command does."""
-    started = time.perf_counter()
     ended = subprocess.run(
         [sys.executable, "-m", module, *arguments],
         cwd=folder,
@@ -297,7 +295,6 @@ def end_of(module: str, arguments: list[str], folder: Path) -> str:
         text=True,
         timeout=200,
     )
-    print(module, folder.name, f"{time.perf_counter() - started:.1f} s", ended.returncode, file=sys.stderr, flush=True)
     assert ended.returncode in (0, 2), f"{module} {arguments} exit {ended.returncode}: {ended.stderr}"
     assert "Traceback" not in ended.stderr
     assert ("error: " in ended.stderr) == (ended.returncode == 2), ended.stderr

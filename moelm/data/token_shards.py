@@ -1,7 +1,7 @@
 """Prepared text on disk: the format, its writer and its reader.
 
     <folder>/tokenizer.json
-    <folder>/manifest.json              the corpus config, counts and checksums, its own too: see `prepare.write_manifest`
+    <folder>/manifest.json              the corpus config, counts and checksums, also its own: `prepare.write_manifest`
     <folder>/train.<domain>.00000.bin   token ids, raw little-endian uint16 (uint32 above 65,536 tokens)
 
 A (split, domain) is one stream of tokens: its documents one after the other, each ended by the end-of-text
