@@ -116,7 +116,7 @@ def check_configs(seeds: range, corpus: dict[str, Any], folder: Path) -> None:
 
 
 def test_mutated_configs_run_as_they_say_or_are_refused(text: dict[str, Any], bounded: Path) -> None:
-    check_configs(range(8), text, bounded)
+    check_configs(range(10), text, bounded)
 
 
 @pytest.mark.slow
@@ -272,7 +272,7 @@ def check_files(seeds: range, whole: Path, folder: Path, patch: pytest.MonkeyPat
 
 
 def test_mutated_files_are_refused_or_passed_over(whole: Path, bounded: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    check_files(range(4), whole, bounded, monkeypatch)
+    check_files(range(5), whole, bounded, monkeypatch)
 
 
 @pytest.mark.slow
