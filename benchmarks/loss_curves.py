@@ -116,7 +116,7 @@ def main() -> None:
     )
     parser.add_argument("--config", default=str(ROOT / "configs/bench/moe_1_7b.yaml"))
     parser.add_argument("--steps", type=int, default=300)
-    parser.add_argument("--jobs", type=int, default=4, help="runs at a time on the GPU; nothing is timed")
+    parser.add_argument("--jobs", type=int, default=2, help="runs at a time on the GPU; nothing is timed")
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="of the config, for all runs")
     arguments = parser.parse_args()
     measure.require_cuda()

@@ -218,8 +218,10 @@ VARIANTS: dict[str, Callable[[Shape], Layer]] = {
     "torchtitan": partial(peers.torchtitan_layer, compiled=False),
     "torchtitan compiled": partial(peers.torchtitan_layer, compiled=True),
     "scattermoe": partial(peers.scattermoe_layer, compiled=False),
-    "sonicmoe": partial(peers.sonicmoe_layer, compiled=False),
+    "sonicmoe": partial(peers.sonicmoe_layer, tuned=False),
+    "sonicmoe tuned": partial(peers.sonicmoe_layer, tuned=True),  # takes minutes for each shape
 }
+DEFAULT = [name for name in VARIANTS if name != "sonicmoe tuned"]
 
 # ---------------------------------------------------------------------------------------------- measure
 
@@ -291,13 +293,15 @@ def build(name: str, problem: Problem) -> Layer:
     return layer
 
 
-def saved_gib(layer: Layer, x_TD: Tensor, grad_TD: Tensor) -> float:
+def saved_gib(layer: Layer, x_TD: Tensor, grad_TD: Tensor) -> float | None:
+    """None: of CUDA graphs, whose memory stays allocated."""
     if not x_TD.is_cuda:
         return 0.0
     timed_step(layer, x_TD, grad_TD)
     before = torch.cuda.memory_allocated()
     y_TD = layer.run(x_TD)
-    return (torch.cuda.memory_allocated() - before - y_TD.numel() * y_TD.element_size()) / 2**30
+    growth = (torch.cuda.memory_allocated() - before - y_TD.numel() * y_TD.element_size()) / 2**30
+    return growth if growth >= 0 else None
 
 
 def measure_shape(shape: Shape, names: list[str], device: str, rounds: int, burst_ms: float) -> dict[str, Any]:
@@ -350,7 +354,11 @@ def say(found: dict[str, Any]) -> str:
     if "error" in found:
         return str(found["error"])
     errors = ", ".join(f"{name} {error['all']:.1e}" for name, error in found["errors"].items())
-    return f"saved {found['saved_gib']:.3f} GiB; relative errors: {errors or '-'}"
+    return f"saved {_gib(found['saved_gib'])} GiB; relative errors: {errors or '-'}"
+
+
+def _gib(value: float | None) -> str:
+    return "-" if value is None else f"{value:.3f}"
 
 
 def measure_repeatability(shape: Shape, name: str, device: str, n_repeats: int) -> str:
@@ -442,7 +450,7 @@ def variant_row(name: str, found: dict[str, Any]) -> list[str]:
     if "error" in found:
         return [name, *["-"] * 11]
     errors = found.get("errors", {})
-    saved = f"{found['saved_gib']:.3f}" if "saved_gib" in found else "-"
+    saved = _gib(found.get("saved_gib"))
     row = [name, found["weights"], measure.number(found["ms"]), f"{found['tflops']:.0f}"]
     row += [measure.number(found.get("of_limit"), ".3f"), saved]
     return (
@@ -469,7 +477,7 @@ def main() -> None:
         __doc__, "python benchmarks/moe_layer.py --shapes olmoe,small --variants limit,sonicmoe"
     )
     parser.add_argument("--shapes", default=",".join(SHAPES), help=f"of {', '.join(SHAPES)}")
-    parser.add_argument("--variants", default=",".join(VARIANTS), help=f"of {', '.join(VARIANTS)}")
+    parser.add_argument("--variants", default=",".join(DEFAULT), help=f"of {', '.join(VARIANTS)}")
     parser.add_argument("--repeatability", action="store_true", help="20 repeats of moelm's variants, bitwise")
     parser.add_argument(
         "--skew", action="store_true", help="uneven loads: correct, and their time over the balanced one"

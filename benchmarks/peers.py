@@ -6,6 +6,7 @@ Each is imported where it is built: one that is not installed is an ImportError,
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
@@ -204,10 +205,18 @@ def scattermoe_layer(shape: Shape, compiled: bool) -> Layer:
     )
 
 
-def sonicmoe_layer(shape: Shape, compiled: bool) -> Layer:
+def sonicmoe_layer(shape: Shape, tuned: bool) -> Layer:
+    """With the default tiles of its products, or with those that it finds best for each shape in many minutes."""
+    import quack.gemm_interface
+    import sonicmoe.functional
     from sonicmoe import KernelBackendMoE, MoE
     from sonicmoe.enums import ActivationType
+    from sonicmoe.functional import backward, forward
 
+    for module in (sonicmoe.functional, forward, backward):
+        for name in ("gemm", "gemm_gated", "gemm_dgated"):
+            if hasattr(module, name):
+                setattr(module, name, partial(getattr(quack.gemm_interface, name), tuned=tuned))
     module = MoE(
         num_experts=shape.E,
         num_experts_per_tok=shape.K,

@@ -40,6 +40,7 @@ from moelm.model.size import flops_per_token, model_size, short_name
 from moelm.moe.balancing.base import auxiliary_losses
 from moelm.train import train
 from moelm.training.evaluation import forward_batch
+from moelm.training.gradient_clipping import clip_gradients
 from moelm.training.lightning_module import MoELightningModule
 from moelm.training.optim import build_optimizer, place_gradients
 from moelm.training.saving import FolderCheckpointIO
@@ -81,11 +82,12 @@ def bare_loop(config: Config, device: str) -> list[Interval]:
         model = GPT(config.model)
     model.to_empty(device=device)
     initialize_once(model, config.run.seed)
-    model.compile_blocks()
+    accumulation = config.optim.batch_tokens // (config.optim.micro_batch_size * config.data.seq_len)
+    model.compile_blocks(cuda_graphs=device == "cuda" and accumulation == 1)  # as `auto` does
     model.activation_checkpointing = config.trainer.activation_checkpointing
     module.model = model
     optimizer = build_optimizer(model, config.optim)
-    place_gradients(model, optimizer, config.optim.batch_tokens // MICRO_TOKENS)
+    place_gradients(model, optimizer, accumulation)
 
     def loss(batch: Batch) -> Tensor:
         with torch.autocast(device, torch.bfloat16):
@@ -95,7 +97,7 @@ def bare_loop(config: Config, device: str) -> list[Interval]:
         return output.loss + sum(each.weighted for each in auxiliary.values())
 
     def step() -> None:
-        module.configure_gradient_clipping(optimizer, config.trainer.gradient_clip_val)
+        clip_gradients(optimizer, model.parameters(), config.trainer.gradient_clip_val)
         optimizer.step()
         optimizer.zero_grad()
 

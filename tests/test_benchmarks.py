@@ -3,20 +3,26 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from functools import partial
 from typing import Any
 
 import loss_curves
 import measure
 import moe_layer
+import parallel
 import plot
 import pytest
 import scaling
 import torch
 import train_step
 from peers import Layer, Shape
+from torch.optim import Optimizer
 
 from moelm import command_line
+from moelm.config import Config
+from moelm.model.gpt import GPT
+from moelm.training.optim import build_optimizer
 
 command_line.import_builtins()
 SHAPE = Shape(T=64, D=32, E=8, K=2, F=16)
@@ -125,7 +131,7 @@ def test_weight_traffic_is_shown_beside_the_time_over_experts() -> None:
     assert plot.curves({"2": step}) == {"moelm fused": ([2], [2.0])}
 
 
-@pytest.mark.parametrize("benchmark", [moe_layer, train_step, scaling])
+@pytest.mark.parametrize("benchmark", [moe_layer, train_step, scaling, parallel])
 def test_without_a_gpu_a_benchmark_says_so_and_ends_with_exit_code_2(
     benchmark: Any, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -135,6 +141,31 @@ def test_without_a_gpu_a_benchmark_says_so_and_ends_with_exit_code_2(
         benchmark.main()
     assert ended.value.code == 2
     assert "measures an NVIDIA GPU" in capsys.readouterr().err
+
+
+def test_communication_is_hidden_while_other_kernels_run() -> None:
+    step: dict[str, Any] = {"name": "ProfilerStep#7", "cat": "user_annotation", "ts": 0, "dur": 10_000}
+    spans = [("nccl_a", 0, 4000), ("nccl_b", 3000, 3000), ("gemm", 5000, 4000)]
+    kernels = [{"name": name, "cat": "kernel", "ts": ts, "dur": dur} for name, ts, dur in spans]
+    assert parallel.overlap([step, *kernels]) == pytest.approx({"ms": 6.0, "hidden": 1 / 6})
+    assert parallel.overlap([step, kernels[2]]) is None
+
+
+def test_strategies_are_compared_with_one_device_by_tokens_and_with_its_steps_by_loss_and_norm() -> None:
+    sizes = {"batch_tokens": 1000, "flops_per_token": 10, "precision": "bf16-mixed", "recompiled": 0, "info_gib": 2.0}
+    one = {"name": "one", "n_devices": 1, "tokens_per_s": [100.0], "losses": [9.0], "norms": [9.0], **sizes}
+    same = {**one, "name": "one, same batch", "losses": [3.0, 2.0], "norms": [1.0, 2.0]}
+    ddp = {**same, "name": "ddp", "n_devices": 2, "tokens_per_s": [180.0], "losses": [3.001, 2.002]}
+    fsdp = {**ddp, "name": "fsdp", "norms": [1.0, 2.1]}
+    broken = {"name": "fsdp, expert_parallel=2", "n_devices": 2, "error": "exit code 1"}
+    rows = {row["name"]: row for row in parallel.rows_of([same, one, ddp, fsdp, broken], "NVIDIA H200")}
+    assert rows["ddp"]["efficiency"] == pytest.approx(0.9)
+    assert rows["ddp"]["differences"] == pytest.approx({"first": 0.001, "loss": 0.002, "norm": 0.0})
+    assert rows["ddp"]["within"]
+    assert not rows["fsdp"]["within"]
+    text = parallel.markdown({"facts": FACTS, "model": "A", "what": "", "rows": [*rows.values()]})
+    assert "| ddp | 2 | 180 (180 to 180) |" in text
+    assert "fsdp, expert_parallel=2: exit code 1" in text
 
 
 def test_the_distance_of_loss_curves_is_that_of_their_moving_means_late_in_the_run() -> None:
@@ -147,3 +178,21 @@ def test_the_distance_of_loss_curves_is_that_of_their_moving_means_late_in_the_r
     assert found["fast and plain, seed 0"]["train"] == pytest.approx(0.5)
     assert found["fast and plain, seed 0"]["bias"] == pytest.approx(-0.5)
     assert found["fast and plain, seed 0"]["val"] == 0.25
+
+
+def test_the_bare_loop_trains(tiny: Callable[..., Config], monkeypatch: pytest.MonkeyPatch) -> None:
+    made: list[Optimizer] = []
+
+    def watched(*args: Any) -> Optimizer:
+        made.append(build_optimizer(*args))
+        return made[0]
+
+    monkeypatch.setattr(train_step, "build_optimizer", watched)
+    monkeypatch.setattr(GPT, "compile_blocks", lambda model, cuda_graphs: None)
+    config = tiny({"optim.micro_batch_size": 8, "trainer.max_steps": 2, "trainer.log_every_n_steps": 1})
+    intervals = train_step.bare_loop(config, "cpu")
+    assert [interval.tokens_per_s > 0 for interval in intervals] == [True, True]
+    for group in made[0].param_groups:
+        for parameter in group["params"]:
+            assert made[0].state[parameter]["step"] == 2
+            assert parameter.isfinite().all()

@@ -30,10 +30,11 @@ CATEGORIES = (  # the first whose pattern a name has; a kernel is asked first, t
         r"^_(spread|row_tiles|gather_sum|swiglu|count|sum_blocks|place)|sort|sum_by_|^_?(Dispatch|Combine|Spread)",
     ),
     ("row movement", r"^moelm::(send|receive|send_back|gather_home|send_choices|return_choices)$"),
+    ("row movement", r"^moelm::expert_mlp_(arriving|leaving|backward_around)$"),
     ("router", r"^_(top_k|sums|write_parts|logits|grad_x|grad_weight)|topk|TopK|router|sums_of_choices"),
     ("router", r"^moelm::(keep_choice|choose|best_ids)|^triton_.*(softmax|logsumexp|scatter)"),
     ("loss", r"^_(cross_entropy)|CrossEntropy|log_softmax|nll_loss"),
-    ("attention", r"flash|fmha|[Aa]ttention|sdpa"),
+    ("attention", r"flash|fmha|[Aa]ttention|sdpa|^void cudnn::fusion"),
     ("optimizer", r"[Aa]dam|multi_tensor_apply|_foreach|[Mm]uon|clip"),
     ("copies and casts", r"^triton_poi_fused__to_copy(_(t|view|clone|permute|transpose))*_\d+$"),
     (REST, r"^triton_|^_turn_heads"),
@@ -136,8 +137,8 @@ def table_of(events: list[dict[str, Any]], n_steps: int) -> dict[str, Any]:
     if kernels:
         work = []
         for each in kernels:
-            launched, names = launches.get(each["args"].get("correlation"), (begin, []))
-            if launched >= begin:  # else it belongs to the step before
+            launched, names = launches.get(each["args"].get("correlation"), (0.0, []))
+            if launched >= begin:  # else it belongs to the step before, and its launch may not even be in the trace
                 work.append(Work([each["name"], *names], each["ts"], each["ts"] + each["dur"], each["dur"]))
         begin, end = min(piece.start for piece in work), max(piece.end for piece in work)
     else:
@@ -146,7 +147,7 @@ def table_of(events: list[dict[str, Any]], n_steps: int) -> dict[str, Any]:
     for piece in work:
         by_category[category_of(piece.names)].append(piece.busy)
         by_name[piece.names[0]].append(piece.busy)
-    idle = end - begin - _union((piece.start, piece.end) for piece in work)
+    idle = end - begin - union((piece.start, piece.end) for piece in work)
     rows = [(name, sum(times), len(times)) for name, times in by_category.items()]
     rows = [*sorted(rows, key=lambda row: -row[1]), ("idle" if kernels else "between ops", idle, 0)]
     longest = sorted(((name, sum(times), len(times)) for name, times in by_name.items()), key=lambda row: -row[1])[:25]
@@ -195,7 +196,7 @@ def category_of(names: Iterable[str]) -> str:
     return REST
 
 
-def _union(spans: Iterable[tuple[float, float]]) -> float:
+def union(spans: Iterable[tuple[float, float]]) -> float:
     """The time in which at least one of them lasts."""
     total, until = 0.0, float("-inf")
     for start, end in sorted(spans):

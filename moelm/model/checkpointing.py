@@ -21,6 +21,8 @@ EXPENSIVE = {
     "moelm::counting_sort",
     "moelm::grouped_mm",
     "moelm::expert_mlp",
+    "moelm::expert_mlp_arriving",
+    "moelm::expert_mlp_leaving",
     "moelm::router_logits",
     "moelm::send",  # and what follows on it: a journey is made again as a whole or not at all
     "moelm::send_choices",

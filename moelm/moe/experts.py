@@ -19,7 +19,8 @@ from torch.autograd.function import once_differentiable
 
 from moelm.config import MoEConfig, grouped_widths_fit, why_not_fused
 from moelm.moe.dispatch.dropless import Permutation
-from moelm.moe.fused import expert_mlp
+from moelm.moe.dispatch.expert_parallel import Journey
+from moelm.moe.fused import expert_mlp, expert_mlp_around
 from moelm.moe.kernels import HAS_TRITON, INTERPRETED
 from moelm.moe.ops import op
 from moelm.moe.working_copies import refreshed, stand_in, sum_gradients_in_place
@@ -177,17 +178,31 @@ class Experts(nn.Module):
 
         Where this is compiled, `refresh` must have run before, outside; else it runs here.
         """
+        x_TD = x_TD.to(compute_dtype(x_TD))
+        permutation = plan.row_of_choice_TK, plan.choice_of_row_R, plan.offsets_E
+        y_TD: Tensor = expert_mlp(x_TD, gates_TK.float(), *permutation, *self._weights_and_copies(x_TD.dtype))
+        return y_TD
+
+    def mix_journey(self, journey: Journey, group: str) -> Tensor:
+        """`mix` of what the ranks of `group` send each other: [S, D], which is on its way back."""
+        plan, packed_SD = journey.plan, journey.packed_SD
+        permutation = plan.row_of_choice_TK, plan.choice_of_row_R, plan.offsets_E
+        weights = self._weights_and_copies(packed_SD.dtype)
+        landing_SD: Tensor = expert_mlp_around(
+            packed_SD, journey.local.gates_TK, *permutation, *weights, journey.splits, group
+        )
+        return landing_SD
+
+    def _weights_and_copies(self, dtype: torch.dtype) -> tuple[Tensor, ...]:
+        """gate_up and down twice: what receives the gradient, and what is multiplied."""
         if not torch.compiler.is_compiling():
             self.refresh()
-        x_TD = x_TD.to(compute_dtype(x_TD))
         weights = self.stand_ins or (self._weight("gate_up"), self._weight("down"))
         copies = [
-            weight.detach().to(x_TD.dtype) if copy is None or weight.dtype == x_TD.dtype else copy
+            weight.detach().to(dtype) if copy is None or weight.dtype == dtype else copy
             for weight, copy in zip(weights, (self.gate_up_copy, self.down_copy), strict=True)
         ]
-        permutation = plan.row_of_choice_TK, plan.choice_of_row_R, plan.offsets_E
-        y_TD: Tensor = expert_mlp(x_TD, gates_TK.float(), *permutation, *weights, *copies)
-        return y_TD
+        return *weights, *copies
 
     @torch.compiler.disable  # type: ignore[untyped-decorator]
     def refresh(self) -> None:

@@ -52,7 +52,11 @@ class MoELayer(nn.Module):
         else:
             journey = self.exchange.send(x_TD.to(compute_dtype(x_TD)), routing)
             shared_BLD = self._share(x_BLD)  # while they travel
-            y_TD = self.exchange.bring_home(self._mix(*self.exchange.receive(journey)), journey)
+            if self.experts.fuses(x_TD):
+                landing_SD = self.experts.mix_journey(journey, self.exchange.group)
+            else:
+                landing_SD = self.exchange.send_back(self._mix(*self.exchange.receive(journey)), journey)
+            y_TD = self.exchange.bring_home(landing_SD, journey)
         y_BLD = self.merge(y_TD.view(x_BLD.shape))
         return y_BLD if shared_BLD is None else y_BLD + shared_BLD, stats
 

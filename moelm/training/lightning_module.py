@@ -29,7 +29,7 @@ from moelm.training.preemption import Preempted, exit_code, received
 from moelm.training.rng import rng_state, seed_rank, set_rng_state
 from moelm.training.shards import held_part, local
 from moelm.training.statistics import RecentLoad, StepAccumulator, StepReports, StepStatistics, gather, world_size
-from moelm.training.strategies import ShardedStrategy
+from moelm.training.strategies import ShardedStrategy, why_no_cuda_graphs
 
 
 class NonFiniteError(UserError):
@@ -81,7 +81,8 @@ class MoELightningModule(pl.LightningModule):
         options = self.config.trainer
         model.activation_checkpointing = options.activation_checkpointing
         if options.compile in (True, "cuda_graphs") or (options.compile == "auto" and device.type == "cuda"):
-            model.compile_blocks(options.compile == "cuda_graphs")
+            graphs = strategy is not None and options.compile is not True and not why_no_cuda_graphs(self.trainer)
+            model.compile_blocks(cuda_graphs=graphs)
         if isinstance(strategy, ShardedStrategy):
             strategy.shard(model)
         try:

@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from functools import partial
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
+import lightning.pytorch as pl
 import torch
-from lightning.pytorch.strategies import DDPStrategy, ModelParallelStrategy, Strategy
+import torch._dynamo.config
+from lightning.pytorch.strategies import DDPStrategy, ModelParallelStrategy, SingleDeviceStrategy, Strategy
 from lightning.pytorch.strategies.parallel import ParallelStrategy
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
@@ -20,6 +24,7 @@ from torch.optim import Optimizer
 from moelm.config import Config, TrainerConfig
 from moelm.model.block import Block
 from moelm.model.gpt import GPT
+from moelm.moe import kernels
 from moelm.moe.dispatch.expert_parallel import ExpertParallel
 from moelm.moe.experts import Experts
 from moelm.moe.layer import MoELayer
@@ -37,8 +42,10 @@ def build_strategy(config: Config) -> Strategy | None:
         return None
     end_with_launcher()
     backend = "gloo" if options.accelerator == "cpu" or not torch.cuda.is_available() else "nccl"
+    kernels.processors_left_free = min(64, int(os.environ.get("NCCL_MAX_CTAS", "0")))
     if options.strategy == "fsdp":
         return ShardedStrategy(options, backend)
+    torch._dynamo.config.optimize_ddp = False  # it cuts what is compiled at DDP's buckets, and blocks are small pieces
     # counters are no buffers, so none is broadcast
     return DDPStrategy(process_group_backend=backend, broadcast_buffers=False, gradient_as_bucket_view=True)
 
@@ -98,6 +105,7 @@ class ShardedStrategy(ModelParallelStrategy):
             if isinstance(unit, FSDPModule):
                 unit.set_gradient_divide_factor(1.0)
                 unit.set_force_sum_reduction_for_comms(True)
+        fetch_ahead(model)
 
     def _place_experts(self, block: Block, moe: MoELayer, policy: MixedPrecisionPolicy) -> set[nn.Parameter]:
         """Over "ep", if it has several ranks, and the share of each over "fsdp" likewise; what needs no FSDP2 then."""
@@ -219,6 +227,20 @@ def hold_experts(block: Block, inputs: Any) -> None:
     block.moe.experts.hold()
 
 
+def fetch_ahead(model: GPT) -> None:
+    """Let the units of the next block be gathered while one computes, where by itself FSDP2 would begin too late:
+    once the host comes to the next block, after it has waited for the number of tokens; and in the backward pass only
+    with one of the two units."""
+    units: list[list[Any]] = [
+        [unit for unit in (block, block.moe and block.moe.experts) if isinstance(unit, FSDPModule)]
+        for block in model.all_blocks
+    ]
+    for before, after in pairwise(units):
+        if len(before) + len(after) > 2:
+            before[0].set_modules_to_forward_prefetch(after)
+            after[0].set_modules_to_backward_prefetch(before)
+
+
 def gather_with(block: Block, experts: Any) -> None:
     """Let a unit inside `block` be gathered, freed and reduced when the block is, as one unit with two meshes.
 
@@ -229,3 +251,15 @@ def gather_with(block: Block, experts: Any) -> None:
     state._post_forward_hook_handle.remove()
     block.register_forward_pre_hook(state._pre_forward, prepend=True, with_kwargs=True)
     block.register_forward_hook(state._post_forward)
+
+
+def why_no_cuda_graphs(trainer: pl.Trainer) -> str:
+    """Of compiled blocks; empty if they can be recorded."""
+    if trainer.strategy.root_device.type != "cuda":
+        return "there is no CUDA device"
+    if not isinstance(trainer.strategy, SingleDeviceStrategy):
+        return "they are recorded on one device only"
+    if trainer.accumulate_grad_batches > 1:
+        n = trainer.accumulate_grad_batches
+        return f"a step has {n} micro-batches, of which each would overwrite the gradients of the one before"
+    return ""

@@ -14,7 +14,6 @@ import torch
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.loggers import TensorBoardLogger
-from lightning.pytorch.strategies import SingleDeviceStrategy
 from lightning.pytorch.utilities import rank_zero_only
 from tensorboard.compat.proto.summary_pb2 import Summary  # type: ignore[import-untyped]
 
@@ -24,7 +23,7 @@ from moelm.config import OWN_TRAINER_KEYS, Config, ConfigError, build
 from moelm.moe.kernels import HAS_TRITON, INTERPRETED
 from moelm.training.preemption import StopSignals
 from moelm.training.saving import FolderCheckpointIO, StepCheckpoint
-from moelm.training.strategies import build_strategy
+from moelm.training.strategies import build_strategy, why_no_cuda_graphs
 
 
 def build_trainer(config: Config, resume_step: int | None = None) -> pl.Trainer:
@@ -127,17 +126,8 @@ def _set_intervals(trainer: pl.Trainer, config: Config) -> None:
 
 
 def _check_cuda_graphs(trainer: pl.Trainer, config: Config) -> None:
-    if config.trainer.compile != "cuda_graphs":
-        return
-    problem = ""
-    if trainer.strategy.root_device.type != "cuda":
-        problem = "there is no CUDA device"
-    elif not isinstance(trainer.strategy, SingleDeviceStrategy):
-        problem = "graphs are recorded on one device only"
-    elif trainer.accumulate_grad_batches > 1:
-        n = trainer.accumulate_grad_batches
-        problem = f"a step has {n} micro-batches, of which each would overwrite the gradients of the one before"
-    if problem:
+    problem = why_no_cuda_graphs(trainer)
+    if config.trainer.compile == "cuda_graphs" and problem:
         raise ConfigError("trainer.compile", f"cuda_graphs: {problem}", "use auto")
 
 

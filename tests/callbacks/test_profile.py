@@ -130,6 +130,7 @@ def test_kernels_are_counted_from_the_first_launch_of_the_profiled_steps() -> No
         event("cuda_driver", "cuLaunchKernelEx", 150, 5, correlation=3),
         event("cuda_runtime", "cudaMemcpyAsync", 210, 5, correlation=4),
         event("kernel", "nvjet_left_over", 95, 35, correlation=1),
+        event("kernel", "nvjet_of_a_launch_that_was_not_traced", 128, 2, correlation=0),
         event("kernel", "reduce_kernel", 130, 40, correlation=2),
         event("kernel", "_rows_product", 180, 100, correlation=3),
         event("gpu_memcpy", "Memcpy DtoD", 260, 70, correlation=4),

@@ -156,6 +156,20 @@ def test_a_choice_that_is_none_takes_no_place():
     assert dispatcher.kept(routing, True).tolist() == [[4, 4], [0, 4], [0, 4]]
 
 
+def test_the_experts_of_a_group_may_share_its_places_unevenly():
+    ids_TK = torch.tensor([[0, 2], [0, 3], [0, 1], [4, 0], [1, 3]])
+    raw = {
+        **{"n_experts": 4, "top_k": 2, "router": {"name": "top_k", "n_groups": 2, "top_k_groups": 2}},
+        "dispatch": {"name": "capacity", "of": "group", "capacity_factor": 0.8},
+    }
+    moe = from_dict(MoEConfig, raw, "model.moe")
+    moe.dispatch.check("model.moe.dispatch", moe)
+    kept_TK = build("dispatch", moe.dispatch, moe).kept(TokenChoice(ids_TK, torch.ones(5, 2)), True)
+    assert kept_TK.tolist() == [[0, 2], [0, 3], [0, 4], [4, 4], [1, 3]]  # 4 places a group
+    with pytest.raises(ConfigError, match=r"of: group: the router top_k has no groups of experts here"):
+        make_layer(of="group")
+
+
 def test_shapes_are_static_and_the_layer_is_one_graph(tiny_config):
     model = GPT(tiny_config(moe={"dispatch": {"name": "capacity", "capacity_factor": 0.8, "drop": "probability"}}))
     initialize(model, 0)

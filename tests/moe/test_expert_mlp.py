@@ -5,6 +5,7 @@ nobody has written holds NaN.
 """
 
 import copy
+from functools import partial
 
 import pytest
 import torch
@@ -66,6 +67,92 @@ def make_case(expert_ids_TK, device, dtype, D=40, F=24):
 def poison(rows_RF, offsets_E):
     rows_RF[offsets_E[-1] :] = torch.nan
     return rows_RF
+
+
+class Tiled:
+    """What `hopper.py` computes, for the rows of the tiles that it is given and when it is given them."""
+
+    SIZE = 4
+
+    def rows_of(self, tiles):
+        for e, row, stop in tiles.tiles_N3.tolist():
+            if e >= 0:
+                yield e, slice(row, min(row + self.SIZE, stop))
+
+    def product(self, rows_RK, w, tiles, *, transposed=False, out_RN=None):
+        out_RN = torch.full((len(rows_RK), w.shape[1 if transposed else 2]), torch.nan) if out_RN is None else out_RN
+        for e, rows in self.rows_of(tiles):
+            out_RN[rows] = rows_RK[rows] @ (w[e].T if transposed else w[e])
+        return out_RN
+
+    def up_product(self, x_TD, choice_of_row_R, top_k, w, tiles):
+        gate_up_R2F = torch.full((len(choice_of_row_R), w.shape[2]), torch.nan)
+        for part in tiles:
+            self.product(x_TD[choice_of_row_R // top_k], w, part, out_RN=gate_up_R2F)
+        return gate_up_R2F, expert_mlp.swiglu_reference(gate_up_R2F, None)
+
+    def down_backward(self, grad_y_TD, gates_TK, choice_of_row_R, offsets_E, w, gate_up_R2F, tiles):
+        grad_h_RF = torch.full((len(choice_of_row_R), w.shape[1]), torch.nan)
+        for part in tiles:
+            self.product(grad_y_TD[choice_of_row_R // gates_TK.shape[1]], w, part, transposed=True, out_RN=grad_h_RF)
+        return expert_mlp.swiglu_backward_reference(grad_h_RF, gate_up_R2F, gates_TK, choice_of_row_R, offsets_E)
+
+    def weight_gradient(
+        self, tokens_TM, rows_RN, choice_of_row_R, top_k, offsets_E, tiles, dtype, sum_EMN=None, *, rows_first=False
+    ):
+        pair = tokens_TM[choice_of_row_R // top_k], rows_RN
+        return expert_mlp._sum_of_products(*(reversed(pair) if rows_first else pair), offsets_E).to(dtype)
+
+
+def meanwhile(grad_y_TD, arguments, n_here):
+    """All that `forward` and `backward` return, of tokens of which those behind `n_here` arrive meanwhile."""
+    x_TD, gates_TK, row_of_choice_TK, choice_of_row_R, offsets_E, *weights = arguments
+    n_rows_here, left = int((row_of_choice_TK[:n_here] < offsets_E[-1]).sum()), []
+
+    def others(arriving_TD):
+        travelling_TD = torch.full_like(x_TD, torch.nan)
+        travelling_TD[:n_here] = arriving_TD[:n_here]
+        arrive = partial(travelling_TD[n_here:].copy_, arriving_TD[n_here:])
+        return travelling_TD, expert_mlp.Others(n_here, n_rows_here, arrive, lambda home: left.append(home.clone()))
+
+    batch = gates_TK, row_of_choice_TK, choice_of_row_R, offsets_E
+    there_TD, about = others(x_TD)
+    gate_up_R2F, h_RF = expert_mlp.up(there_TD, *batch, weights[0], about)
+    here_XD = expert_mlp.down(h_RF, *batch, weights[1], about)
+    grad_there_TD, about = others(grad_y_TD)
+    inputs = there_TD, *batch, *weights, gate_up_R2F, torch.float32, about
+    grad_x_XD, *grads = expert_mlp.backward_around(grad_there_TD, *inputs)
+    used_R2F = gate_up_R2F[: int(offsets_E[-1])]
+    return [torch.cat([here_XD, left[0]]), used_R2F, torch.cat([grad_x_XD, left[1]]), *grads]
+
+
+@pytest.mark.parametrize("tiled", [True, False])
+@pytest.mark.parametrize("n_here", [0, 11, 37])
+def test_tokens_that_arrive_meanwhile_are_not_touched_before_and_leave_first(monkeypatch, n_here, tiled):
+    grad_y_TD, arguments = make_case(CASES["some_none"], "cpu", torch.float32)
+    y_TD, gate_up_R2F = expert_mlp.forward_reference(*arguments)
+    wanted = y_TD, gate_up_R2F, *expert_mlp.backward_reference(grad_y_TD, *arguments, gate_up_R2F)
+    if tiled:
+
+        def tiles(x_TD, n_rows, top_k, d_expert, offsets_E, dtype, here):
+            return products.row_tiles(n_rows, offsets_E, Tiled.SIZE, here)
+
+        monkeypatch.setattr(expert_mlp, "hopper", Tiled)
+        monkeypatch.setattr(expert_mlp, "hopper_tiles", tiles)
+    found = meanwhile(grad_y_TD, arguments, n_here)
+    for one, other in zip(found, wanted, strict=True):
+        assert_near({"": one}, {"": other[: len(one)]}, 1e-6)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("n_here", [0, 1, 1234, 3000])
+def test_tokens_that_arrive_meanwhile_change_no_bit(n_here):
+    grad_y_TD, arguments = make_case(ids(3000, 3), "cuda", torch.bfloat16, D=264, F=136)
+    y_TD, gate_up_R2F = expert_mlp.forward(*arguments)
+    wanted = y_TD, gate_up_R2F, *expert_mlp.backward(grad_y_TD, *arguments, gate_up_R2F)
+    found = meanwhile(grad_y_TD, arguments, n_here)
+    for one, other in zip(found, wanted, strict=True):
+        assert torch.equal(one, other[: len(one)])
 
 
 @pytest.mark.parametrize("case", CASES)
@@ -369,7 +456,7 @@ def test_gradients_of_experts_are_what_the_op_wrote_in_float32_or_in_bfloat16_if
             short = step()
         for gradient, wanted in zip(short, full, strict=True):
             if compiled:  # what is not this op has other roundings
-                assert (gradient - wanted).norm() <= 0.01 * wanted.norm()
+                assert (gradient - wanted).norm() <= 0.03 * wanted.norm()
             else:
                 assert ((gradient - wanted).abs() <= 2**-8 * wanted.abs()).all()
         assert [each.dtype for each in short] == hooked == [torch.bfloat16] * 2

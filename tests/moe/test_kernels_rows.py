@@ -6,7 +6,7 @@ import torch
 pytest.importorskip("triton")
 
 from moelm.moe.kernels import rows
-from moelm.moe.kernels.products import row_tiles, row_tiles_reference
+from moelm.moe.kernels.products import Here, row_tiles, row_tiles_reference
 from moelm.moe.kernels.sorting import sort_by_expert_reference
 
 # (T, K, E, D, F): widths that are multiples of 8 and of no block, more than one block, one choice, no token
@@ -53,11 +53,29 @@ def test_spread_copies_each_token_into_its_rows(case, dtype):
 @pytest.mark.parametrize("size", [4, 128])
 def test_tiles_cut_each_experts_rows_and_the_busiest_expert_comes_first(case, size):
     inputs = case.T * case.K, case.offsets_E, size
-    (found, experts_E), (wanted, wanted_E) = row_tiles(*inputs), row_tiles_reference(*inputs)
+    ((found, experts_E),), (wanted, wanted_E) = row_tiles(*inputs), row_tiles_reference(*inputs)
     assert torch.equal(experts_E, wanted_E)
     assert torch.equal(found[:, 0], wanted[:, 0])
     used = found[:, 0] >= 0
     assert torch.equal(found[used], wanted[used])
+
+
+@pytest.mark.parametrize("n_tokens", [0, 5, 20, 37])
+def test_tiles_of_which_all_rows_are_of_the_first_tokens_and_the_rest_are_all_tiles(case, n_tokens):
+    n_choices = min(n_tokens, case.T) * case.K
+    n_rows = int((case.choice_of_row_R[: case.n_used] < n_choices).sum())
+    here = Here(case.choice_of_row_R, n_choices, n_rows)
+    parts = row_tiles(case.T * case.K, case.offsets_E, 4, here)
+    first, rest = ([tuple(tile) for tile in part.tiles_N3.tolist() if tile[0] >= 0] for part in parts)
+    every, experts_E = row_tiles_reference(case.T * case.K, case.offsets_E, 4)
+    assert all(torch.equal(part.experts_E, experts_E) for part in parts)
+
+    def is_here(tile):
+        return all(choice < n_choices for choice in case.choice_of_row_R[tile[1] : min(tile[1] + 4, tile[2])])
+
+    every = [tuple(tile) for tile in every.tolist() if tile[0] >= 0]
+    assert first == [tile for tile in every if is_here(tile)]
+    assert rest == [tile for tile in every if not is_here(tile)]
 
 
 @pytest.mark.parametrize("dtype", DTYPES)

@@ -8,9 +8,11 @@ from typing import Any
 import pytest
 import torch
 from lightning.pytorch.callbacks import Callback
+from tiny_runs import scalars_of
 
 from moelm.config import Config, NamedConfig, register
 from moelm.train import train
+from moelm.training import adamw
 
 WARM_UP = 3  # steps in which kernels are compiled and tuned, which waits
 EVERY = 5
@@ -35,7 +37,7 @@ class NoHostSync(Callback):
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("compile_blocks", [False, True])
+@pytest.mark.parametrize("compile_blocks", [False, True, "cuda_graphs"])
 @pytest.mark.parametrize(
     "special",
     [
@@ -51,8 +53,9 @@ class NoHostSync(Callback):
     ids=["global_batch", "loss_free", "capacity", "base", "expert_choice", "reinforce", "recomputed", "large"],
 )
 def test_no_wait_for_the_device_between_log_steps(
-    tiny: Callable[..., Config], special: dict[str, Any], compile_blocks: bool
+    tiny: Callable[..., Config], monkeypatch: pytest.MonkeyPatch, special: dict[str, Any], compile_blocks: bool | str
 ) -> None:
+    monkeypatch.setattr(adamw, "LARGE", 1024)
     changes: dict[str, Any] = {
         "model.moe.d_expert": 16,
         "trainer.accelerator": "cuda",
@@ -66,10 +69,14 @@ def test_no_wait_for_the_device_between_log_steps(
     }
     NoHostSync.n_watched = 0
     try:
-        train(tiny(changes))
+        config = tiny(changes)
+        if compile_blocks == "cuda_graphs":
+            config.optim.batch_tokens //= 2  # one micro-batch instead of two
+        train(config)
     finally:
         torch.cuda.set_sync_debug_mode("default")
-    assert NoHostSync.n_watched == 2 * 11  # two micro-batches of each step but the logged ones
+    # each micro-batch of each step but the logged ones
+    assert NoHostSync.n_watched == 11 * config.optim.batch_tokens // (8 * config.data.seq_len)
 
 
 @pytest.mark.gpu
@@ -80,3 +87,26 @@ def test_the_watch_sees_a_wait() -> None:
             torch.ones(1, device="cuda").item()
     finally:
         torch.cuda.set_sync_debug_mode("default")
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("compile_blocks", ["auto", "cuda_graphs"])
+def test_compiled_runs_learn_what_a_plain_one_does(tiny: Callable[..., Config], compile_blocks: str) -> None:
+    """With the default callbacks, and with validations, whose graphs lie between those of training."""
+    changes: dict[str, Any] = {
+        "model.moe.d_expert": 16,
+        "trainer.accelerator": "cuda",
+        "trainer.precision": "bf16-mixed",
+        "trainer.log_every_n_steps": EVERY,
+        "trainer.max_steps": 30,
+        "data.val_every_n_steps": 7,
+        "optim.micro_batch_size": 8,
+    }
+    losses = []
+    for name, value in (("plain", False), ("compiled", compile_blocks)):
+        config = tiny({**changes, "trainer.compile": value, "run.name": name})
+        config.optim.batch_tokens = 8 * config.data.seq_len
+        summary = train(config)
+        losses.append([*(loss for _, loss in scalars_of(config.run_folder)["train/ce"]), summary["val/ce"]])
+    assert losses[1] == pytest.approx(losses[0], rel=5e-3)
+    assert losses[0][-1] < 0.95 * losses[0][0]

@@ -1,4 +1,4 @@
-"""The `capacity` dispatcher: an expert takes at most C choices of a batch, the others are dropped.
+"""The `capacity` dispatcher: an expert, or a group of them, takes at most C choices of a batch, others are dropped.
 
 A dropped choice adds nothing: the token passes by the residual connection. Dropping turns the choice into "none", so
 shapes stay static and the rest is the dropless dispatcher.
@@ -25,6 +25,7 @@ class CapacityConfig(DispatchConfig):
 
     capacity_factor: float = setting(1.25, gt=0)  # in training: C = ceil(factor x T x K / E), T tokens of a micro-batch
     eval_capacity_factor: float = setting(2.0, gt=0)
+    of: str = setting("expert", allowed=("expert", "group"))  # group: of the router's, such as those on one device
     drop: str = setting("position", allowed=("position", "probability"))  # who goes first when an expert is full
     eval_dispatch: str = setting("capacity", allowed=("capacity", "dropless"))  # dropless: independent of the batch
 
@@ -36,6 +37,9 @@ class CapacityConfig(DispatchConfig):
 
     def check(self, key: str, config: MoEConfig) -> None:
         super().check(key, config)
+        if self.of == "group" and "sent_BG" not in config.router.provides:
+            problem = f"group: the router {config.router.name} has no groups of experts here"
+            raise ConfigError(f"{key}.of", problem, "set model.moe.router.n_groups of the router top_k, or use expert")
         if self.drop == "probability" and config.router.equal_gates:
             problem = f"probability has no effect with the router {config.router.name}, whose gates are all the same"
             raise ConfigError(f"{key}.drop", problem, "use position")
@@ -48,7 +52,9 @@ class CapacityConfig(DispatchConfig):
 
 @register("dispatch", "capacity", CapacityConfig)
 class CapacityDispatcher(DroplessDispatcher):
-    """Accepts token choice. T, and so C, is that of one micro-batch on one rank; masked tokens take no place.
+    """Accepts token choice. T, and so C, is that of one micro-batch on one rank; masked tokens take no place. With
+    `of: group` C is n_groups times smaller than T x K, and bounds what the experts of a group take together: with
+    as many groups as ranks that share the experts, what a rank receives of another (DeepSeek-V2, 2405.04434, 2.2.4).
 
     All first choices go before all second ones (GShard, arXiv 2006.16668, algorithm 1). Among equals `position`
     prefers the earlier token of the batch; `probability` the token with the larger gate (batch-prioritised
@@ -58,6 +64,8 @@ class CapacityDispatcher(DroplessDispatcher):
     def __init__(self, config: CapacityConfig, moe: MoEConfig) -> None:
         super().__init__(config, moe)
         self.config = config
+        n_groups: int = getattr(moe.router, "n_groups", 1)
+        self.n_together = 1 if config.of == "expert" else moe.n_experts // n_groups  # experts with one capacity
 
     def kept(self, routing: TokenChoice, training: bool) -> Tensor:
         if not training and self.config.eval_dispatch == "dropless":
@@ -65,14 +73,18 @@ class CapacityDispatcher(DroplessDispatcher):
         config = self.config
         factor = config.capacity_factor if training else config.eval_capacity_factor
         T, K = routing.expert_ids_TK.shape
-        capacity = expert_capacity(factor, T, K, self.n_experts)
+        n_sets = self.n_experts // self.n_together
+        capacity = expert_capacity(factor, T, K, n_sets)
         by_gate_T = routing.gates_TK.detach().amax(-1) if config.drop == "probability" else None
-        ids_TK: Tensor = keep_choice(drop_over_capacity(routing.expert_ids_TK, by_gate_T, capacity, self.n_experts))
+        set_TK = routing.expert_ids_TK // self.n_together  # n_sets for "none"
+        kept_TK = drop_over_capacity(set_TK, by_gate_T, capacity, n_sets)
+        ids_TK: Tensor = keep_choice(torch.where(kept_TK < n_sets, routing.expert_ids_TK, self.n_experts))
         return ids_TK
 
 
 def expert_capacity(factor: float, n_tokens: int, top_k: int, n_experts: int) -> int:
-    """C = ceil(factor x T x K / E) (Switch, arXiv 2101.03961, eq. 3), at least 1, at most all choices."""
+    """C = ceil(factor x T x K / E) (Switch, arXiv 2101.03961, eq. 3), at least 1, at most all choices; E may be groups of
+    experts."""
     return max(1, math.ceil(min(n_tokens * top_k, factor * n_tokens * top_k / n_experts)))
 
 

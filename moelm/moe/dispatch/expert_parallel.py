@@ -3,16 +3,19 @@
 Beside the suffixes of `moe/types.py`:
 
     P ranks that share the experts    N tokens received by this rank    J = min(K, E / P) choices of a received token
-    S tokens sent by it, one for each of a token's ranks, in the order of ranks and then of tokens
+    S tokens sent by it, one for each of a token's ranks: the other ranks' in their order, then those that stay
 
-S and N depend on the data. The host learns them in one exchange of counts a layer, and waits for it: the only wait
-here, once for the forward and the backward pass. Shapes inside what is compiled are unbacked symbols, so no number of
-tokens compiles anything anew.
+Received tokens begin with those that stayed, which never wait for a link. S and N depend on the data. The host learns
+them in one exchange of counts a layer, and waits for it: the only wait here, once for the forward and the backward
+pass. Shapes inside what is compiled are unbacked symbols, so no number of tokens compiles anything anew.
 
 On [S, D] tensors a journey is under way between two of the four ops below: `send` (T to S) begins one that `receive`
 (S to N) ends, `send_back` (N to S) begins one that `gather_home` (S to T) ends. What the layer does between the two
 overlaps it. The gradient goes the same ways back: the derivative of each op is the one that begins or ends the
-opposite journey. Rows are added in the order of ranks.
+opposite journey. Rows are added in the order of ranks. `fused.py` ends one journey and begins the other inside of its
+ops, with products of tokens that stay in between.
+
+Messages of a group travel one after the other, so the small one about choices goes ahead of the tokens.
 """
 
 from __future__ import annotations
@@ -32,20 +35,20 @@ from moelm.moe.types import TokenChoice
 if HAS_TRITON:
     from moelm.moe.kernels.rows import gather_sum
 
-STEPS = 64  # experts get a multiple of T K / 64 rows: kernels remember launches by size, and few sizes recur
+STEPS = 64  # experts get multiples of T / 64 tokens and T K / 64 rows: kernels remember launches by size, and few recur
 _groups: dict[str, dist.ProcessGroup] = {}  # by the name that the ops are given
-_under_way: dict[int, tuple[Any, Tensor, Tensor]] = {}  # address of the [S, D] tensor -> handle, what was sent, result
+_under_way: dict[int, tuple[Any, Tensor, Tensor]] = {}  # storage of the [S, D] tensor -> handle, what was sent, result
 
 
 class Journey(NamedTuple):
     """Where a layer's tokens go, and the first of them on their way."""
 
     packed_SD: Tensor  # under way to the ranks
-    routing: TokenChoice
     row_of_rank_TP: Tensor  # int32 row among S of what token t sends to rank p; past the last one if nothing
     ends_P: Tensor  # int32 ends of the ranks' rows
     token_of_row_S: Tensor  # int32
-    place_TK: Tensor  # int64 place of choice (t, k) among the S * J of what is sent; -1 for "none"
+    local: TokenChoice  # what this rank receives: gates [N, J], local ids [N, J]; its "none" is E / P
+    plan: Permutation  # of the local choices; hardly any "none" has a row
     splits: Tensor  # int64 on the CPU [sent or received, P, tokens or choices]
 
 
@@ -60,43 +63,50 @@ class ExpertParallel:
         self.n_ranks = group.size()
         self.n_experts = n_experts
         self.n_local = n_experts // self.n_ranks
+        self.rank = group.rank()
         _groups[self.group] = group
 
     def send(self, x_TD: Tensor, routing: TokenChoice) -> Journey:
         """Begins the journey of x, in its dtype. `routing` names experts by their global ids."""
-        P, ids_TK = self.n_ranks, routing.expert_ids_TK
+        P, (ids_TK, gates_TK) = self.n_ranks, routing
         n_slots = min(ids_TK.shape[1], self.n_local)
         ranks_P = torch.arange(P, device=ids_TK.device)
+        seats_P = torch.where(ranks_P == self.rank, P - 1, ranks_P - (ranks_P > self.rank).long())  # own rows are last
         rank_TK = ids_TK // self.n_local  # P for "none"
         on_rank_TKP = rank_TK.unsqueeze(-1) == ranks_P
         goes_TP = on_rank_TKP.any(1)
-        trips = sort_by_expert(torch.where(goes_TP, ranks_P, P), P)
+        trips = sort_by_expert(torch.where(goes_TP, seats_P, P), P)
         counts_P2 = torch.stack([goes_TP.sum(0), on_rank_TKP.sum((0, 1))], 1)
-        splits, token_of_row_S = exchange_counts(counts_P2, trips.choice_of_row_R, self.group)
-        packed_SD = _Send.apply(x_TD, token_of_row_S, trips.row_of_choice_TK, trips.offsets_E, splits, self.group)
         known_TK = rank_TK.clamp(max=P - 1)
         row_TK = trips.row_of_choice_TK.gather(1, known_TK)
         slot_TK = on_rank_TKP.cumsum(1).gather(2, known_TK.unsqueeze(-1)).squeeze(-1) - 1  # k-th of those on its rank
-        place_TK = torch.where(rank_TK < P, row_TK * n_slots + slot_TK, -1)
-        rows = trips.row_of_choice_TK, trips.offsets_E, token_of_row_S
-        return Journey(packed_SD, routing, *rows, place_TK, splits)
-
-    def receive(self, journey: Journey) -> tuple[Tensor, TokenChoice, Permutation]:
-        """(x [N, D], choices [N, J] of local experts, their rows): a batch for the local experts. Its "none" is
-        E / P, and hardly any of those has a row."""
-        ids_TK, gates_TK = journey.routing
+        place_TK = torch.where(rank_TK < P, row_TK * n_slots + slot_TK, -1)  # among the S * J of what is sent
+        # all that can be is queued before the host waits
+        message_MX = _message(ids_TK % self.n_local, gates_TK.detach().float(), place_TK, P, n_slots, self.n_local)
+        splits, token_of_row_S = exchange_counts(counts_P2, trips.choice_of_row_R, self.group)
         gates_NJ, ids_NJ, *rows = _SendChoices.apply(
-            gates_TK.float(), ids_TK, journey.place_TK, journey.splits, self.n_local, self.group
+            gates_TK.float(), message_MX, place_TK, splits, self.n_local, self.group
         )
-        x_ND = _Receive.apply(journey.packed_SD, journey.splits, gates_NJ.shape[0], self.group)
         row_of_choice_NJ, choice_of_row_R, offsets_E = rows
         plan = Permutation(ids_NJ, row_of_choice_NJ, choice_of_row_R, ids_NJ != self.n_local, offsets_E)
-        return x_ND, TokenChoice(ids_NJ, gates_NJ), plan
+        packed_SD = _Send.apply(x_TD, token_of_row_S, trips.row_of_choice_TK, trips.offsets_E, splits, self.group)
+        here = trips.row_of_choice_TK, trips.offsets_E, token_of_row_S
+        return Journey(packed_SD, *here, TokenChoice(ids_NJ, gates_NJ), plan, splits)
 
-    def bring_home(self, y_ND: Tensor, journey: Journey) -> Tensor:
+    def receive(self, journey: Journey) -> tuple[Tensor, TokenChoice, Permutation]:
+        """(x [N, D], choices [N, J] of local experts, their rows): a batch for the local experts."""
+        n_rows = journey.local.gates_TK.shape[0]
+        x_ND = _Receive.apply(journey.packed_SD, journey.splits, n_rows, self.group)
+        return x_ND, journey.local, journey.plan
+
+    def send_back(self, y_ND: Tensor, journey: Journey) -> Tensor:
+        """Begins the journey home of y: [S, D], for `bring_home`."""
+        landing_SD: Tensor = _SendBack.apply(y_ND, journey.splits, journey.packed_SD.shape[0], self.group)
+        return landing_SD
+
+    def bring_home(self, landing_SD: Tensor, journey: Journey) -> Tensor:
         """y [T, D]: the sum of what the ranks made of a token; 0 for one without a choice."""
-        _, _, row_of_rank_TP, ends_P, token_of_row_S, _, splits = journey
-        landing_SD = _SendBack.apply(y_ND, splits, token_of_row_S.shape[0], self.group)
+        _, row_of_rank_TP, ends_P, token_of_row_S, _, _, splits = journey
         y_TD: Tensor = _GatherHome.apply(landing_SD, row_of_rank_TP, ends_P, token_of_row_S, splits, self.group)
         return y_TD
 
@@ -104,10 +114,36 @@ class ExpertParallel:
 # ------------------------------------------------------------------------------------------------- ops
 
 
-def _totals(splits: Tensor) -> tuple[list[int], list[int]]:
-    """Tokens sent to each rank, tokens received from each."""
+class Split(NamedTuple):
+    """How many tokens stay on this rank; are sent to each, and come from each, 0 for itself."""
+
+    stay: int
+    sent: list[int]
+    received: list[int]
+
+
+def _split(splits: Tensor, group: str) -> Split:
     sent, received = splits[..., 0].tolist()
-    return sent, received
+    rank = _groups[group].rank()
+    stay, sent[rank], received[rank] = sent[rank], 0, 0
+    return Split(stay, sent, received)
+
+
+def _go(message_SX: Tensor, result_NX: Tensor, split: Split, group: str, **options: Any) -> Any:
+    """Each row to its rank: S rows to the first N of `result_NX`."""
+    stay, n_sent, n_received = split
+    n = sum(n_sent)
+    there_NX = result_NX[stay : stay + sum(n_received)]
+    handle = dist.all_to_all_single(there_NX, message_SX[:n], n_received, n_sent, group=_groups[group], **options)
+    result_NX[:stay] = message_SX[n:]
+    return handle
+
+
+def _go_back(message_NX: Tensor, result_SX: Tensor, split: Split, group: str, **options: Any) -> Any:
+    """The opposite, of what does not stay."""
+    n_sent, n_received = split.sent, split.received
+    here_SX = result_SX[: sum(n_sent)]
+    return dist.all_to_all_single(here_SX, message_NX, n_sent, n_received, group=_groups[group], **options)
 
 
 def _empty_counts(sent_P2: Tensor, choice_of_row_R: Tensor, group: str) -> tuple[Tensor, Tensor]:
@@ -123,17 +159,17 @@ def exchange_counts(sent_P2: Tensor, choice_of_row_R: Tensor, group: str) -> tup
     received_P2 = torch.empty_like(sent_P2)
     dist.all_to_all_single(received_P2, sent_P2, group=_groups[group])
     splits = torch.stack([sent_P2, received_P2]).cpu()
-    n_sent, _ = _totals(splits)
-    return splits, choice_of_row_R[: sum(n_sent)] // len(n_sent)
+    return splits, choice_of_row_R[: int(splits[0, :, 0].sum())] // len(sent_P2)
 
 
-def _begin(key: Tensor, sent: Tensor, result: Tensor, n_sent: list[int], n_received: list[int], group: str) -> None:
-    handle = dist.all_to_all_single(result, sent, n_received, n_sent, group=_groups[group], async_op=True)
-    _under_way[key.data_ptr()] = handle, sent, result
+def _key(tensor_SD: Tensor) -> int:
+    """Of a tensor and the views of it; tensors without elements have no address."""
+    return int(tensor_SD.untyped_storage()._cdata)
 
 
-def _end(key: Tensor) -> Tensor:
-    handle, _, result = _under_way.pop(key.data_ptr())
+def end(tensor_SD: Tensor) -> Tensor:
+    """What the journey of this tensor brings, once it has ended: the current stream waits, the host does not."""
+    handle, _, result = _under_way.pop(_key(tensor_SD))
     handle.wait()
     return result
 
@@ -142,39 +178,69 @@ def _end(key: Tensor) -> Tensor:
 def send(x_TD: Tensor, token_of_row_S: Tensor, splits: Tensor, group: str) -> Tensor:
     """What begins its journey, [S, D]: S D elements read, written and sent, but for those that stay on this rank."""
     packed_SD = x_TD.index_select(0, token_of_row_S)
-    _begin_sending(packed_SD, splits, group)
+    _begin_sending(packed_SD, splits, _n_received(splits, len(x_TD)), group)
     return packed_SD
 
 
-def _begin_sending(packed_SD: Tensor, splits: Tensor, group: str) -> None:
-    n_sent, n_received = _totals(splits)
-    result_ND = packed_SD.new_empty(sum(n_received), packed_SD.shape[1])
-    _begin(packed_SD, packed_SD, result_ND, n_sent, n_received, group)
+def _n_received(splits: Tensor, n_tokens: int) -> int:
+    """N, in steps."""
+    return _in_steps(int(splits[1, :, 0].sum()), n_tokens)
+
+
+def _in_steps(n: int, most: int) -> int:
+    step = max(1, most // STEPS)
+    return -(-n // step) * step
+
+
+def _begin_sending(packed_SD: Tensor, splits: Tensor, n_rows: int, group: str) -> None:
+    result_ND = packed_SD.new_empty(n_rows, packed_SD.shape[1])
+    handle = _go(packed_SD, result_ND, _split(splits, group), group, async_op=True)
+    _under_way[_key(packed_SD)] = handle, packed_SD, result_ND
 
 
 @op("moelm::receive", fake=lambda packed_SD, _, n_rows, __: packed_SD.new_empty(n_rows, packed_SD.shape[1]))
 def receive(packed_SD: Tensor, splits: Tensor, n_rows: int, group: str) -> Tensor:
     """[N, D]: ends the journey of `send`, or makes all of it where a compiler kept `packed_SD` to do this again."""
-    if packed_SD.data_ptr() not in _under_way:
-        _begin_sending(packed_SD, splits, group)
-    return _end(packed_SD)
+    resume(packed_SD, splits, n_rows, group)
+    return end(packed_SD)
+
+
+def resume(packed_SD: Tensor, splits: Tensor, n_rows: int, group: str) -> Tensor:
+    """What the journey of `send` will bring, [N, D], of which so far only what stays here is there."""
+    if _key(packed_SD) not in _under_way:
+        _begin_sending(packed_SD, splits, n_rows, group)
+    return _under_way[_key(packed_SD)][2]
 
 
 @op("moelm::send_back", fake=lambda y_ND, _, n_rows, __: y_ND.new_empty(n_rows, y_ND.shape[1]))
 def send_back(y_ND: Tensor, splits: Tensor, n_rows: int, group: str) -> Tensor:
     """[S, D], which will hold what comes back: N D elements sent. `y_ND` must stay as it is until `gather_home`;
     compilers give its memory only to tensors of N rows, of which there are no others."""
-    n_sent, n_received = _totals(splits)
     landing_SD = y_ND.new_empty(n_rows, y_ND.shape[1])
-    _begin(landing_SD, y_ND.contiguous(), landing_SD, n_received, n_sent, group)
+    stay, _ = staying(splits, group)
+    begin_sending_back(landing_SD, splits, group, y_ND[stay:])
+    landing_SD[n_rows - stay :] = y_ND[:stay]
     return landing_SD
+
+
+def staying(splits: Tensor, group: str) -> tuple[int, int]:
+    """How many tokens stay on this rank, and how many of their choices."""
+    n_tokens, n_choices = splits[0, _groups[group].rank()].tolist()
+    return n_tokens, n_choices
+
+
+def begin_sending_back(landing_SD: Tensor, splits: Tensor, group: str, y_XD: Tensor) -> None:
+    """Of received tokens those that came from other ranks, and whatever follows them."""
+    split, y_XD = _split(splits, group), y_XD.contiguous()
+    handle = _go_back(y_XD[: sum(split.received)], landing_SD, split, group, async_op=True)
+    _under_way[_key(landing_SD)] = handle, y_XD, landing_SD
 
 
 @op("moelm::gather_home", fake=lambda landing_SD, rows_TP, _: landing_SD.new_empty(len(rows_TP), landing_SD.shape[1]))
 def gather_home(landing_SD: Tensor, row_of_rank_TP: Tensor, ends_P: Tensor) -> Tensor:
     """y [T, D]: ends the journey of `send_back`, and adds up each token's rows in the order of ranks."""
-    if landing_SD.data_ptr() in _under_way:  # or it has ended: a compiler kept `landing_SD` to do this again
-        _end(landing_SD)
+    if _key(landing_SD) in _under_way:  # or it has ended: a compiler kept `landing_SD` to do this again
+        end(landing_SD)
     T, D = len(row_of_rank_TP), landing_SD.shape[1]
     if not len(landing_SD):
         return landing_SD.new_zeros(T, D)
@@ -187,48 +253,52 @@ def gather_home(landing_SD: Tensor, row_of_rank_TP: Tensor, ends_P: Tensor) -> T
     return y_TD.to(landing_SD.dtype)
 
 
+def _message(ids_TK: Tensor, gates_TK: Tensor, place_TK: Tensor, P: int, J: int, none: int) -> Tensor:
+    """int32 [T P, 2 J], of which the first S rows are sent: ids, and the bits of gates, in their places."""
+    end = place_TK.shape[0] * P * J  # of the places; what is not sent goes behind it
+    place_R = torch.where(place_TK < 0, end, place_TK).flatten()
+    pairs = (ids_TK.int(), none), (gates_TK, 0.0)
+    placed = [values.new_full((end + 1,), rest).scatter(0, place_R, values.flatten())[:end] for values, rest in pairs]
+    return torch.cat([placed[0].view(-1, J), placed[1].view(torch.int32).view(-1, J)], 1)
+
+
 def _empty_choices(
-    gates_TK: Tensor, ids_TK: Tensor, place_TK: Tensor, splits: Tensor, n_local: int, group: str
-) -> tuple[Tensor, ...]:
+    message_MX: Tensor, n_choices: int, splits: Tensor, n_local: int, group: str
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     context = torch.library.get_ctx()
-    gates_NJ = gates_TK.new_empty(context.new_dynamic_size(), min(ids_TK.shape[1], n_local))
-    ids_NJ, rows_NJ = (torch.empty_like(gates_NJ, dtype=dtype) for dtype in (torch.int64, torch.int32))
+    rows_NJ = message_MX.new_empty(context.new_dynamic_size(), message_MX.shape[1] // 2)
+    gates_NJ, ids_NJ = (torch.empty_like(rows_NJ, dtype=dtype) for dtype in (torch.float32, torch.int64))
     return gates_NJ, ids_NJ, rows_NJ, rows_NJ.new_empty(context.new_dynamic_size()), rows_NJ.new_empty(n_local)
 
 
 @op("moelm::send_choices", fake=_empty_choices)
 def send_choices(
-    gates_TK: Tensor, ids_TK: Tensor, place_TK: Tensor, splits: Tensor, n_local: int, group: str
+    message_MX: Tensor, n_choices: int, splits: Tensor, n_local: int, group: str
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """(gates [N, J] float32, local ids [N, J], row of choice [N, J], choice of row [R], ends [E / P]) of what this rank
-    receives, R < T K / STEPS more than there are choices. 2 J S four-byte elements sent."""
-    n_sent, n_received = _totals(splits)
-    S, J = sum(n_sent), min(ids_TK.shape[1], n_local)
-    place_R = torch.where(place_TK < 0, S * J, place_TK).flatten()
-    ids_SJ = _placed(place_R, (ids_TK % n_local).int().flatten(), S, J, n_local)
-    gates_SJ = _placed(place_R, gates_TK.flatten(), S, J, 0.0)
-    message_SX = torch.cat([ids_SJ, gates_SJ.view(torch.int32)], 1)
-    message_NX = message_SX.new_empty(sum(n_received), 2 * J)
-    dist.all_to_all_single(message_NX, message_SX, n_received, n_sent, group=_groups[group])
+    receives, of T K = `n_choices` on each. N and R in steps: choices of tokens past the last are "none". 2 J S
+    four-byte elements sent."""
+    split, J = _split(splits, group), message_MX.shape[1] // 2
+    n = split.stay + sum(split.received)
+    n_tokens = len(message_MX) // len(split.sent)
+    message_NX = message_MX.new_empty(_in_steps(n, n_tokens), 2 * J)
+    message_NX[n:, :J], message_NX[n:, J:] = n_local, 0
+    _go(message_MX[: split.stay + sum(split.sent)], message_NX, split, group)
     ids_NJ, gates_NJ = message_NX[:, :J].long(), message_NX[:, J:].contiguous().view(torch.float32)
     plan = sort_by_expert(ids_NJ, n_local)
-    n_rows, step = int(splits[1, :, 1].sum()), max(1, place_TK.numel() // STEPS)
-    n_rows = -(-n_rows // step) * step
+    n_rows = _in_steps(int(splits[1, :, 1].sum()), n_choices)
     return gates_NJ, ids_NJ, plan.row_of_choice_TK, plan.choice_of_row_R[:n_rows], plan.offsets_E
-
-
-def _placed(place_R: Tensor, values_R: Tensor, S: int, J: int, rest: float) -> Tensor:
-    """[S, J]: the values in their places, which are all different but for S * J, and `rest` elsewhere."""
-    return values_R.new_full((S * J + 1,), rest).scatter(0, place_R, values_R)[:-1].view(S, J)
 
 
 @op("moelm::return_choices", fake=lambda grad_NJ, place_TK, *_: grad_NJ.new_empty(place_TK.shape))
 def return_choices(grad_NJ: Tensor, place_TK: Tensor, splits: Tensor, group: str) -> Tensor:
     """[T, K], 0 for "none": each choice's value of a received [N, J] tensor, from the rank that has it. J N elements
     sent; what is in a slot without a choice goes unread."""
-    n_sent, n_received = _totals(splits)
-    grad_SJ = grad_NJ.new_empty(sum(n_sent), grad_NJ.shape[1])
-    dist.all_to_all_single(grad_SJ, grad_NJ.contiguous(), n_sent, n_received, group=_groups[group])
+    split, grad_NJ = _split(splits, group), grad_NJ.contiguous()
+    n = sum(split.sent)
+    grad_SJ = grad_NJ.new_empty(n + split.stay, grad_NJ.shape[1])
+    grad_SJ[n:] = grad_NJ[: split.stay]
+    _go_back(grad_NJ[split.stay : split.stay + sum(split.received)], grad_SJ, split, group)
     if not len(grad_SJ):
         return grad_SJ.new_zeros(place_TK.shape)
     found_TK = grad_SJ.flatten().index_select(0, place_TK.flatten().clamp(min=0)).view(place_TK.shape)
@@ -309,11 +379,11 @@ class _GatherHome(torch.autograd.Function):
 class _SendChoices(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any, gates_TK: Tensor, ids_TK: Tensor, place_TK: Tensor, splits: Tensor, n_local: int, group: str
+        ctx: Any, gates_TK: Tensor, message_MX: Tensor, place_TK: Tensor, splits: Tensor, n_local: int, group: str
     ) -> tuple[Tensor, ...]:
         ctx.save_for_backward(place_TK, splits)
         ctx.group = group
-        gates_NJ, *others = send_choices(gates_TK, ids_TK, place_TK, splits, n_local, group)
+        gates_NJ, *others = send_choices(message_MX, place_TK.numel(), splits, n_local, group)
         ctx.mark_non_differentiable(*others)
         return gates_NJ, *others
 

@@ -11,11 +11,14 @@ than T K where `choice_of_row_R` leaves some of them out.
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterator
+from typing import NamedTuple
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from moelm.moe.kernels.products import hopper, hopper_tiles
+from moelm.moe.kernels.products import Here, Tiles, hopper, hopper_tiles
 from moelm.moe.kernels.rows import (
     gather_sum,
     gather_sum_reference,
@@ -49,7 +52,7 @@ def forward(
         rows_RD = F.grouped_mm(swiglu(gate_up_R2F, offsets_E), down_EFD, offs=offsets_E)
     else:
         gate_up_R2F, h_RF = hopper().up_product(x_TD, choice_of_row_R, top_k, gate_up_EDF, tiles)
-        rows_RD = hopper().product(h_RF, down_EFD, tiles)
+        rows_RD = hopper().product(h_RF, down_EFD, *tiles)
     return gather_sum(rows_RD, row_of_choice_TK, offsets_E, gates_TK), gate_up_R2F
 
 
@@ -99,16 +102,136 @@ def backward(
         grad_gate_up_R2F, gated_h_RF, grad_gates_TK = hopper().down_backward(
             grad_y_TD, gates_TK, choice_of_row_R, offsets_E, down_EFD, gate_up_R2F, tiles
         )
-        by_token = choice_of_row_R, top_k, offsets_E, tiles, dtype
+        by_token = choice_of_row_R, top_k, offsets_E, tiles[0], dtype
         grad_down_EFD = hopper().weight_gradient(grad_y_TD, gated_h_RF, *by_token, down_sum_EFD, rows_first=True)
         del gated_h_RF
         grad_gate_up_EDF = hopper().weight_gradient(x_TD, grad_gate_up_R2F, *by_token, gate_up_sum_EDF)
-        grad_rows_RD = hopper().product(grad_gate_up_R2F, gate_up_EDF, tiles, transposed=True)
+        grad_rows_RD = hopper().product(grad_gate_up_R2F, gate_up_EDF, *tiles, transposed=True)
     return gather_sum(grad_rows_RD, row_of_choice_TK, offsets_E), grad_gates_TK, grad_gate_up_EDF, grad_down_EFD
 
 
 def _added(gradient: Tensor, sum_so_far: Tensor | None) -> Tensor:
     return gradient if sum_so_far is None else sum_so_far.add_(gradient)
+
+
+# ------------------------------------------------------------------ where some of the tokens come from other ranks
+
+
+class Others(NamedTuple):
+    """Tokens of other ranks, behind the first `n_here`. While they travel those that are here are worked on."""
+
+    n_here: int
+    n_rows_here: int  # choices of the first `n_here` that have an expert here
+    arrive: Callable[[], object]  # once called, they are there for what is launched then
+    leave: Callable[[Tensor], None]  # takes what they go home with, [T - n_here, D]
+
+
+def up(
+    x_TD: Tensor,
+    gates_TK: Tensor,
+    row_of_choice_TK: Tensor,
+    choice_of_row_R: Tensor,
+    offsets_E: Tensor,
+    gate_up_EDF: Tensor,
+    others: Others,
+) -> tuple[Tensor, Tensor]:
+    """(gate_up [R, 2F], h [R, F]): the first product of `forward`, with x whose others arrive meanwhile."""
+    R, d_expert = choice_of_row_R.shape[0], gate_up_EDF.shape[2] // 2
+    tiles = _tiles_around(x_TD, gates_TK, choice_of_row_R, offsets_E, d_expert, None, others)
+    if tiles is not None:
+        found: tuple[Tensor, Tensor] = hopper().up_product(
+            x_TD, choice_of_row_R, gates_TK.shape[1], gate_up_EDF, _as_they_arrive(tiles, others)
+        )
+        return found
+    others.arrive()
+    gate_up_R2F = F.grouped_mm(spread(x_TD, row_of_choice_TK)[:R], gate_up_EDF, offs=offsets_E)
+    return gate_up_R2F, swiglu(gate_up_R2F, offsets_E)
+
+
+def down(
+    h_RF: Tensor,
+    gates_TK: Tensor,
+    row_of_choice_TK: Tensor,
+    choice_of_row_R: Tensor,
+    offsets_E: Tensor,
+    down_EFD: Tensor,
+    others: Others,
+) -> Tensor:
+    """y [n_here, D]: the rest of `forward`. The others leave before those that are here are worked on."""
+    like_TD = h_RF.new_empty(()).expand(len(gates_TK), down_EFD.shape[2])
+    tiles = _tiles_around(like_TD, gates_TK, choice_of_row_R, offsets_E, h_RF.shape[1], None, others)
+    if tiles is not None:
+        rows_RD = hopper().product(h_RF, down_EFD, tiles[1])
+        others.leave(_sums(rows_RD, row_of_choice_TK[others.n_here :], offsets_E, gates_TK[others.n_here :]))
+        hopper().product(h_RF, down_EFD, tiles[0], out_RN=rows_RD)
+    else:
+        rows_RD = F.grouped_mm(h_RF, down_EFD, offs=offsets_E)
+        others.leave(_sums(rows_RD, row_of_choice_TK[others.n_here :], offsets_E, gates_TK[others.n_here :]))
+    return _sums(rows_RD, row_of_choice_TK[: others.n_here], offsets_E, gates_TK[: others.n_here])
+
+
+def backward_around(
+    grad_y_TD: Tensor,
+    x_TD: Tensor,
+    gates_TK: Tensor,
+    row_of_choice_TK: Tensor,
+    choice_of_row_R: Tensor,
+    offsets_E: Tensor,
+    gate_up_EDF: Tensor,
+    down_EFD: Tensor,
+    gate_up_R2F: Tensor,
+    dtype: torch.dtype,
+    others: Others,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """`backward`, with grad_y whose others arrive meanwhile, and leave with their gradients of x before those of the
+    weights are computed. Returns that of x for the tokens that are here."""
+    arguments = grad_y_TD, x_TD, gates_TK, row_of_choice_TK, choice_of_row_R, offsets_E, gate_up_EDF, down_EFD
+    d_expert = down_EFD.shape[1]
+    tiles = _tiles_around(x_TD, gates_TK, choice_of_row_R, offsets_E, d_expert, dtype, others)
+    if tiles is None:
+        others.arrive()
+        grad_x_TD, *grads = backward(*arguments, gate_up_R2F, dtype)
+        others.leave(grad_x_TD[others.n_here :])
+        return grad_x_TD[: others.n_here], grads[0], grads[1], grads[2]
+    grad_gate_up_R2F, gated_h_RF, grad_gates_TK = hopper().down_backward(
+        grad_y_TD, gates_TK, choice_of_row_R, offsets_E, down_EFD, gate_up_R2F, _as_they_arrive(tiles, others)
+    )
+    rows_RD = hopper().product(grad_gate_up_R2F, gate_up_EDF, tiles[1], transposed=True)
+    others.leave(_sums(rows_RD, row_of_choice_TK[others.n_here :], offsets_E))
+    by_token = choice_of_row_R, gates_TK.shape[1], offsets_E, tiles[0], dtype
+    grad_down_EFD = hopper().weight_gradient(grad_y_TD, gated_h_RF, *by_token, rows_first=True)
+    del gated_h_RF
+    grad_gate_up_EDF = hopper().weight_gradient(x_TD, grad_gate_up_R2F, *by_token)
+    hopper().product(grad_gate_up_R2F, gate_up_EDF, tiles[0], transposed=True, out_RN=rows_RD)
+    grad_x_TD = _sums(rows_RD, row_of_choice_TK[: others.n_here], offsets_E)
+    return grad_x_TD, grad_gates_TK, grad_gate_up_EDF, grad_down_EFD
+
+
+def _tiles_around(
+    x_TD: Tensor,
+    gates_TK: Tensor,
+    choice_of_row_R: Tensor,
+    offsets_E: Tensor,
+    d_expert: int,
+    dtype: torch.dtype | None,
+    others: Others,
+) -> list[Tiles] | None:
+    top_k = gates_TK.shape[1]
+    here = Here(choice_of_row_R, others.n_here * top_k, others.n_rows_here)
+    return hopper_tiles(x_TD, choice_of_row_R.shape[0], top_k, d_expert, offsets_E, dtype, here)
+
+
+def _as_they_arrive(tiles: list[Tiles], others: Others) -> Iterator[Tiles]:
+    yield tiles[0]
+    others.arrive()
+    yield tiles[1]
+
+
+def _sums(rows_RD: Tensor, row_of_choice_TK: Tensor, *others: Tensor) -> Tensor:
+    """`gather_sum`, of no token too."""
+    if not len(row_of_choice_TK):
+        return rows_RD.new_empty(0, rows_RD.shape[1])
+    return gather_sum(rows_RD, row_of_choice_TK, *others)
 
 
 def forward_reference(

@@ -13,6 +13,7 @@ Written in Gluon, the part of Triton in which layouts and barriers are explicit;
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from functools import cache, lru_cache
 
 import torch
@@ -29,6 +30,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 )
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
+from moelm.moe import kernels
 from moelm.moe.kernels.launch import Kernel, cdiv
 from moelm.moe.kernels.products import ROWS, Tiles
 
@@ -226,10 +228,13 @@ def _rows_product(
     # fmt: on
 
 
-def product(rows_RK: Tensor, w: Tensor, tiles: Tiles, *, transposed: bool = False) -> Tensor:
-    """[R, N] rows_r W^e, or with `transposed` rows_r W^eT. 2 R K N operations; R K + E K N + R N elements moved."""
+def product(
+    rows_RK: Tensor, w: Tensor, tiles: Tiles, *, transposed: bool = False, out_RN: Tensor | None = None
+) -> Tensor:
+    """[R, N] rows_r W^e, or with `transposed` rows_r W^eT, for the rows of `tiles`. 2 R K N operations; R K + E K N +
+    R N elements moved."""
     (R, K), n = rows_RK.shape, w.shape[1 if transposed else 2]
-    out_RN = rows_RK.new_empty(R, n)
+    out_RN = rows_RK.new_empty(R, n) if out_RN is None else out_RN
     _rows_product[_blocks(tiles.tiles_N3.shape[0] * cdiv(n, COLUMNS), rows_RK.device)](
         _blocks_of(rows_RK, ROWS // 2, DEPTH),
         _blocks_of(w, *((COLUMNS, DEPTH) if transposed else (DEPTH, COLUMNS))),
@@ -385,6 +390,20 @@ def _hand_over(results, first: gl.constexpr, tile):
 
 
 @gluon.jit
+def _sigmoid(x):
+    """Four instructions, good to 2^-22; `1 / (1 + gl.exp(-x))` takes seventeen to be right where float32 underflows."""
+    return gl.inline_asm_elementwise(
+        "{ .reg .f32 e; mul.f32 e, $1, 0fBFB8AA3B; ex2.approx.ftz.f32 e, e; add.f32 e, e, 0f3F800000; "
+        "rcp.approx.ftz.f32 $0, e; }",
+        "=f,f",
+        [x],
+        dtype=gl.float32,
+        is_pure=True,
+        pack=1,
+    )
+
+
+@gluon.jit
 def _swiglu(
     results,
     ready,
@@ -418,7 +437,7 @@ def _swiglu(
                     gate16 = results.index(4 * half + q).load(lines)
                     up16 = results.index(4 * half + 2 + q).load(lines)
                     gate = gate16.to(gl.float32)  # as backward will find it
-                    hidden = gate / (1 + gl.exp(-gate)) * up16.to(gl.float32)
+                    hidden = gate * _sigmoid(gate) * up16.to(gl.float32)
                     gl.store(gate_out + i * (2 * N) + c, gate16, mask=inside)
                     gl.store(up_out + i * (2 * N) + c, up16, mask=inside)
                     gl.store(hidden_out + i * N + c, hidden.to(gl.bfloat16), mask=inside)
@@ -472,34 +491,36 @@ def _up_product(
 
 
 def up_product(
-    x_TD: Tensor, choice_of_row_R: Tensor, top_k: int, gate_up_EDF: Tensor, tiles: Tiles
+    x_TD: Tensor, choice_of_row_R: Tensor, top_k: int, gate_up_EDF: Tensor, tiles: Iterable[Tiles]
 ) -> tuple[Tensor, Tensor]:
-    """(gate_up [R, 2F], h [R, F]): gate_up_r = x_t W^e, and h = silu(gate) up of them once they are rounded.
+    """(gate_up [R, 2F], h [R, F]): gate_up_r = x_t W^e, and h = silu(gate) up of them once they are rounded. One launch
+    for each of the `tiles`, which together have all rows.
 
     4 R D F operations; T D + 2 E D F elements read, most rows R D from L2, 3 R F written.
     """
     R, D, n = choice_of_row_R.shape[0], x_TD.shape[1], gate_up_EDF.shape[2] // 2
     gate_up_R2F, h_RF = x_TD.new_empty(R, 2 * n), x_TD.new_empty(R, n)
     columns = COLUMNS // 2
-    _up_product[_blocks(tiles.tiles_N3.shape[0] * cdiv(n, columns), x_TD.device)](
-        x_TD.contiguous(),
-        choice_of_row_R,
-        _blocks_of(gate_up_EDF, DEPTH, columns),
-        gate_up_R2F,
-        h_RF,
-        tiles.tiles_N3,
-        tiles.tiles_N3.shape[0],
-        top_k,
-        D,
-        n,
-        columns,
-        DEPTH,
-        STAGES - 1,  # what is handed over needs the room of one
-        GROUP // 2,
-        _layout(ROWS // 2, DEPTH),
-        num_warps=4,
-        maxnreg=128,
-    )
+    for tiles_N3, _ in tiles:
+        _up_product[_blocks(tiles_N3.shape[0] * cdiv(n, columns), x_TD.device)](
+            x_TD.contiguous(),
+            choice_of_row_R,
+            _blocks_of(gate_up_EDF, DEPTH, columns),
+            gate_up_R2F,
+            h_RF,
+            tiles_N3,
+            tiles_N3.shape[0],
+            top_k,
+            D,
+            n,
+            columns,
+            DEPTH,
+            STAGES - 1,  # what is handed over needs the room of one
+            GROUP // 2,
+            _layout(ROWS // 2, DEPTH),
+            num_warps=4,
+            maxnreg=128,
+        )
     return gate_up_R2F, h_RF
 
 
@@ -540,27 +561,34 @@ def _swiglu_backward(
                 used = first + r < stop
                 choice = gl.load(choice_ptr + first + r, mask=used, other=0)
                 scale = gl.load(gates_ptr + choice, mask=used, other=0.0)[:, None]
-                dot = gl.zeros([64], gl.float32, gl.SliceLayout(1, lines))
+                dots: gl.constexpr = gl.BlockedLayout([1, 1], [8, 4], [4, 1], [1, 0])
+                dot = gl.zeros([64, 4], gl.float32, dots)
                 at_2N = first.to(gl.int64) * (2 * N) + column * BN
                 at_N = first.to(gl.int64) * N + column * BN
+                gates_in = gate_up_ptr + at_2N + i * (2 * N) + j
                 inside = (first + i < stop) & (column * BN + j < N)
-                g16 = gl.load(gate_up_ptr + at_2N + i * (2 * N) + j, mask=inside, other=0.0)
-                u16 = gl.load(gate_up_ptr + at_2N + N + i * (2 * N) + j, mask=inside, other=0.0)
+                g16 = gl.load(gates_in, mask=inside, other=0.0)
+                u16 = gl.load(gates_in + N, mask=inside, other=0.0)
+                inside = (first + i < stop) & (column * BN + 32 + j < N)
+                next_g16 = gl.load(gates_in + 32, mask=inside, other=0.0)
+                next_u16 = gl.load(gates_in + 32 + N, mask=inside, other=0.0)
                 mbarrier.wait(ready.index(half), phase)
                 for q in range(BN // 32):
                     c = 32 * q + j
                     g = g16.to(gl.float32)
                     u = u16.to(gl.float32)
-                    # the next ones, so that they are there when their turn comes
-                    after = (first + i < stop) & (column * BN + 32 + c < N) & (q + 1 < BN // 32)
-                    g16 = gl.load(gate_up_ptr + at_2N + i * (2 * N) + (32 + c), mask=after, other=0.0)
-                    u16 = gl.load(gate_up_ptr + at_2N + N + i * (2 * N) + (32 + c), mask=after, other=0.0)
+                    # those of the turn after the next, so that they are there when it comes
+                    after = (first + i < stop) & (column * BN + 64 + c < N) & (q + 2 < BN // 32)
+                    g16 = next_g16
+                    u16 = next_u16
+                    next_g16 = gl.load(gates_in + 32 * q + 64, mask=after, other=0.0)
+                    next_u16 = gl.load(gates_in + 32 * q + 64 + N, mask=after, other=0.0)
                     grad = results.index(8 * half + q).load(lines).to(gl.float32)
                     grad = gl.where(first + i < stop, grad, 0.0)
-                    s = 1 / (1 + gl.exp(-g))
+                    s = _sigmoid(g)
                     silu = g * s
                     h = (silu * u).to(gl.bfloat16).to(gl.float32)
-                    dot += gl.sum(grad * h, 1)
+                    dot += gl.convert_layout(gl.sum(gl.reshape(grad * h, [64, 4, 8]), 2), dots)
                     written = (first + i < end) & (column * BN + c < N)
                     gl.store(gated_h_ptr + at_N + i * N + c, (scale * h).to(gl.bfloat16), mask=written)
                     grad = grad * scale
@@ -569,7 +597,8 @@ def _swiglu_backward(
                     at_up = grad_gate_up_ptr + at_2N + N
                     gl.store(at_up + i * (2 * N) + c, (grad * silu).to(gl.bfloat16), mask=written)
                 mbarrier.arrive(taken.index(half))
-                gl.store(grad_gates_ptr + column * n_rows + choice, dot, mask=used)
+                dot_64 = gl.convert_layout(gl.sum(dot, 1), gl.SliceLayout(1, lines))
+                gl.store(grad_gates_ptr + column * n_rows + choice, dot_64, mask=used)
             phase ^= 1
 
 
@@ -622,7 +651,7 @@ def _down_backward(
                             grad_gate_up_ptr, gated_h_ptr, grad_gates_ptr, n_row_tiles, n_rows, E, N, BN, GROUP)),
         (_gather_rows, (grad_y_ptr, choice_ptr, weights_desc, rows, weights, full, empty, tiles_ptr, n_row_tiles,
                         TOP_K, K, N, N, False, BN, BK, STAGES, GROUP)),
-    ], [4, 4, 4], [160, 120, 56])
+    ], [4, 4, 4], [160, 144, 48])
     # fmt: on
 
 
@@ -633,10 +662,10 @@ def down_backward(
     offsets_E: Tensor,
     down_EFD: Tensor,
     gate_up_R2F: Tensor,
-    tiles: Tiles,
+    tiles: Iterable[Tiles],
 ) -> tuple[Tensor, Tensor, Tensor]:
     """`rows.swiglu_backward` of grad_h_r = grad_y_t W^eT, which is never stored: (grad_gate_up [R, 2F], gated_h [R, F],
-    grad_gates [T, K] float32).
+    grad_gates [T, K] float32). One launch for each of the `tiles`, which together have all rows.
 
     2 R D F operations; T D + E F D + 2 R F elements read, most rows R D from L2, 3 R F written.
     """
@@ -644,32 +673,33 @@ def down_backward(
     grad_gate_up_R2F, gated_h_RF = torch.empty_like(gate_up_R2F), gate_up_R2F.new_empty(R, n)
     n_columns = cdiv(n, COLUMNS)
     grad_gates_cTK = torch.zeros(n_columns, *gates_TK.shape, device=gates_TK.device)  # those of "none" stay 0
-    _down_backward[_blocks(tiles.tiles_N3.shape[0] * n_columns, grad_y_TD.device)](
-        grad_y_TD.contiguous(),
-        choice_of_row_R,
-        _blocks_of(down_EFD, COLUMNS, DEPTH),
-        tiles.tiles_N3,
-        offsets_E,
-        gates_TK.contiguous(),
-        gate_up_R2F,
-        grad_gate_up_R2F,
-        gated_h_RF,
-        grad_gates_cTK,
-        tiles.tiles_N3.shape[0],
-        R,
-        offsets_E.shape[0],
-        gates_TK.shape[1],
-        D,
-        n,
-        COLUMNS,
-        DEPTH,
-        STAGES - 1,
-        GROUP,
-        _layout(ROWS // 2, DEPTH),
-        _layout(ROWS // 2, COLUMNS // 8),
-        num_warps=4,
-        maxnreg=128,
-    )
+    for tiles_N3, _ in tiles:
+        _down_backward[_blocks(tiles_N3.shape[0] * n_columns, grad_y_TD.device)](
+            grad_y_TD.contiguous(),
+            choice_of_row_R,
+            _blocks_of(down_EFD, COLUMNS, DEPTH),
+            tiles_N3,
+            offsets_E,
+            gates_TK.contiguous(),
+            gate_up_R2F,
+            grad_gate_up_R2F,
+            gated_h_RF,
+            grad_gates_cTK,
+            tiles_N3.shape[0],
+            R,
+            offsets_E.shape[0],
+            gates_TK.shape[1],
+            D,
+            n,
+            COLUMNS,
+            DEPTH,
+            STAGES - 1,
+            GROUP,
+            _layout(ROWS // 2, DEPTH),
+            _layout(ROWS // 2, COLUMNS // 8),
+            num_warps=4,
+            maxnreg=128,
+        )
     return grad_gate_up_R2F, gated_h_RF, grad_gates_cTK[0] if n_columns == 1 else grad_gates_cTK.sum(0)
 
 
@@ -915,4 +945,4 @@ def _n_processors(device: torch.device) -> int:
 
 
 def _blocks(n_tiles: int, device: torch.device) -> tuple[int, int, int]:
-    return min(n_tiles, _n_processors(device)), 1, 1
+    return min(n_tiles, _n_processors(device) - kernels.processors_left_free), 1, 1

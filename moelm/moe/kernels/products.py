@@ -29,27 +29,59 @@ class Tiles(NamedTuple):
     experts_E: Tensor  # int32, most rows first: dealt out in turn, work that grows with the rows ends about together
 
 
+class Here(NamedTuple):
+    """Of tokens of which some are still on their way: those that are here, which come first."""
+
+    choice_of_row_R: Tensor
+    n_choices: int  # theirs are the first
+    n_rows: int  # as many of them have an expert
+
+
 def hopper_tiles(
-    x_TD: Tensor, n_rows: int, top_k: int, d_expert: int, offsets_E: Tensor, dtype: torch.dtype | None = None
-) -> Tiles | None:
-    """`row_tiles` if the products of `hopper.py` are used for tokens like these, else None. `dtype` is that of the
-    gradients of weights, for the products of a backward pass."""
+    x_TD: Tensor,
+    n_rows: int,
+    top_k: int,
+    d_expert: int,
+    offsets_E: Tensor,
+    dtype: torch.dtype | None = None,
+    here: Here | None = None,
+) -> list[Tiles] | None:
+    """`row_tiles` if the products of `hopper.py` are used for tokens like these, else None; with `here` two: the tiles
+    all of whose rows are here, and the rest. `dtype` is that of the gradients of weights, for the products of a
+    backward pass."""
     if x_TD.dtype != torch.bfloat16 or not x_TD.is_cuda or not x_TD.numel():
         return None
-    works = _hopper_works(x_TD.device, x_TD.shape[1], d_expert, top_k, dtype)
-    return row_tiles(n_rows, offsets_E, ROWS) if works else None
+    if not _hopper_works(x_TD.device, x_TD.shape[1], d_expert, top_k, dtype):
+        return None
+    return row_tiles(n_rows, offsets_E, ROWS, here)
 
 
-def row_tiles(n_rows: int, offsets_E: Tensor, size: int) -> Tiles:
-    """Each expert's rows, `size` at a time; as many tiles as `n_rows` can need."""
+def row_tiles(n_rows: int, offsets_E: Tensor, size: int, here: Here | None = None) -> list[Tiles]:
+    """Each expert's rows, `size` at a time; as many tiles as `n_rows` can need. With `here` twice: the tiles all of
+    whose rows are here, and the rest."""
     E = offsets_E.shape[0]
-    n_tiles = min(n_rows, n_rows // size + E)
+    n_first, n_tiles, block = min(n_rows, n_rows // size + E), 0, 64
+    if here:  # in steps, since a launch is remembered by its numbers
+        n_first, rest = here.n_rows // size + E, (n_rows - here.n_rows) // size + 2 * E
+        n_first, n_tiles = cdiv(n_first, block) * block, cdiv(rest, block) * block
+    n_tiles += n_first
     tiles_N3, experts_E = offsets_E.new_empty(n_tiles, 3), torch.empty_like(offsets_E)
-    block = 64
-    _row_tiles[cdiv(max(n_tiles, E), block), 1, 1](
-        offsets_E, tiles_N3, experts_E, n_tiles, E, next_power_of_2(E), size, block
+    _row_tiles[cdiv(max(n_first, n_tiles - n_first, E), block), 2 if here else 1, 1](
+        offsets_E,
+        here.choice_of_row_R if here else None,
+        tiles_N3,
+        experts_E,
+        n_first,
+        n_tiles,
+        here.n_choices if here else 0,
+        E,
+        next_power_of_2(E),
+        size,
+        block,
     )
-    return Tiles(tiles_N3, experts_E)
+    return [
+        Tiles(part_N3, experts_E) for part_N3 in ((tiles_N3[:n_first], tiles_N3[n_first:]) if here else (tiles_N3,))
+    ]
 
 
 def row_tiles_reference(n_rows: int, offsets_E: Tensor, size: int) -> Tiles:
@@ -61,12 +93,15 @@ def row_tiles_reference(n_rows: int, offsets_E: Tensor, size: int) -> Tiles:
 
 
 @Kernel
-@triton.jit(do_not_specialize=["n_tiles"])
+@triton.jit(do_not_specialize=["n_first", "n_tiles", "n_choices"])
 def _row_tiles(
     offsets_E,
+    choice_of_row_R,
     tiles_N3,
     experts_E,
+    n_first,
     n_tiles,
+    n_choices,
     E: tl.constexpr,
     BLOCK_E: tl.constexpr,
     SIZE: tl.constexpr,
@@ -75,17 +110,29 @@ def _row_tiles(
     e = tl.arange(0, BLOCK_E)
     end = tl.load(offsets_E + e, mask=e < E, other=0)
     start = tl.load(offsets_E + e - 1, mask=(e > 0) & (e < E), other=0)
-    n = tl.where(e < E, tl.cdiv(end - start, SIZE), 0)
+    n, first = tl.where(e < E, tl.cdiv(end - start, SIZE), 0), start
+    if choice_of_row_R is not None:  # whose expert's lie in their order: by halving, after how many tiles others begin
+        low, high = tl.zeros_like(n), n
+        while tl.max(high - low, 0) > 0:
+            middle = (low + high) // 2
+            row = tl.minimum(start + (middle + 1) * SIZE, end) - 1
+            is_here = tl.load(choice_of_row_R + row, mask=low < high, other=n_choices) < n_choices
+            low, high = tl.where(is_here, middle + 1, low), tl.where(is_here, high, middle)
+        if tl.program_id(1) == 0:
+            n, n_tiles = low, n_first
+        else:
+            first += low * SIZE
+            n, n_tiles, tiles_N3 = n - low, n_tiles - n_first, tiles_N3 + 3 * n_first
     last = tl.cumsum(n, 0)
     tile = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     mine_end = tl.load(offsets_E + tile, mask=tile < E, other=0)
     mine_start = tl.load(offsets_E + tile - 1, mask=(tile > 0) & (tile < E), other=0)
     rows, mine_rows = tl.where(e < E, end - start, -1)[None, :], (mine_end - mine_start)[:, None]
     before = (rows > mine_rows) | ((rows == mine_rows) & (e[None, :] < tile[:, None]))
-    tl.store(experts_E + tl.sum(before.to(tl.int32), 1), tile, mask=tile < E)
+    tl.store(experts_E + tl.sum(before.to(tl.int32), 1), tile, mask=(tile < E) & (tl.program_id(1) == 0))
     expert = tl.sum((last[None, :] <= tile[:, None]).to(tl.int32), 1)
     mine = e[None, :] == expert[:, None]
-    row = tl.sum(tl.where(mine, (start - (last - n) * SIZE)[None, :], 0), 1) + tile * SIZE
+    row = tl.sum(tl.where(mine, (first - (last - n) * SIZE)[None, :], 0), 1) + tile * SIZE
     stop = tl.sum(tl.where(mine, end[None, :], 0), 1)
     inside = tile < n_tiles
     tl.store(tiles_N3 + 3 * tile, tl.where(expert < E, expert, -1), mask=inside)
@@ -136,21 +183,21 @@ def _compare_with_torch(device: torch.device, D: int, F_: int, K: int, dtype: to
     ids_TK = torch.randint(0, 2 * E, (T, K), device=device, generator=generator).clamp(max=E)
     gates_TK = torch.rand(T, K, device=device, generator=generator)
     row_of_choice_TK, choice_of_row_R, offsets_E = sort_by_expert(torch.where(ids_TK == 1, 0, ids_TK), E)
-    tiles, n_used, ours = row_tiles(T * K, offsets_E, ROWS), int(offsets_E[-1]), hopper()
+    (tiles,), n_used, ours = row_tiles(T * K, offsets_E, ROWS), int(offsets_E[-1]), hopper()
     rows_RD = spread(x_TD, row_of_choice_TK)
     gate_up_R2F = F.grouped_mm(rows_RD, up_EDF, offs=offsets_E)
     h_RF = swiglu(gate_up_R2F, offsets_E)
     found: tuple[Tensor, ...]
     wanted: tuple[Tensor, ...]
     if dtype is None:
-        found = *ours.up_product(x_TD, choice_of_row_R, K, up_EDF, tiles), ours.product(h_RF, down_EFD, tiles)
+        found = *ours.up_product(x_TD, choice_of_row_R, K, up_EDF, [tiles]), ours.product(h_RF, down_EFD, tiles)
         wanted = gate_up_R2F, h_RF, F.grouped_mm(h_RF, down_EFD, offs=offsets_E)
     else:
         grad_rows_RD = spread(grad_y_TD, row_of_choice_TK)
         grad_h_RF = F.grouped_mm(grad_rows_RD, down_EFD.mT, offs=offsets_E)
         grads = swiglu_backward(grad_h_RF, gate_up_R2F, gates_TK, choice_of_row_R, offsets_E)
         by_token = choice_of_row_R, K, offsets_E, tiles, dtype
-        mine = ours.down_backward(grad_y_TD, gates_TK, choice_of_row_R, offsets_E, down_EFD, gate_up_R2F, tiles)
+        mine = ours.down_backward(grad_y_TD, gates_TK, choice_of_row_R, offsets_E, down_EFD, gate_up_R2F, [tiles])
         found = (
             *mine,
             ours.product(grads[0], up_EDF, tiles, transposed=True),
