@@ -5,12 +5,13 @@ from __future__ import annotations
 import json
 from collections.abc import Iterable
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator  # type: ignore[import-untyped]
 
 from moelm import command_line
 from moelm.config import Config, UserError, from_dict, read_yaml
+from moelm.data.token_shards import read_json
 from moelm.model.size import model_size
 
 EPILOG = """example:
@@ -57,31 +58,46 @@ def finished_runs(folder: Path) -> list[Path]:
 def read_run(folder: Path) -> dict[str, Any]:
     summary_file = folder / "summary.json"
     try:
-        summary = json.loads(summary_file.read_text(encoding="utf-8"))
+        summary = read_json(summary_file)
         config = from_dict(Config, read_yaml(folder / "config.yaml"))
-        dead, moe = summary["moe/dead_experts"], config.model.moe
+        dead, moe = _count(summary, "moe/dead_experts"), config.model.moe
         validations = _scalars(folder, "val/ce")
         return {
-            "run": summary["run"],
-            "total_params": summary["total_params"],
-            "active_params": summary["active_params"],
+            "run": str(summary["run"]),
+            "total_params": _count(summary, "total_params"),
+            "active_params": _count(summary, "active_params"),
             "active_params_no_embeddings": model_size(config.model).active_no_embeddings,
-            "steps": summary["step"],
-            "tokens": summary["tokens"],
+            "steps": _count(summary, "step"),
+            "tokens": _count(summary, "tokens"),
             "first_val_step": validations[0][0] if validations else None,
             "first_val_ce": validations[0][1] if validations else None,
-            "val_ce": summary["val/ce"],
-            "bits_per_byte": summary["val/bits_per_byte"],
-            "max_violation": summary["moe/max_violation"],
+            "val_ce": _number(summary, "val/ce"),
+            "bits_per_byte": _number(summary, "val/bits_per_byte"),
+            "max_violation": _number(summary, "moe/max_violation"),
             "dead_experts": dead,
             "dead_share": None
             if dead is None or moe is None
             else dead / (moe.n_experts * len(config.model.routed_layers)),
-            "tokens_per_s": summary["tokens_per_s"],
+            "tokens_per_s": _number(summary, "tokens_per_s"),
             "alarms": len(summary["alarms"]),
         }
     except (ValueError, KeyError, TypeError) as error:
         raise UserError(f"{summary_file}: not the summary of a run ({type(error).__name__}: {error})") from None
+
+
+def _number(summary: dict[str, Any], key: str) -> int | float | None:
+    """Raises TypeError for what is neither a number nor null."""
+    value = summary[key]
+    if value is None or type(value) in (int, float):
+        return cast(int | float | None, value)
+    raise TypeError(f"{key} is {value!r}")
+
+
+def _count(summary: dict[str, Any], key: str) -> int | None:
+    value = _number(summary, key)
+    if isinstance(value, float):
+        raise TypeError(f"{key} is {value!r}")
+    return value
 
 
 def _scalars(folder: Path, tag: str) -> list[tuple[int, float]]:

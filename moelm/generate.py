@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import sys
 from collections.abc import Iterator, Sequence
 
@@ -10,8 +11,8 @@ from tokenizers import Tokenizer
 from torch import Tensor
 
 from moelm import command_line
-from moelm.config import ConfigError, ModelConfig
-from moelm.data.tokenizer import encode_prompt
+from moelm.config import ConfigError, ModelConfig, UserError
+from moelm.data.tokenizer import encode_prompt, read_tokenizer
 from moelm.model.gpt import GPT
 from moelm.training.checkpoint_io import find_checkpoint, load_checkpoint_config, tokenizer_file
 from moelm.training.loading import autocast, load_model
@@ -44,7 +45,7 @@ def main(argv: list[str]) -> None:
     folder = find_checkpoint(arguments.checkpoint)
     saved = load_checkpoint_config(folder)
     refuse_without_generation(saved.model, str(folder))
-    tokenizer = Tokenizer.from_file(str(tokenizer_file(folder)))
+    tokenizer = read_tokenizer(str(tokenizer_file(folder)))
     section = saved.data.corpus.tokenizer
     end = tokenizer.token_to_id(section.end_of_text)
     prompt = encode_prompt(tokenizer, section, arguments.prompt)
@@ -122,6 +123,8 @@ def choose_token(logits_V: Tensor, temperature: float, top_p: float, generator: 
     if temperature == 0:
         return logits_V.argmax()
     probabilities, order = (logits_V / temperature).softmax(-1).sort(descending=True)
+    if not math.isfinite(probabilities[0]):
+        raise UserError("the model's output is no number: its weights are not finite, or --temperature is too small")
     before = probabilities.cumsum(-1) - probabilities
     kept = probabilities * (before < top_p)
     return order[torch.multinomial(kept, 1, generator=generator)[0]]

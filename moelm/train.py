@@ -34,6 +34,7 @@ from moelm.training.checkpoint_io import (
 )
 from moelm.training.lightning_module import MoELightningModule
 from moelm.training.loading import check_tokenizer
+from moelm.training.memory import check_memory, out_of_memory
 from moelm.training.preemption import Preempted, exit_code, requeue
 from moelm.training.run_lock import run_lock
 from moelm.training.trainer import build_trainer, hardware
@@ -93,6 +94,7 @@ def _train(config: Config, resume: str | None) -> dict[str, Any]:
         training_state(checkpoint)  # or there is nothing to continue
         changed = check_same_run(config, checkpoint)
     trainer = build_trainer(config, step)  # refuses what this machine cannot do before the data is prepared
+    check_memory(config, trainer)
     shards = prepare(config.data.corpus)
     if checkpoint is not None:
         check_tokenizer(checkpoint, shards, "put the data of that run back, or start another run.name")
@@ -127,6 +129,10 @@ def _train(config: Config, resume: str | None) -> dict[str, Any]:
         code = exit_code(trainer, 2)
         time.sleep(bool(code))  # torchrun or SLURM may end the first rank for it, which has something to say
         sys.exit(code)
+    except RuntimeError as error:
+        if (said := out_of_memory(error)) is not None:
+            raise said from error
+        raise
     except Preempted as stop:
         if trainer.is_global_zero:
             print(stop, file=sys.stderr, flush=True)

@@ -10,8 +10,8 @@ from typing import Any
 import lightning.pytorch as pl
 import torch
 
-from moelm.callbacks.journal import Record, append_record, cut_records, read_records
-from moelm.callbacks.observer import Observer, say, writer_of
+from moelm.callbacks.journal import Record, Shape, append_record, cut_records, read_records
+from moelm.callbacks.observer import Observer, saved_state, say, writer_of
 from moelm.config import Config, NamedConfig, register, setting
 from moelm.moe.load_metrics import dead_experts, effective_experts
 from moelm.training.lightning_module import MoELightningModule
@@ -44,8 +44,11 @@ class Alarm:
     stopped: bool  # the run ended because of it
 
 
+SHAPE: Shape = {"step": int, "kind": str, "layer": int, "message": str, "stopped": bool}
+
+
 def read_alarms(run_folder: Path) -> list[Alarm]:
-    return [Alarm(**record) for record in read_records(run_folder / FILE)]
+    return [Alarm(**record) for record in read_records(run_folder / FILE, SHAPE)]
 
 
 @register("callback", "collapse_alarm", CollapseAlarmConfig)
@@ -66,7 +69,7 @@ class CollapseAlarm(Observer):
             return bool(record["step"] <= done)
 
         if trainer.is_global_zero:
-            cut_records(self.file, keep)
+            cut_records(self.file, keep, SHAPE)
 
     def observe(self, module: MoELightningModule) -> None:
         last = module.last_step
@@ -108,7 +111,7 @@ class CollapseAlarm(Observer):
         return {"warned": list(self.warned), "first_logit_rms": list(self.first_logit_rms)}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        self.warned, self.first_logit_rms = state_dict["warned"], state_dict["first_logit_rms"]
+        self.warned, self.first_logit_rms = saved_state(state_dict, warned=list, first_logit_rms=list)
 
 
 def judge(

@@ -10,8 +10,8 @@ import lightning.pytorch as pl
 import torch
 from torch import Tensor
 
-from moelm.callbacks.journal import Record, append_record, cut_records, read_records
-from moelm.callbacks.observer import Observer, domain_loads
+from moelm.callbacks.journal import Record, Shape, append_record, cut_records, read_records
+from moelm.callbacks.observer import Observer, domain_loads, saved_state
 from moelm.config import Config, NamedConfig, register, setting
 from moelm.training.lightning_module import MoELightningModule
 
@@ -35,10 +35,14 @@ class ExpertCounts:
     validations: dict[int, dict[str, Counts]]  # step -> domain -> choices as made
 
 
+INTERVAL: Shape = {"first_step": int, "last_step": int, "load": list}
+SHAPES: tuple[Shape, ...] = (INTERVAL, INTERVAL | {"kept": list}, {"step": int, "validation": dict})
+
+
 def read_expert_counts(run_folder: Path) -> ExpertCounts:
     """What `expert_counts` wrote; empty if it did not run. Raises UserError for a damaged file."""
     counts = ExpertCounts([], {})
-    for record in read_records(run_folder / FILE):
+    for record in read_records(run_folder / FILE, *SHAPES):
         if "validation" in record:
             counts.validations[record["step"]] = record["validation"]
         else:
@@ -76,7 +80,7 @@ class ExpertCountsWriter(Observer):
             return bool(record["last_step"] < self.first_step)
 
         if trainer.is_global_zero:
-            cut_records(self.file, keep)
+            cut_records(self.file, keep, *SHAPES)
 
     def on_train_batch_end(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
@@ -115,8 +119,8 @@ class ExpertCountsWriter(Observer):
         return {"first_step": self.first_step, "load_ME": load_ME, "kept_ME": kept_ME}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        self.first_step = state_dict["first_step"]
-        self.load_ME, self.kept_ME = state_dict["load_ME"], state_dict["kept_ME"]
+        kinds = {"first_step": int, "load_ME": Tensor | None, "kept_ME": Tensor | None}
+        self.first_step, self.load_ME, self.kept_ME = saved_state(state_dict, **kinds)
 
 
 def _sum(so_far_ME: Tensor | None, more_ME: Tensor | None) -> Tensor | None:

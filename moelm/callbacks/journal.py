@@ -10,6 +10,7 @@ from typing import Any
 from moelm.config import UserError
 
 Record = dict[str, Any]
+Shape = dict[str, type]  # the keys of a record and what they hold
 
 
 def append_record(file: Path, record: Record) -> None:
@@ -17,20 +18,21 @@ def append_record(file: Path, record: Record) -> None:
         stream.write(json.dumps(record, separators=(",", ":")) + "\n")
 
 
-def read_records(file: Path) -> list[Record]:
-    """All of them; nothing where there is no file. A last line that was not written to its end is left out.
+def read_records(file: Path, *shapes: Shape) -> list[Record]:
+    """All of them, each of one of the shapes; nothing where there is no file. A last line that was not written to its
+    end is left out.
 
     Raises UserError for a damaged line.
     """
-    return [record for record, _ in _records_with_ends(file)]
+    return [record for record, _ in _records_with_ends(file, shapes)]
 
 
-def cut_records(file: Path, keep: Callable[[Record], bool]) -> None:
+def cut_records(file: Path, keep: Callable[[Record], bool], *shapes: Shape) -> None:
     """Cut the file off before the first record that is not to be kept, and before a line torn by a kill."""
     if not file.exists():
         return
     length = 0
-    for record, end in _records_with_ends(file):
+    for record, end in _records_with_ends(file, shapes):
         if not keep(record):
             break
         length = end
@@ -38,8 +40,10 @@ def cut_records(file: Path, keep: Callable[[Record], bool]) -> None:
         stream.truncate(length)
 
 
-def _records_with_ends(file: Path) -> list[tuple[Record, int]]:
+def _records_with_ends(file: Path, shapes: tuple[Shape, ...]) -> list[tuple[Record, int]]:
     """Each record with the offset of the byte after its line."""
+    if file.exists() and not file.is_file():
+        raise UserError(f"{file}: is no file\n  remedy: delete it")
     found: list[tuple[Record, int]] = []
     end = 0
     for number, line in enumerate(file.read_bytes().splitlines(keepends=True) if file.exists() else (), start=1):
@@ -48,7 +52,9 @@ def _records_with_ends(file: Path) -> list[tuple[Record, int]]:
         end += len(line)
         try:
             record = json.loads(line)
-        except ValueError as error:
+            if not isinstance(record, dict) or {key: type(value) for key, value in record.items()} not in shapes:
+                raise ValueError("it is no record of this file")
+        except (ValueError, RecursionError) as error:
             raise UserError(f"{file}: line {number} is damaged: {error}\n  remedy: delete that line") from None
         found.append((record, end))
     return found

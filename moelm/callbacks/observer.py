@@ -19,7 +19,7 @@ from torch.utils.tensorboard import SummaryWriter
 
 from moelm.callbacks.heat_map import Pixels
 from moelm.callbacks.progress_bar import StepProgressBar
-from moelm.config import Config, ConfigError
+from moelm.config import Config, ConfigError, UserError
 from moelm.training.lightning_module import MoELightningModule
 
 T = TypeVar("T")
@@ -50,6 +50,14 @@ class Observer(Callback):
             started = time.perf_counter()
             self.observe_validation(pl_module)
             pl_module.paused_s += time.perf_counter() - started
+
+
+def saved_state(state: dict[str, Any], **kinds: Any) -> list[Any]:
+    """The values under the keys `kinds`, each of which `isinstance` must find to be of its kind. Raises UserError."""
+    for key, kind in kinds.items():
+        if key not in state or not isinstance(state[key], kind):
+            raise UserError(f"the checkpoint's state of the callbacks is damaged: {key} is {state.get(key)!r:.80}")
+    return [state[key] for key in kinds]
 
 
 def writer_of(module: MoELightningModule) -> SummaryWriter | None:

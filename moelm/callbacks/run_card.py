@@ -11,7 +11,7 @@ import torch
 from lightning.pytorch.callbacks import Callback
 from torch.utils.tensorboard.summary import custom_scalars, hparams
 
-from moelm.callbacks.observer import writer_of
+from moelm.callbacks.observer import saved_state, writer_of
 from moelm.config import Config, NamedConfig, register, to_yaml
 from moelm.model.gpt import GPT
 from moelm.model.size import flops_per_token, model_size, short_name
@@ -73,7 +73,7 @@ class RunCard(Callback):
         return {"written": self.written}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        self.written = state_dict["written"]
+        (self.written,) = saved_state(state_dict, written=str | None)
 
 
 def hyper_parameters(run: Config) -> dict[str, str | float]:

@@ -213,14 +213,17 @@ def _check_expert_parallel(config: Config) -> None:
         raise ConfigError(key, problem, f"choose one of {divisors}")
 
 
+MOST_DEVICES = 4096  # of one node
+
+
 def _check_trainer(trainer: TrainerConfig) -> None:
     devices, share = trainer.devices, trainer.limit_val_batches
     if isinstance(devices, list):
         right = devices != [] and len(set(devices)) == len(devices) and min(devices) >= 0
     else:
-        right = devices in ("auto", -1) or (isinstance(devices, int) and devices >= 1)
+        right = devices in ("auto", -1) or (isinstance(devices, int) and 1 <= devices <= MOST_DEVICES)
     if not right:
-        remedy = "give how many, -1 or auto for all, or indices such as [0, 1]"
+        remedy = f"give how many (at most {MOST_DEVICES}), -1 or auto for all, or indices such as [0, 1]"
         raise ConfigError("trainer.devices", f"{show(devices)} is not allowed", remedy)
     if isinstance(share, float) and share > 1:
         remedy = "give a whole number of batches, or a share of at most 1.0"

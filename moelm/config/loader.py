@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import os
 import re
 from collections.abc import Iterable
 from pathlib import Path
@@ -18,6 +19,7 @@ from moelm.config.registry import is_registered
 from moelm.config.sections import Config, CorpusConfig
 from moelm.config.typed import from_dict
 
+MOST_CHARACTERS = 10**6
 _UNPARSABLE = (yaml.YAMLError, OmegaConfBaseException, ValueError, RecursionError)
 
 
@@ -59,11 +61,15 @@ def _read_over(
     path = Path(file)
     where = f"{named_by}: {path}" if named_by else str(path)
     try:
-        if path.resolve() in seen:
+        real = Path(os.path.realpath(path))  # unlike resolve, leaves it to `open` to refuse links that go in a circle
+        if real in seen:
             raise ConfigError(where, "is part of itself", f"remove one `{named_by}`")
-        if path.resolve() in applied:
+        if real in applied:
             return under
-        text = path.read_text(encoding="utf-8-sig")
+        with path.open(encoding="utf-8-sig") as stream:
+            text = stream.read(MOST_CHARACTERS + 1)
+        if len(text) > MOST_CHARACTERS:
+            raise ConfigError(where, f"has more than {MOST_CHARACTERS:,} characters", "name a YAML file with sections")
         loaded = OmegaConf.to_container(OmegaConf.load(io.StringIO(text)), resolve=False)
     except OSError as error:  # also what OmegaConf raises for a lone number
         missing = isinstance(error, FileNotFoundError)
@@ -75,12 +81,12 @@ def _read_over(
         raise ConfigError(where, "is not a mapping of sections", "see configs/quickstart.yaml")
     raw = {str(key): value for key, value in loaded.items()}
     parents = raw.pop("extends", None) or []
-    seen = (*seen, path.resolve())
+    seen = (*seen, real)
     for parent in parents if isinstance(parents, list) else [parents]:
         if not isinstance(parent, str):
             raise ConfigError("extends", f"{show(parent)} is not a path", "name a YAML file, or a list of them")
         under = _read_over(under, applied, path.parent / parent, "extends", seen)
-    applied.append(path.resolve())
+    applied.append(real)
     return _merge_file(under, raw, path.parent, seen)
 
 

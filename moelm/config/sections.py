@@ -105,13 +105,13 @@ class InitConfig:
 class MultiTokenPredictionConfig:
     """DeepSeek-V3's modules that predict tokens further ahead (docs/maths.md); they train, and write no text."""
 
-    n_modules: int = setting(1, ge=1)  # module k predicts the token k + 1 places ahead
+    n_modules: int = setting(1, ge=1, le=100)  # module k predicts the token k + 1 places ahead
     coef: float = setting(0.3, gt=0)  # multiplies the mean of the modules' cross-entropies (lambda)
 
 
 @dataclass
 class ModelConfig:
-    n_layers: int = setting(4, ge=1)
+    n_layers: int = setting(4, ge=1, le=10_000)
     d_model: int = setting(256, ge=1)
     vocab_size: int = setting(4096, ge=2)
     attention: NamedConfig | list[NamedConfig] = named("attention", "gqa")  # a list: layers take them in turn
@@ -198,7 +198,7 @@ class DataConfig:
     seq_len: int = setting(256, ge=1)
     mask_documents: bool = False  # attention does not cross the end of a document
     val_every_n_steps: int = setting(200, ge=1)  # optimizer steps; the last step always validates
-    n_workers: int = setting(0, ge=0)  # processes that read shards; reading is a memory map, 0 is fast
+    n_workers: int = setting(0, ge=0, le=256)  # processes that read shards; reading is a memory map, 0 is fast
 
 
 @dataclass
@@ -248,7 +248,7 @@ class TrainerConfig:
     max_steps: int = setting(1000, ge=1)
     accelerator: str = setting("auto", allowed=("auto", "cpu", "gpu", "cuda"))
     devices: int | str | list[int] = "auto"  # how many (-1: all), or the indices of some
-    num_nodes: int = setting(1, ge=1)
+    num_nodes: int = setting(1, ge=1, le=10_000)
     strategy: str = setting("auto", allowed=("auto", "ddp", "fsdp"))  # auto: ddp on several devices; fsdp: FSDP2
     precision: str = setting("32-true", allowed=("32-true", "bf16-mixed"))  # bf16-mixed: float32 weights, bf16 products
     gradient_clip_val: float | None = setting(1.0, gt=0)
@@ -271,8 +271,10 @@ class TrainerConfig:
     expert_parallel: int = setting(1, ge=1)  # fsdp: ranks that share the experts, each holding some whole ones
     replicas: int = setting(1, ge=1)  # fsdp: groups of ranks of which each holds a whole model, sharded inside it
     accumulate_unreduced: bool = False  # fsdp: a device sums its own gradients of all weights, sent once a step
-    stop_within_s: float = setting(600.0, gt=0)  # after SIGTERM, SIGINT or SIGUSR1; then it ends, saved or not
-    stall_timeout_s: float | None = setting(900.0, gt=0)  # without the end of a batch; then the run ends; null: never
+    stop_within_s: float = setting(600.0, gt=0, le=10**6)  # after SIGTERM, SIGINT or SIGUSR1; then it ends anyhow
+    stall_timeout_s: float | None = setting(
+        900.0, gt=0, le=10**6
+    )  # without the end of a batch; then the run ends; null: never
     # steps that a run may leave out because loss or gradient norm is not finite, or the loss jumps; at the next one it
     # ends
     max_skipped_steps: int = setting(0, ge=0)

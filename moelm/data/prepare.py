@@ -43,6 +43,7 @@ from moelm.data.token_shards import (
     TokenShards,
     hash_file,
     read_manifest,
+    sealed,
 )
 from moelm.data.tokenizer import Sample, load_tokenizer, train_tokenizer
 
@@ -298,7 +299,7 @@ def write_manifest(corpus: CorpusConfig, writer: _Writer) -> None:
         "splits": splits,
         "baselines": writer.baselines(),
     }
-    (writer.folder / "manifest.json").write_text(json.dumps(manifest, indent=1) + "\n", encoding="utf-8")
+    (writer.folder / "manifest.json").write_text(json.dumps(sealed(manifest), indent=1) + "\n", encoding="utf-8")
 
 
 # ---------------------------------------------------------------------------------------- the folder on disk

@@ -1,7 +1,7 @@
 """Prepared text on disk: the format, its writer and its reader.
 
     <folder>/tokenizer.json
-    <folder>/manifest.json              the corpus config, counts and checksums: see `prepare.write_manifest`
+    <folder>/manifest.json              the corpus config, counts and checksums, also its own: `prepare.write_manifest`
     <folder>/train.<domain>.00000.bin   token ids, raw little-endian uint16 (uint32 above 65,536 tokens)
 
 A (split, domain) is one stream of tokens: its documents one after the other, each ended by the end-of-text
@@ -11,6 +11,7 @@ token, cut into shards of at most `shard_tokens` tokens wherever that falls.
 from __future__ import annotations
 
 import bisect
+import errno
 import hashlib
 import itertools
 import json
@@ -27,6 +28,8 @@ from moelm.config import UserError
 FORMAT_VERSION = 1
 SPLITS = ("train", "val")
 MAX_DOMAINS = 256
+DTYPES = {name: np.dtype(name) for name in ("<u2", "<u4")}
+BASELINES = ("gzip_bits_per_byte", "xz_bits_per_byte")
 NO_TARGET = -100  # what torch's cross-entropy ignores
 _VERIFY_AT_OPEN = 2**30  # bytes
 _MAX_OPEN_SHARDS = 256  # each holds a file descriptor
@@ -64,6 +67,30 @@ def slug(domain: str) -> str:
 def hash_file(file: Path) -> str:
     with open(file, "rb") as stream:
         return hashlib.file_digest(stream, "sha256").hexdigest()
+
+
+def read_json(file: Path) -> Any:
+    """Raises OSError and ValueError, also for what is no regular file, such as a link to a device without end."""
+    if file.exists() and not file.is_file():
+        raise OSError(errno.EINVAL, "is no file", str(file))
+    try:
+        return json.loads(file.read_text(encoding="utf-8"))
+    except RecursionError:
+        raise ValueError("it is nested too deeply") from None
+
+
+def sealed(manifest: dict[str, Any]) -> dict[str, Any]:
+    """With the sha256 of all else in it, so that a manifest is checked like what it names."""
+    return {**manifest, "sha256": _hash_of(manifest)}
+
+
+def is_sealed(manifest: dict[str, Any]) -> bool:
+    """True also without a sha256, as an older moelm wrote it."""
+    return manifest.get("sha256", "") in ("", _hash_of({key: manifest[key] for key in manifest.keys() - {"sha256"}}))
+
+
+def _hash_of(content: dict[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
 
 
 # ----------------------------------------------------------------------------------------------- writer
@@ -109,7 +136,7 @@ class StreamWriter:
 def read_manifest(folder: Path) -> dict[str, Any]:
     file = folder / "manifest.json"
     try:
-        manifest = json.loads(file.read_text(encoding="utf-8"))
+        manifest = read_json(file)
     except FileNotFoundError:
         raise _damaged(f"{file}: no such file, so there is no prepared data") from None
     except (OSError, ValueError) as error:
@@ -117,15 +144,26 @@ def read_manifest(folder: Path) -> dict[str, Any]:
     version = manifest.get("format_version") if isinstance(manifest, dict) else None
     if version != FORMAT_VERSION:
         raise _damaged(f"{file}: format version {version}, but this moelm reads version {FORMAT_VERSION}")
+    if not is_sealed(manifest):
+        raise _damaged(f"{file}: is damaged (its content does not match its own sha256)")
     return dict(manifest)
 
 
 class _Stream:
     def __init__(self, domain: int, entry: dict[str, Any]) -> None:
         self.domain = domain
-        self.counts = Counts(entry["documents"], entry["tokens"], entry["bytes"])
-        self.files = [shard["file"] for shard in entry["shards"]]
-        self.starts = [0, *itertools.accumulate(shard["tokens"] for shard in entry["shards"])]
+        self.counts = Counts(*(whole_number(entry[key]) for key in Counts._fields))
+        self.files = [str(shard["file"]) for shard in entry["shards"]]
+        self.starts = [0, *itertools.accumulate(whole_number(shard["tokens"]) for shard in entry["shards"])]
+        if self.starts[-1] != self.counts.tokens:
+            raise ValueError(f"{self.counts.tokens} tokens in shards of {self.starts[-1]}")
+
+
+def whole_number(value: Any) -> int:
+    """Raises ValueError for anything else, and for a negative one."""
+    if type(value) is not int or value < 0:
+        raise ValueError(f"{value!r} is no count")
+    return value
 
 
 class TokenShards:
@@ -139,17 +177,18 @@ class TokenShards:
         self.folder = Path(folder)
         self.manifest = read_manifest(self.folder)
         try:
-            self.vocab_size = int(self.manifest["vocab_size"])
-            self.end_of_text_id = int(self.manifest["end_of_text_id"])
-            self.baselines: dict[str, float | None] = self.manifest["baselines"]
-            self._dtype = np.dtype(self.manifest["dtype"])
+            self.vocab_size = whole_number(self.manifest["vocab_size"])
+            self.end_of_text_id = whole_number(self.manifest["end_of_text_id"])
+            said = {name: self.manifest["baselines"].get(name) for name in BASELINES}
+            self.baselines = {name: None if value is None else float(value) for name, value in said.items()}
+            self._dtype = DTYPES[self.manifest["dtype"]]
             splits = self.manifest["splits"]
             self.domains: list[str] = sorted({domain for split in SPLITS for domain in splits[split]})
             self._streams = {
                 split: [_Stream(self.domains.index(domain), splits[split][domain]) for domain in sorted(splits[split])]
                 for split in SPLITS
             }
-        except (KeyError, TypeError, ValueError) as error:
+        except (KeyError, TypeError, ValueError, AttributeError) as error:
             raise _damaged(f"{self.folder / 'manifest.json'}: is damaged: {error!r}") from None
         self._maps: dict[str, np.memmap[Any, Any]] = {}
         self._window_starts = cache(self._count_windows)

@@ -65,14 +65,19 @@ class Sample:
         return (text for kept in self.kept.values() for _, text, _ in kept)
 
 
-def load_tokenizer(config: TokenizerConfig, file: str) -> Tokenizer:
-    """Raises UserError for a file that is none, or lacks the end-of-text token."""
+def read_tokenizer(file: str) -> Tokenizer:
+    """Raises UserError for a file that is none."""
     try:
-        tokenizer = Tokenizer.from_file(file)
+        return Tokenizer.from_file(file)
     except Exception as error:  # the library raises plain Exception
         raise UserError(
             f"{file}: not a tokenizer: {error}\n  remedy: give a tokenizer.json of the `tokenizers` library"
         ) from None
+
+
+def load_tokenizer(config: TokenizerConfig, file: str) -> Tokenizer:
+    """Raises UserError for a file that is none, or lacks the end-of-text token."""
+    tokenizer = read_tokenizer(file)
     if tokenizer.token_to_id(config.end_of_text) is None:
         raise UserError(
             f"{file}: has no token {config.end_of_text!r}\n"

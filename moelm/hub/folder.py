@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
 from moelm.config import ModelConfig
+from moelm.data.token_shards import read_json as read_any_json
 from moelm.hub.base import Architecture
 from moelm.hub.models import architecture_of, find_weights
 from moelm.hub.reading import HubError
@@ -75,10 +75,10 @@ class ModelFolder:
 def read_json(file: Path) -> dict[str, Any]:
     """Raises HubError for anything but a mapping."""
     try:
-        loaded = json.loads(file.read_text(encoding="utf-8"))
+        loaded = read_any_json(file)
     except FileNotFoundError:
         raise HubError(f"{file}: missing", []) from None
-    except (OSError, ValueError, RecursionError) as error:
+    except (OSError, ValueError) as error:
         raise HubError(f"{file}: cannot be read: {error}", []) from None
     if not isinstance(loaded, dict):
         raise HubError(f"{file}: not a mapping", [])

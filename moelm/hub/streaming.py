@@ -20,7 +20,7 @@ from tqdm import tqdm
 from moelm.config import ModelConfig, UserError
 from moelm.hub.reading import HubError
 from moelm.hub.weights import Weight
-from moelm.model.gpt import GPT
+from moelm.model.size import shapes_of
 from moelm.training.checkpoint_io import sync
 from moelm.training.weight_files import write_weights
 
@@ -55,13 +55,9 @@ def cast(tensor: Tensor, name: str, dtype: str, is_state: bool) -> Tensor:
 def empty_state(config: ModelConfig) -> tuple[dict[str, Tensor], set[str]]:
     """The state dict of the model on the meta device, and the names in it that are state, not parameters.
 
-    Raises HubError for sizes beyond what any tensor can have.
+    Raises ConfigError for sizes beyond what any tensor can have.
     """
-    try:
-        with torch.device("meta"):
-            model = GPT(config)
-    except RuntimeError as error:  # torch's, of products beyond 64 bits
-        raise HubError("the sizes in the config do not make a model", [str(error).splitlines()[0]]) from None
+    model = shapes_of(config)
     tensors = dict(model.state_dict())
     return tensors, tensors.keys() - {name for name, _ in model.named_parameters()}
 

@@ -5,11 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from math import comb
 
-import torch
-
 from moelm.config import Config, ConfigError, MoEConfig
-from moelm.model.gpt import GPT
-from moelm.model.size import training_memory
+from moelm.model.size import shapes_of, training_memory
 
 
 @dataclass(frozen=True)
@@ -49,8 +46,7 @@ def on_devices(config: Config, n_devices: int) -> list[OnDevices]:
 
 
 def count(config: Config) -> Counts:
-    with torch.device("meta"):
-        model = GPT(config.model)
+    model = shapes_of(config.model)
     total = sum(parameter.numel() for parameter in model.parameters())
     routers = sum(parameter.numel() for layer in model.moe_layers for parameter in layer.router.parameters())
     experts, others = [0], [0]

@@ -7,7 +7,7 @@ from math import comb
 
 import torch
 
-from moelm.config import Config, ModelConfig, NamedConfig, build, why_not_fused
+from moelm.config import Config, ConfigError, ModelConfig, NamedConfig, build, why_not_fused
 from moelm.model.attention.base import AttentionConfig
 from moelm.model.cross_entropy import MAX_FUSED_BYTES
 from moelm.model.gpt import GPT
@@ -27,10 +27,22 @@ class ModelSize:
     multi_token_prediction: int = 0  # all modules; the embedding and the head that they share are not counted again
 
 
+def shapes_of(config: ModelConfig) -> GPT:
+    """The model on the meta device, so any size takes a moment and no memory. Raises ConfigError for sizes beyond what
+    any tensor can have."""
+    try:
+        with torch.device("meta"):
+            return GPT(config)
+    except (RuntimeError, OverflowError, TypeError) as error:  # torch's, of products beyond 64 bits
+        if isinstance(error, TypeError) and "Overflow" not in str(error):
+            raise
+        problem = f"the sizes in the config do not make a model: {str(error).splitlines()[0]}"
+        raise ConfigError("model", problem, "lower the largest") from None
+
+
 def model_size(config: ModelConfig) -> ModelSize:
-    """Counted on the meta device, so any size takes a moment and no memory."""
-    with torch.device("meta"):
-        model = GPT(config)
+    """Counted from shapes alone."""
+    model = shapes_of(config)
     modules = sum(parameter.numel() for parameter in model.multi_token_prediction.parameters())
     total = sum(parameter.numel() for parameter in model.parameters()) - modules
     expert = router = 0

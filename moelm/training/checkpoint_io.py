@@ -6,7 +6,7 @@
                            only, which can be evaluated, generate and be converted, but not continued
     config.yaml            the resolved config
     tokenizer.json         may be missing where there is no training.pt
-    manifest.json          size and sha256 of each file; written last
+    manifest.json          size and sha256 of each file, and of what else it says itself; written last
 
 There may be several `model-*` and `optimizer-*` (of a converted model, of a run whose ranks wrote one each), of which
 each has some tensors or a part of each (`weight_files.py`). `training.pt` loads with `torch.load(weights_only=True)`;
@@ -30,8 +30,9 @@ import torch
 
 import moelm
 from moelm.config import Config, from_dict, read_yaml
-from moelm.data.token_shards import hash_file
+from moelm.data.token_shards import hash_file, is_sealed, read_json, sealed
 from moelm.training.statistics import gather, rank, world_size
+from moelm.training.training_file import check_moments, check_training
 from moelm.training.weight_files import CheckpointError, TensorFiles, read_weights
 
 FORMAT = 3
@@ -59,11 +60,13 @@ def step_of(folder: Path) -> int:
 
 def _read_manifest(folder: Path) -> dict[str, Any]:
     try:
-        manifest: dict[str, Any] = json.loads((folder / "manifest.json").read_text(encoding="utf-8"))
+        manifest: dict[str, Any] = read_json(folder / "manifest.json")
         if manifest["format"] not in (2, FORMAT):  # in 2 the moments lie in training.pt
             older = "; an older moelm wrote it, which can still read it" if manifest["format"] == 1 else ""
             raise CheckpointError(f"{folder}: format {manifest['format']}, this moelm reads {FORMAT} and 2{older}")
-        _ = int(manifest["step"])
+        if type(manifest["step"]) is not int or not is_sealed(manifest):
+            raise CheckpointError(f"{folder}: manifest.json is damaged: its content does not match its own sha256")
+        _ = manifest["versions"]["lightning"]
         for name, facts in manifest["files"].items():
             if Path(name).name != name:
                 raise CheckpointError(f"{folder}: manifest.json names {name!r}, which is no file of the folder")
@@ -86,7 +89,7 @@ def write_manifest(folder: Path, step: int, known: Mapping[str, Facts] | None = 
         "files": files,
         "versions": {"moelm": moelm.__version__, "torch": torch.__version__, "lightning": lightning.__version__},
     }
-    (folder / "manifest.json").write_text(json.dumps(manifest, indent=1), encoding="utf-8")
+    (folder / "manifest.json").write_text(json.dumps(sealed(manifest), indent=1), encoding="utf-8")
     sync(folder / "manifest.json")
     sync(folder)
 
@@ -174,7 +177,9 @@ def training_state(folder: Path) -> Path:
 
 def validation_is_due(folder: Path) -> bool:
     """Was the run told to end in the validation after that step?"""
-    return bool(load_tensors(training_state(folder))["moelm"].get("validation_due"))
+    found = load_tensors(training_state(folder))
+    own = found.get("moelm") if isinstance(found, dict) else None  # who loads all of it says what is wrong with it
+    return isinstance(own, dict) and bool(own.get("validation_due"))
 
 
 def tokenizer_file(folder: Path) -> Path:
@@ -209,19 +214,23 @@ def load_training(folder: Path, held: Mapping[str, Held] | None = None) -> dict[
     Raises CheckpointError, also where the checkpoint has a tensor of another shape than `held`.
     """
     held = held or {}
-    checkpoint = load_tensors(training_state(folder))
+    file = training_state(folder)
+    checkpoint, manifest, where = load_tensors(file), _read_manifest(folder), str(file)
+    step = manifest["step"]
+    check_training(checkpoint, step, manifest["versions"]["lightning"], where)
+    checkpoint["lr_schedulers"] = [{"last_epoch": step, "_step_count": step + 1, "lr_lambdas": []}]  # no more is needed
     weights, moments = TensorFiles(weight_files(folder)), TensorFiles(moment_files(folder))
     checkpoint["state_dict"] = {f"{PREFIX}{name}": _part(weights, name, held.get(name), folder) for name in weights}
-    try:
-        states = checkpoint["optimizer_states"][0]["state"]
-        numbers = {name: i for i, name in enumerate(checkpoint["moelm"]["parameters"])} if len(moments) else {}
-        for stored in moments:
-            key, _, name = stored.partition(".")
-            if moments.shapes[stored] != weights.shapes[name]:
-                raise CheckpointError(f"{folder}: {stored} has the shape {moments.shapes[stored]}, not that of {name}")
-            states.setdefault(numbers[name], {})[key] = _part(moments, stored, held.get(name), folder)
-    except (KeyError, IndexError, TypeError, AttributeError) as error:
-        raise CheckpointError(f"{folder / 'training.pt'}: is not that of these moments: {error!r}") from None
+    optimizer, names = checkpoint["optimizer_states"][0], checkpoint["moelm"].get("parameters", ())
+    states, numbers = optimizer["state"], {name: i for i, name in enumerate(names)}
+    for stored in moments:
+        key, _, name = stored.partition(".")
+        if name not in numbers or name not in weights:
+            raise CheckpointError(f"{where}: has no parameter {name}, of which there are moments")
+        if moments.shapes[stored] != weights.shapes[name]:
+            raise CheckpointError(f"{folder}: {stored} has the shape {moments.shapes[stored]}, not that of {name}")
+        states.setdefault(numbers[name], {})[key] = _part(moments, stored, held.get(name), folder)
+    check_moments(states, sum(len(group["params"]) for group in optimizer["param_groups"]), where)
     return checkpoint
 
 
@@ -242,9 +251,9 @@ def load_checkpoint_config(folder: Path) -> Config:
     return from_dict(Config, read_yaml(folder / "config.yaml"))
 
 
-def is_valid(folder: Path, share: slice | None = slice(None)) -> bool:
+def is_valid(folder: Path) -> bool:
     try:
-        verify_checkpoint(folder, share)
+        verify_checkpoint(folder)
     except CheckpointError:
         return False
     return True
@@ -258,8 +267,17 @@ def step_folders(run_folder: Path) -> list[Path]:
 
 
 def newest_checkpoint(run_folder: Path, share: slice | None = slice(None)) -> Path | None:
-    """The newest valid checkpoint, by content; an invalid one is passed over. `share`: see `verify_checkpoint`."""
-    return next((folder for folder in reversed(step_folders(run_folder)) if is_valid(folder, share)), None)
+    """The newest valid checkpoint, by content; an invalid one is passed over, which is said. `share`: see
+    `verify_checkpoint`."""
+    for folder in reversed(step_folders(run_folder)):
+        try:
+            verify_checkpoint(folder, share)
+        except CheckpointError as error:
+            if share == slice(None):  # by one rank of all
+                print(f"passed over: {error}", file=sys.stderr)
+        else:
+            return folder
+    return None
 
 
 def find_checkpoint(path: str | Path, share: slice | None = slice(None)) -> Path:
@@ -290,5 +308,5 @@ def set_aside_later(run_folder: Path, step: int) -> None:
 
 
 def is_whole(folder: Path) -> bool:
-    """Has a manifest: it was complete when it was renamed into place. Cheaper than `is_valid`."""
+    """Has a manifest: it was complete when it was renamed into place. Cheaper than `verify_checkpoint`."""
     return (folder / "manifest.json").is_file()

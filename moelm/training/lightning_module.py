@@ -400,6 +400,7 @@ class MoELightningModule(pl.LightningModule):
         self._validation_due = state.get("validation_due", False)
         self.n_skipped = state.get("n_skipped", 0)
         self._recent_losses.ring = state.get("recent_losses")
+        checkpoint["loops"] = {"fit_loop": self.trainer.fit_loop.state_dict()}  # what it says of them does not count
         set_loop_position(checkpoint["loops"]["fit_loop"], state["step"], self.trainer.accumulate_grad_batches)
 
     def load_summary(self) -> dict[str, float | None]:

@@ -10,6 +10,7 @@ import torch
 from moelm.config import Config
 from moelm.data.token_shards import DataError, TokenShards, hash_file
 from moelm.model.gpt import GPT
+from moelm.model.size import shapes_of
 from moelm.training.checkpoint_io import load_checkpoint_config, load_weights
 from moelm.training.weight_files import CheckpointError
 
@@ -21,8 +22,7 @@ def load_model(folder: Path) -> tuple[GPT, Config, torch.device]:
     those of the config.
     """
     config = load_checkpoint_config(folder)
-    with torch.device("meta"):
-        model = GPT(config.model)
+    model = shapes_of(config.model)
     try:
         model.load_state_dict(load_weights(folder), strict=True, assign=True)
     except RuntimeError as error:

@@ -33,6 +33,19 @@ def rng_state() -> dict[str, Any]:
     }
 
 
+def is_rng_state(state: Any) -> bool:
+    """Would `set_rng_state` take it?"""
+    try:
+        version, words, gauss = state["python"]
+        random.Random().setstate((version, tuple(words), gauss))
+        keys, *position = state["numpy"]
+        np.random.RandomState().set_state(("MT19937", keys.numpy().astype(np.uint32), *position))
+        torch.Generator().set_state(state["torch"].cpu())
+        return state["cuda"] is None or isinstance(state["cuda"], torch.Tensor)
+    except (TypeError, ValueError, KeyError, AttributeError, OverflowError, RuntimeError):
+        return False
+
+
 def set_rng_state(state: dict[str, Any]) -> None:
     version, words, gauss = state["python"]
     random.setstate((version, tuple(words), gauss))

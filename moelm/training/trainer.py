@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import logging
+import os
 import warnings
 from collections.abc import Mapping
 from typing import Any
@@ -68,10 +69,20 @@ def build_trainer(config: Config, resume_step: int | None = None) -> pl.Trainer:
         )
     except (MisconfigurationException, ValueError, TypeError, RuntimeError) as error:
         raise ConfigError("trainer", f"Lightning refuses it: {' '.join(str(error).split())}") from error
+    _check_nodes(trainer)
     _set_intervals(trainer, config)
     _check_cuda_graphs(trainer, config)
     _replace_signals(trainer, StopSignals(config.trainer.stop_within_s))
     return trainer
+
+
+def _check_nodes(trainer: pl.Trainer) -> None:
+    """Alone a process would wait half an hour for others that nobody told of it."""
+    environment = getattr(trainer.strategy, "cluster_environment", None)
+    started = environment is not None and environment.creates_processes_externally
+    if trainer.num_nodes > 1 and not started and "MASTER_ADDR" not in os.environ:
+        problem = f"{trainer.num_nodes}, but no launcher started this process, and MASTER_ADDR is not set"
+        raise ConfigError("trainer.num_nodes", problem, "use torchrun or srun, see docs/parallelism.md")
 
 
 def _check_fused(config: Config, accelerator: str) -> None:

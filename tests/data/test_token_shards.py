@@ -17,6 +17,7 @@ from moelm.data.token_shards import (
     StreamWriter,
     TokenShards,
     hash_file,
+    sealed,
     slug,
 )
 
@@ -232,6 +233,16 @@ def test_a_bad_manifest_is_named(folder, text, problem):
     if text is not None:
         (folder / "manifest.json").write_text(text)
     with pytest.raises(DataError, match=rf"manifest\.json: {problem}"):
+        TokenShards(folder)
+
+
+def test_a_manifest_that_was_changed_is_named(folder):
+    """Numbers that no shard could contradict are under the manifest's own checksum."""
+    manifest = json.loads((folder / "manifest.json").read_text())
+    (folder / "manifest.json").write_text(json.dumps(sealed(manifest)))
+    TokenShards(folder)
+    (folder / "manifest.json").write_text(json.dumps({**sealed(manifest), "end_of_text_id": 1}))
+    with pytest.raises(DataError, match=r"manifest\.json: is damaged \(its content does not match its own sha256\)"):
         TokenShards(folder)
 
 

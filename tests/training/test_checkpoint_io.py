@@ -15,6 +15,7 @@ from test_resume import named
 from tiny_runs import Recorder
 
 from moelm.config import Config, UserError, to_yaml
+from moelm.data.token_shards import sealed
 from moelm.evaluate import evaluate
 from moelm.generate import main as generate_main
 from moelm.train import train
@@ -23,6 +24,7 @@ from moelm.training.checkpoint_io import (
     CheckpointError,
     find_checkpoint,
     load_checkpoint_config,
+    load_training,
     load_weights,
     newest_checkpoint,
     step_folder,
@@ -226,10 +228,68 @@ def test_a_manifest_that_is_not_right_is_refused(run: Config) -> None:
     text = (folder / "manifest.json").read_text()
     for change, message in MANIFESTS:
         manifest = json.loads(text)
+        del manifest["sha256"]  # as an older moelm left it
         change(manifest)
         (folder / "manifest.json").write_text(json.dumps(manifest))
         with pytest.raises(CheckpointError, match=message):
             find_checkpoint(folder)
+    (folder / "manifest.json").write_text(text.replace('"step": 6', '"step": 7'))
+    with pytest.raises(CheckpointError, match=r"manifest\.json is damaged: its content does not match its own sha256"):
+        find_checkpoint(folder)
+    manifest = json.loads(text)
+    del manifest["sha256"]
+    (folder / "manifest.json").write_text(json.dumps(sealed({**manifest, "step": 7})))
+    with pytest.raises(CheckpointError, match=r"training\.pt: is of step 6, manifest\.json says 7"):
+        train(run_longer(run), resume=str(folder))
+
+
+def set_first(state: dict[str, Any], key: str, value: Any) -> None:
+    state["optimizer_states"][0]["state"][0][key] = value
+
+
+TRAININGS: list[tuple[Callable[[dict[str, Any]], Any], str]] = [
+    (lambda state: state.pop("TokenDataModule"), "TokenDataModule is NoneType, not dict"),
+    (lambda state: state["TokenDataModule"].update(fingerprint=3), r"TokenDataModule\.fingerprint is int, not str"),
+    (lambda state: state["moelm"].update(step=5), "is of step 5, manifest.json says 6"),
+    (lambda state: state.update({"pytorch-lightning_version": "x"}), "another version of Lightning"),
+    (lambda state: state["moelm"]["rng_by_rank"][0]["python"][1].pop(), r"moelm\.rng_by_rank"),
+    (lambda state: state["moelm"].update(recent_load=torch.zeros(3)), r"moelm\.recent_load has no right shape"),
+    (lambda state: state["moelm"].update(recent_losses=torch.zeros(3)), r"moelm\.recent_losses has no right shape"),
+    (lambda state: state["moelm"].update(validation_due="yes"), r"moelm\.validation_due is not true or false"),
+    (lambda state: state["callbacks"].update(RunCard=[]), "no dict"),
+    (lambda state: state["optimizer_states"].clear(), "no state of one optimizer"),
+    (lambda state: state["optimizer_states"][0]["param_groups"][0].pop("params"), "no parameter groups"),
+    (lambda state: state["optimizer_states"][0]["param_groups"][0]["params"].pop(), "do not hold its parameters"),
+    (lambda state: state["moelm"]["parameters"].pop(), "do not hold its parameters"),
+    (lambda state: state["moelm"]["parameters"].insert(0, [state["moelm"]["parameters"].pop()]), "do not hold"),
+    (lambda state: state["optimizer_states"][0]["state"].update(x={}), "a state of 'x', which is no parameter"),
+    (lambda state: set_first(state, "other", torch.zeros(1)), "the optimizer's state of parameter 0 is step, other"),
+    (lambda state: set_first(state, "step", torch.zeros(1)), "step of parameter 0 is no number"),
+]
+
+
+def test_what_training_pt_holds_is_checked_before_anything_reads_it(run: Config) -> None:
+    file = step_folder(run.run_folder, 6) / "training.pt"
+    for change, message in TRAININGS:
+        state = torch.load(file, weights_only=True)
+        whole = file.read_bytes()
+        change(state)
+        torch.save(state, file)
+        rewrite_manifest(file.parent)
+        with pytest.raises(CheckpointError, match=rf"training\.pt: .*{message}"):
+            load_training(file.parent)
+        file.write_bytes(whole)
+        rewrite_manifest(file.parent)
+    load_training(file.parent)
+
+
+def test_counters_that_follow_from_the_step_are_not_read(run: Config) -> None:
+    file = step_folder(run.run_folder, 6) / "training.pt"
+    state = torch.load(file, weights_only=True)
+    state["loops"], state["lr_schedulers"], state["global_step"] = {}, [{"last_epoch": 1000}], 77
+    torch.save(state, file)
+    rewrite_manifest(file.parent)
+    assert train(run_longer(run), resume=str(file.parent))["step"] == 8
 
 
 def run_longer(run: Config) -> Config:

@@ -196,7 +196,7 @@ def test_a_checkpoint_in_parts_evaluates_is_continued_and_becomes_one_again(
     moments = {name: tensor.clone() for name, tensor in read_weights(moment_files(whole)).items()}
     moment = moments.pop("exp_avg.norm.weight")
     for wrong, message in (
-        ({"exp_avg.another.weight": moment}, r"training\.pt: is not that of these moments: .*another\.weight"),
+        ({"exp_avg.another.weight": moment}, r"training\.pt: has no parameter another\.weight"),
         ({"exp_avg.norm.weight": moment[1:]}, r"exp_avg\.norm\.weight has the shape \(31,\), not that of norm"),
     ):
         write_weights(moments | wrong, whole / "optimizer.safetensors")
@@ -238,6 +238,7 @@ def make_format_2(folder: Path) -> None:
     (folder / "optimizer.safetensors").unlink()
     rewrite_manifest(folder)
     manifest = json.loads((folder / "manifest.json").read_text())
+    del manifest["sha256"]  # which came later
     (folder / "manifest.json").write_text(json.dumps({**manifest, "format": 2, "step": step}))
 
 

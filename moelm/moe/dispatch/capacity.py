@@ -83,8 +83,9 @@ class CapacityDispatcher(DroplessDispatcher):
 
 
 def expert_capacity(factor: float, n_tokens: int, top_k: int, n_experts: int) -> int:
-    """C = ceil(factor x T x K / E), at least 1 (Switch, arXiv 2101.03961, eq. 3); E may be groups of experts."""
-    return max(1, math.ceil(factor * n_tokens * top_k / n_experts))
+    """C = ceil(factor x T x K / E) (Switch, arXiv 2101.03961, eq. 3), at least 1, at most all choices; E may be
+    groups of experts."""
+    return max(1, math.ceil(min(n_tokens * top_k, factor * n_tokens * top_k / n_experts)))
 
 
 @torch.no_grad()

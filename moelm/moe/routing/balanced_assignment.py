@@ -20,7 +20,8 @@ FIRST_STEP, LAST_STEP = 1.0, 0.01  # of the prices, in standard deviations of th
 class BalancedAssignmentConfig(LearnedRouterConfig):
     balanced: ClassVar[bool] = True
 
-    n_iterations: int = setting(30, ge=1)  # of the auction; 30 leave loads within 1 to 3 %, or 2 tokens, of the mean
+    # of the auction; 30 leave loads within 1 to 3 %, or 2 tokens, of the mean
+    n_iterations: int = setting(30, ge=1, le=10_000)
 
 
 @register("router", "base", BalancedAssignmentConfig)
