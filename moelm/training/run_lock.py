@@ -29,6 +29,7 @@ def run_lock(folder: Path) -> Iterator[None]:
     and goes with the run; one that a kill left means nothing.
     """
     file = folder / "run.lock"
+    missing = [path for path in (folder, *folder.parents) if not path.exists()]
     try:
         folder.mkdir(parents=True, exist_ok=True)
         descriptor = _locked(file)
@@ -39,7 +40,8 @@ def run_lock(folder: Path) -> Iterator[None]:
     finally:
         with contextlib.suppress(OSError):
             file.unlink()  # before it is given up, or it could be another's
-            folder.rmdir()  # if nothing came of the run
+            for path in missing:
+                path.rmdir()  # if nothing came of the run
         os.close(descriptor)
 
 

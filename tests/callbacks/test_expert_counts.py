@@ -130,6 +130,7 @@ def test_a_damaged_line_is_named_and_no_file_is_no_counts(tmp_path: Path) -> Non
         read_expert_counts(tmp_path)
 
 
+@pytest.mark.slow
 @pytest.mark.timeout(300)
 def test_two_processes_count_what_one_counts(tiny: Callable[..., Config], tmp_path: Path) -> None:
     """With every callback on: what is collective must be so on both ranks, or this hangs."""

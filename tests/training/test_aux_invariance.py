@@ -123,13 +123,17 @@ def config(corpus: dict[str, Any], tmp_path_factory: pytest.TempPathFactory) -> 
     return config
 
 
-@pytest.fixture(scope="module")
-def runs(config: Config) -> dict[str, Run]:
-    found = {}
-    for name, (n_ranks, micro_batch_size) in LAYOUTS.items():
+class Runs(dict[str, Run]):
+    """By layout, each made when it is asked for: those of ranks are processes of their own."""
+
+    def __init__(self, config: Config) -> None:
+        super().__init__()
+        self.config = config
+
+    def __missing__(self, name: str) -> Run:
+        config, (n_ranks, micro_batch_size) = self.config, LAYOUTS[name]
         folder = Path(config.run.dir) / f"gradients-{name}"
-        config.run.name = name
-        config.optim.micro_batch_size = micro_batch_size
+        config.run.name, config.optim.micro_batch_size = name, micro_batch_size
         config.callbacks = [GradientRecorderConfig("gradient_recorder", str(folder))]
         if n_ranks == 1:
             train(config)
@@ -141,8 +145,13 @@ def runs(config: Config) -> dict[str, Run]:
             environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(sys.path)}
             result = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=200)
             assert result.returncode == 0, result.stderr[-3000:]
-        found[name] = Run(folder, n_ranks)
-    return found
+        self[name] = Run(folder, n_ranks)
+        return self[name]
+
+
+@pytest.fixture(scope="module")
+def runs(config: Config) -> Runs:
+    return Runs(config)
 
 
 @pytest.fixture(scope="module")
@@ -215,17 +224,19 @@ def expected_gradients(model: GPT, name: str, micro_batches: list[tuple[dict[str
 # --------------------------------------------------------------------------------------------------- the tests
 
 
+@pytest.mark.slow
 @pytest.mark.timeout(600)
-def test_the_layouts_train_on_the_same_sequences_and_the_losses_dominate(runs: dict[str, Run], model: GPT) -> None:
+def test_the_layouts_train_on_the_same_sequences_and_the_losses_dominate(runs: Runs, model: GPT) -> None:
+    every = {name: runs[name] for name in LAYOUTS}
     for step in range(len(BALANCERS) + 1):
         samples = {
             name: sorted(i for ranks in run.batches[step] for batch in ranks for i in batch["sample_ids"].tolist())
-            for name, run in runs.items()
+            for name, run in every.items()
         }
         assert set(map(tuple, samples.values())) == {tuple(range(16 * step, 16 * step + 16))}
-    shapes = {name: (len(run.batches[0]), len(run.batches[0][0])) for name, run in runs.items()}
+    shapes = {name: (len(run.batches[0]), len(run.batches[0][0])) for name, run in every.items()}
     assert shapes == {"one": (1, 1), "accumulated": (4, 1), "ranks": (1, 2), "both": (2, 2)}
-    for run in runs.values():
+    for run in every.values():
         assert all(torch.equal(run.gradients, other) for other in run.gradients_of_ranks)
         norms = run.gradients.flatten(2).norm(dim=2)  # by step and layer
         assert (norms[:-1] > 30 * norms[-1]).all()
@@ -234,27 +245,27 @@ def test_the_layouts_train_on_the_same_sequences_and_the_losses_dominate(runs: d
 
 
 @pytest.mark.timeout(600)
-@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize(
+    "layout", ["one", "accumulated", *(pytest.param(name, marks=pytest.mark.slow) for name in ("ranks", "both"))]
+)
 @pytest.mark.parametrize("name", BALANCERS)
-def test_gradients_are_those_of_an_independent_implementation(
-    runs: dict[str, Run], model: GPT, name: str, layout: str
-) -> None:
+def test_gradients_are_those_of_an_independent_implementation(runs: Runs, model: GPT, name: str, layout: str) -> None:
     step = BALANCERS.index(name)
     run = runs[layout]
     assert distance(run.gradients[step], expected_gradients(model, name, run.batches[step])) <= INVARIANT
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["sequence", "device", "communication", "z_loss"])
-def test_losses_that_are_means_over_sequences_or_tokens_do_not_change_with_the_layout(
-    runs: dict[str, Run], name: str
-) -> None:
+def test_losses_that_are_means_over_sequences_or_tokens_do_not_change_with_the_layout(runs: Runs, name: str) -> None:
     step = BALANCERS.index(name)
     for layout in ("accumulated", "ranks", "both"):
         assert distance(runs[layout].gradients[step], runs["one"].gradients[step]) <= INVARIANT, layout
 
 
+@pytest.mark.slow
 def test_global_batch_does_not_change_with_ranks_and_has_running_counts_under_accumulation(
-    runs: dict[str, Run],
+    runs: Runs,
 ) -> None:
     step = BALANCERS.index("global_batch")
     one = runs["one"].gradients[step]
@@ -263,8 +274,9 @@ def test_global_batch_does_not_change_with_ranks_and_has_running_counts_under_ac
     assert 1e-3 < distance(runs["accumulated"].gradients[step], one) < 0.3
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["switch", "importance"])
-def test_losses_of_a_micro_batch_change_with_its_size_alone(runs: dict[str, Run], name: str) -> None:
+def test_losses_of_a_micro_batch_change_with_its_size_alone(runs: Runs, name: str) -> None:
     step = BALANCERS.index(name)
     one, ranks = runs["one"].gradients[step], runs["ranks"].gradients[step]
     assert distance(ranks, one) > 1e-3

@@ -124,6 +124,7 @@ def assert_same_curves(straight: Path, resumed: Path) -> None:
             assert points == b[tag], tag
 
 
+@pytest.mark.slow
 def test_a_run_killed_with_sigkill_resumes_bitwise_through_the_command(
     tiny: Callable[..., Config], tmp_path: Path
 ) -> None:
