@@ -26,6 +26,7 @@ def run(folder: Path, *command: str) -> subprocess.CompletedProcess[str]:
     )
 
 
+@pytest.mark.slow
 def test_a_router_in_a_file_outside_the_package_trains(tiny: Callable[..., Config], tmp_path: Path) -> None:
     (tmp_path / "least_router.py").write_text(ROUTER)
     config = tiny({"trainer.max_steps": 4})

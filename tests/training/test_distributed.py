@@ -67,6 +67,7 @@ def test_two_ddp_processes_equal_one_process(tiny: Callable[..., Config], tmp_pa
     assert not torch.equal(states[0]["torch"], states[1]["torch"])
 
 
+@pytest.mark.slow
 @pytest.mark.timeout(400)
 def test_a_ddp_run_resumes_bitwise_on_two_ranks_and_goes_on_on_one(tiny: Callable[..., Config], tmp_path: Path) -> None:
     config = tiny({**CHANGES, "model.dropout": 0.1})
