@@ -21,7 +21,7 @@ from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor, Shard
 from torch.optim import Optimizer
 
-from moelm.config import Config, TrainerConfig
+from moelm.config import Config, ConfigError, TrainerConfig
 from moelm.model.block import Block
 from moelm.model.gpt import GPT
 from moelm.moe import kernels
@@ -42,7 +42,10 @@ def build_strategy(config: Config) -> Strategy | None:
         return None
     end_with_launcher()
     backend = "gloo" if options.accelerator == "cpu" or not torch.cuda.is_available() else "nccl"
-    kernels.processors_left_free = min(64, int(os.environ.get("NCCL_MAX_CTAS", "0")))
+    most_blocks = os.environ.get("NCCL_MAX_CTAS", "0")
+    if not most_blocks.isdecimal():
+        raise ConfigError("NCCL_MAX_CTAS", f"{most_blocks!r} is no whole number", "unset it, or set 8 or 16")
+    kernels.processors_left_free = min(64, int(most_blocks))
     if options.strategy == "fsdp":
         return ShardedStrategy(options, backend)
     torch._dynamo.config.optimize_ddp = False  # it cuts what is compiled at DDP's buckets, and blocks are small pieces

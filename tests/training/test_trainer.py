@@ -31,6 +31,12 @@ def test_devices_that_cannot_share_the_experts_are_refused(tiny: Callable[..., C
         build_trainer(config)
 
 
+def test_a_limit_of_nccl_that_is_no_number_is_refused(tiny: Callable[..., Config], monkeypatch: Any) -> None:
+    monkeypatch.setenv("NCCL_MAX_CTAS", "many")
+    with pytest.raises(ConfigError, match=r"NCCL_MAX_CTAS: 'many' is no whole number"):
+        build_trainer(tiny({"trainer.devices": 2, "trainer.strategy": "ddp"}))
+
+
 def test_cuda_graphs_are_refused_where_there_is_no_gpu(tiny: Callable[..., Config]) -> None:
     with pytest.raises(ConfigError, match=r"trainer.compile: cuda_graphs: there is no CUDA device"):
         build_trainer(tiny({"trainer.compile": "cuda_graphs"}))
