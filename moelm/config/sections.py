@@ -272,9 +272,8 @@ class TrainerConfig:
     replicas: int = setting(1, ge=1)  # fsdp: groups of ranks of which each holds a whole model, sharded inside it
     accumulate_unreduced: bool = False  # fsdp: a device sums its own gradients of all weights, sent once a step
     stop_within_s: float = setting(600.0, gt=0, le=10**6)  # after SIGTERM, SIGINT or SIGUSR1; then it ends anyhow
-    stall_timeout_s: float | None = setting(
-        900.0, gt=0, le=10**6
-    )  # without the end of a batch; then the run ends; null: never
+    # without the end of a batch; then the run ends; null: never
+    stall_timeout_s: float | None = setting(900.0, gt=0, le=10**6)
     # steps that a run may leave out because loss or gradient norm is not finite, or the loss jumps; at the next one it
     # ends
     max_skipped_steps: int = setting(0, ge=0)
