@@ -63,7 +63,7 @@ def config_of(name: str, arguments: argparse.Namespace, folder: str) -> Config:
     n = 1 if name == "one" else arguments.devices
     ours = [
         *strategies(arguments.devices)[name],
-        f"optim.batch_tokens={n * base.optim.micro_batch_size * base.data.seq_len}",
+        f"optim.batch_tokens={n * arguments.accumulate * base.optim.micro_batch_size * base.data.seq_len}",
         f"trainer.max_steps={arguments.steps}",
         "trainer.log_every_n_steps=5",
         "trainer.limit_val_batches=0",  # compiled once more, and not timed
@@ -248,6 +248,7 @@ def main() -> None:
     parser.add_argument("--devices", type=int, default=2)
     parser.add_argument("--strategies", help="names as in the table, separated by ';' (default: all)")
     parser.add_argument("--steps", type=int, default=30)
+    parser.add_argument("--accumulate", type=int, default=1, metavar="N", help="micro-batches of a device and step")
     parser.add_argument("--check", action="store_true", help="exit code 1 if a run is not that of one device")
     parser.add_argument("--profile", action="store_true")
     parser.add_argument("--timeout", type=float, default=300, metavar="S", help="for each run")
@@ -275,7 +276,10 @@ def main() -> None:
 def run(arguments: argparse.Namespace, names: list[str]) -> dict[str, Any]:
     command_line.import_builtins()
     base = load_config(arguments.config, arguments.overrides)
-    what = f"{base.optim.micro_batch_size} x {base.data.seq_len} tokens a device and step, {base.trainer.precision}"
+    micro_batch = f"{base.optim.micro_batch_size} x {base.data.seq_len} tokens"
+    if arguments.accumulate > 1:
+        micro_batch = f"{arguments.accumulate} micro-batches of {micro_batch}"
+    what = f"{micro_batch} a device and step, {base.trainer.precision}"
     facts = measure.facts() | {"NCCL_MAX_CTAS": os.environ.get("NCCL_MAX_CTAS")}
     result: dict[str, Any] = {"facts": facts, "model": short_name(model_size(base.model)), "what": what, "runs": []}
     prepare(base.data.corpus)  # once, and not by each run

@@ -66,10 +66,12 @@ def ranks_of_token(moe: MoEConfig, n_ranks: int) -> float:
 
 
 def _ddp(config: Config, counts: Counts, n_devices: int) -> OnDevices:
-    memory = training_memory(config)
-    states = 2 * memory.weights + memory.optimizer  # gradients lie in buckets that stay
-    sent = 8 * counts.total * (n_devices - 1) // n_devices
-    return OnDevices("ddp", states + memory.activations + memory.working, sent)
+    memory = training_memory(config, n_replicas=n_devices)
+    buckets = 4 * (counts.total - counts.experts)  # of gradients, which stay
+    experts = memory.gradients - buckets
+    both = experts + memory.activations if memory.accumulates else max(experts, memory.activations)
+    sent = 2 * memory.gradients * (n_devices - 1) // n_devices
+    return OnDevices("ddp", memory.weights + memory.optimizer + buckets + both + memory.working, sent)
 
 
 def _fsdp(config: Config, counts: Counts, n_devices: int, n_ep: int) -> OnDevices:

@@ -11,6 +11,7 @@ from moelm.config import Config, ConfigError, ModelConfig, NamedConfig, build, w
 from moelm.model.attention.base import AttentionConfig
 from moelm.model.cross_entropy import MAX_FUSED_BYTES
 from moelm.model.gpt import GPT
+from moelm.moe.working_copies import MOST_IN_BFLOAT16
 
 
 @dataclass(frozen=True)
@@ -138,7 +139,7 @@ class Memory:
     """Bytes on one device at the peak of a training step."""
 
     weights: int  # float32 master weights
-    gradients: int  # float32; bfloat16 of fused experts where a step has one micro-batch on one device
+    gradients: int  # float32; bfloat16 of fused experts where a step has one micro-batch and each device all weights
     optimizer: int  # two moments, in optim.moments; under Muon one, and two of the embeddings
     activations: int  # saved for backward, for one micro-batch
     working: int  # bf16 copies of the weights under bf16-mixed, and what the loss holds
@@ -150,8 +151,8 @@ class Memory:
         return self.weights + self.optimizer + both + self.working
 
 
-def training_memory(config: Config, n_shards: int = 1) -> Memory:
-    """An estimate; `n_shards` devices share weights, gradients and moments (1: DDP).
+def training_memory(config: Config, n_shards: int = 1, n_replicas: int = 1) -> Memory:
+    """An estimate for a device of `n_shards` that share weights, gradients and moments, in each of `n_replicas` groups.
 
     For a GPU, where blocks are compiled unless trainer.compile is false. Activations count what autograd keeps,
     tensor by tensor, from the shapes (see `_activation_bytes`); the allocator's fragmentation is not included.
@@ -183,9 +184,10 @@ def training_memory(config: Config, n_shards: int = 1) -> Memory:
     second = size.active - size.active_no_embeddings if config.optim.optimizer == "muon" else n_parameters
     moments = n_parameters // n_shards + second // n_shards
     width = 2 if config.optim.moments == "bfloat16" else 4  # the small ones, always float32, are not told apart
-    accumulates = config.optim.batch_tokens > micro  # on one device; on more, DDP keeps its buckets of gradients
+    accumulates = config.optim.batch_tokens > micro * n_shards * n_replicas
     gradients = state
-    if not accumulates and n_shards == 1 and config.optim.optimizer == "adamw" and _is_fused(model, mixed):
+    are_whole = n_shards == 1 and n_replicas <= MOST_IN_BFLOAT16
+    if not accumulates and are_whole and config.optim.optimizer == "adamw" and _is_fused(model, mixed):
         assert model.moe is not None
         gradients -= 2 * size.routed_expert * model.moe.n_experts * len(model.routed_layers)
     return Memory(state, gradients, width * moments, activations, working, accumulates)

@@ -140,7 +140,7 @@ class Experts(nn.Module):
 
     The fused kernels multiply bfloat16 copies of float32 weights: buffers that no checkpoint holds, kept up to date by
     `refresh`. Gradients of weights then have the weights' `grad_dtype`, float32 or bfloat16; with `sums_in_place` those
-    of later micro-batches are added where the first one's lies, and autograd's hooks on the weights see only that.
+    of later micro-batches are added where the first one's lies.
     """
 
     def __init__(self, moe: MoEConfig, d_in: int) -> None:

@@ -18,6 +18,8 @@ import torch
 from torch import Tensor
 from torch.optim.optimizer import Optimizer, register_optimizer_step_post_hook
 
+MOST_IN_BFLOAT16 = 8  # replicas whose gradients are averaged in that dtype; see `place_gradients`
+
 
 def refreshed(weight: Any, copy: Tensor | None, dtype: torch.dtype) -> Tensor:
     """A copy of the parameter `weight` as it now is: `copy`, the one that was made last, or a new one if there is none

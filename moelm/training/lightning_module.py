@@ -10,7 +10,6 @@ from typing import Any
 
 import lightning.pytorch as pl
 import torch
-from lightning.pytorch.strategies import SingleDeviceStrategy
 from lightning.pytorch.utilities.types import OptimizerLRScheduler
 from torch import Tensor
 from torch.optim import Optimizer
@@ -107,9 +106,9 @@ class MoELightningModule(pl.LightningModule):
         config = self.config
         optimizer = build_optimizer(self.model, config.optim)
         self._numbers = [{**group, "params": None} for group in optimizer.param_groups]
-        # several devices add theirs to each other's, in float32 and by autograd's hooks
-        if config.trainer.precision == "bf16-mixed" and isinstance(self.trainer.strategy, SingleDeviceStrategy):
-            place_gradients(self.model, optimizer, self.trainer.accumulate_grad_batches)
+        # FSDP2 adds those of several devices in float32, and by autograd's hooks
+        if config.trainer.precision == "bf16-mixed" and not isinstance(self.trainer.strategy, ShardedStrategy):
+            place_gradients(self.model, optimizer, self.trainer.accumulate_grad_batches, self.trainer.world_size)
         scheduler = LambdaLR(optimizer, lr_factor(config.optim.schedule, config.trainer.max_steps))
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
 

@@ -21,7 +21,8 @@ def check_memory(config: Config, trainer: pl.Trainer) -> None:
     """Raises ConfigError where weights, gradients and moments alone exceed what there is, or the estimate of all, which
     is that of a GPU, does so by more than a factor of two."""
     sharded, device = config.trainer.strategy == "fsdp", trainer.strategy.root_device
-    needed = training_memory(config, max(1, trainer.world_size // config.trainer.replicas) if sharded else 1)
+    n_replicas = config.trainer.replicas if sharded else trainer.world_size
+    needed = training_memory(config, max(1, trainer.world_size // n_replicas), n_replicas)
     on_host = device.type == "cpu"  # whose memory all ranks share
     n_local, process, there = (trainer.num_devices if on_host else 1), on_host * PROCESS_BYTES, device_memory(device)
     states, total = (process + n for n in (needed.weights + needed.gradients + needed.optimizer, needed.total))

@@ -13,12 +13,14 @@ from typing import Any
 import lightning.pytorch as pl
 import torch
 import torch._dynamo.config
-from lightning.pytorch.strategies import DDPStrategy, ModelParallelStrategy, SingleDeviceStrategy, Strategy
+import torch.distributed as dist
+from lightning.pytorch.strategies import DDPStrategy, ModelParallelStrategy, Strategy
 from lightning.pytorch.strategies.parallel import ParallelStrategy
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor, Shard
+from torch.nn.parallel import DistributedDataParallel
 from torch.optim import Optimizer
 
 from moelm.config import Config, ConfigError, TrainerConfig
@@ -49,8 +51,57 @@ def build_strategy(config: Config) -> Strategy | None:
     if options.strategy == "fsdp":
         return ShardedStrategy(options, backend)
     torch._dynamo.config.optimize_ddp = False  # it cuts what is compiled at DDP's buckets, and blocks are small pieces
-    # counters are no buffers, so none is broadcast
-    return DDPStrategy(process_group_backend=backend, broadcast_buffers=False, gradient_as_bucket_view=True)
+    return ReplicatedStrategy(backend)
+
+
+class ReplicatedStrategy(DDPStrategy):
+    """DDP for all but the weights of experts. Theirs are most of the gradients, and DDP would copy each into a bucket;
+    here they are averaged where they lie, in their dtype, while the backward pass goes on."""
+
+    def __init__(self, process_group_backend: str) -> None:
+        # counters are no buffers, so none is broadcast
+        super().__init__(
+            process_group_backend=process_group_backend, broadcast_buffers=False, gradient_as_bucket_view=True
+        )
+        self._is_last_micro_batch = True
+        self._under_way: list[dist.Work] = []
+
+    def _setup_model(self, model: nn.Module) -> DistributedDataParallel:
+        experts = {p for part in model.modules() if isinstance(part, Experts) for p in part.parameters()}
+        alone = {name: p for name, p in model.named_parameters() if p in experts}
+        for parameter in alone.values():
+            parameter.register_post_accumulate_grad_hook(self._average)  # called for those added in place, too
+        DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(model, list(alone))
+        return super()._setup_model(model)
+
+    @contextmanager
+    def block_backward_sync(self) -> Iterator[None]:
+        """Around the micro-batches of an optimizer step but its last."""
+        self._is_last_micro_batch = False
+        try:
+            with super().block_backward_sync():
+                yield
+        finally:
+            self._is_last_micro_batch = True
+
+    def _average(self, parameter: Any) -> None:
+        """Begin to, with the other ranks: all of them come here in the order of one graph, as they come to DDP's
+        buckets."""
+        if not self._is_last_micro_batch:
+            return
+        knows_average = self.root_device.type == "cuda"  # gloo does not
+        if not knows_average:
+            parameter.grad /= self.world_size
+        operation = dist.ReduceOp.AVG if knows_average else dist.ReduceOp.SUM
+        work = dist.all_reduce(parameter.grad, operation, async_op=True)
+        assert work is not None
+        self._under_way.append(work)
+
+    def post_backward(self, closure_loss: Tensor) -> None:
+        super().post_backward(closure_loss)
+        for work in self._under_way:
+            work.wait()
+        self._under_way.clear()
 
 
 class ShardedStrategy(ModelParallelStrategy):
@@ -260,8 +311,8 @@ def why_no_cuda_graphs(trainer: pl.Trainer) -> str:
     """Of compiled blocks; empty if they can be recorded."""
     if trainer.strategy.root_device.type != "cuda":
         return "there is no CUDA device"
-    if not isinstance(trainer.strategy, SingleDeviceStrategy):
-        return "they are recorded on one device only"
+    if isinstance(trainer.strategy, ShardedStrategy):
+        return "weights that are gathered for a block lie elsewhere each time"
     if trainer.accumulate_grad_batches > 1:
         n = trainer.accumulate_grad_batches
         return f"a step has {n} micro-batches, of which each would overwrite the gradients of the one before"

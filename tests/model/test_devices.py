@@ -42,6 +42,9 @@ def test_what_is_sent_is_what_the_formulas_of_the_docs_say(tiny_config):
     assert [each.strategy for each in (ddp, fsdp, shared)] == ["ddp", "fsdp", "fsdp, expert_parallel=2"]
     assert ddp.sent == 8 * n.total / 2
     assert fsdp.sent == (2 * (12 * (n.blocks + n.experts) + 8 * n.rest) + 8 * n.routers) / 2
+    short = make(tiny_config, precision="bf16-mixed")
+    short.optim.batch_tokens = 2 * 64  # one micro-batch on each: gradients of fused experts in bfloat16
+    assert on_devices(short, 2)[0].sent == (8 * n.total - 4 * n.experts) / 2
     rows = 64 * ranks_of_token(config.model.moe, 2) * 2
     assert shared.sent == int((2 * (12 * n.blocks + 8 * n.rest) + 8 * n.routers + 2 * 4 * rows * 4 * 32) / 2)
     once = make(tiny_config, accumulate_unreduced=True)

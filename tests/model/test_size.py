@@ -292,6 +292,8 @@ def test_gradients_of_fused_experts_are_bfloat16_where_they_are_no_sums(tiny_con
     weights, experts = size.total + size.multi_token_prediction, 2 * 8 * 3 * 32 * 16
     assert training_memory(config).gradients == 4 * weights - 2 * experts
     assert training_memory(config, n_shards=2).gradients == 4 * weights // 2
+    assert training_memory(config, n_replicas=8).gradients == 4 * weights - 2 * experts
+    assert training_memory(config, n_replicas=9).gradients == 4 * weights
     for section, key, value in [
         ("optim", "micro_batch_size", 1),
         ("optim", "optimizer", "muon"),

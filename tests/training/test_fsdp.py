@@ -144,19 +144,22 @@ def assert_close_steps(one: Tape, two: Tape) -> None:
         assert b["loss"] == pytest.approx(a["loss"], abs=1e-4)
         assert b["norm"] == pytest.approx(a["norm"], rel=1e-3)
         assert worst(a["weights"], b["weights"]) < 1e-3
+        assert worst(a["gradients"], b["gradients"]) < 0.1
 
 
 @pytest.mark.slow
 @pytest.mark.timeout(400)
 @pytest.mark.skipif(not INTERPRETED, reason="needs Triton's interpreter")
-def test_fused_experts_under_fsdp_follow_those_of_one_process(make: Make, tmp_path: Path) -> None:
+def test_fused_experts_of_two_processes_follow_those_of_one(make: Make, tmp_path: Path) -> None:
     small = {"data.seq_len": 16, "optim.batch_tokens": 64, "optim.micro_batch_size": 1, "trainer.max_steps": 3}
     fused = {"model.moe.experts": {"backend": "fused"}, "trainer.precision": "bf16-mixed", **small}
     one, two = make("one", fused), make("two", FSDP, fused, {"trainer.activation_checkpointing": "selective"})
+    ddp = make("ddp", DDP, fused)  # two micro-batches each, the second's gradients added in place
     train(one)
-    run_all([two], tmp_path, n_ranks=2)
-    assert_close_steps(tapes(one)[0], tapes(two, 2)[1])
-    assert len(tapes(one)[0]["copies"]) == 4
+    run_all([two, ddp], tmp_path, n_ranks=2)
+    for many in (two, ddp):
+        assert_close_steps(tapes(one)[0], tapes(many, 2)[1])
+    assert len(tapes(one)[0]["copies"]) == len(tapes(ddp)[0]["copies"]) == 4
     assert tapes(two)[0]["copies"] == []
 
 

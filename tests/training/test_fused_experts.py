@@ -7,6 +7,7 @@ from test_resume import assert_same_state, named
 from tiny_runs import Recorder, summary_of
 
 from moelm.config import ConfigError, NamedConfig, make_named, register
+from moelm.model.gpt import GPT
 from moelm.train import train
 from moelm.training import adamw
 from moelm.training.checkpoint_io import load_weights, step_folder
@@ -84,30 +85,36 @@ def as_on_a_gpu(monkeypatch):
 TINY_EXPERTS = {"n_experts": 4, "top_k": 2, "d_expert": 16}
 ONE = {"optim.micro_batch_size": 2}  # one micro-batch a step
 SWITCH = {
-    "one_micro_batch": (ONE, "fused", True),
-    "two_micro_batches": ({}, "fused", False),
-    "two_devices": ({"trainer.devices": 2}, "fused", False),
-    "muon": ({**ONE, "optim.optimizer": "muon"}, "fused", False),
-    "float32": ({**ONE, "trainer.precision": "32-true"}, "fused", False),
-    "grouped": (ONE, "grouped", False),
-    "small": ({**ONE, "model.moe": {**TINY_EXPERTS, "d_expert": 8}}, "fused", False),  # of the two, down alone
+    "one_micro_batch": (ONE, "fused", "bfloat16"),
+    "two_micro_batches": ({}, "fused", "in place"),
+    "two_devices": ({"trainer.devices": 2}, "fused", "bfloat16"),
+    "nine_devices": ({"trainer.devices": 9, "optim.batch_tokens": 9 * 16}, "fused", "in place"),
+    "fsdp": ({"trainer.devices": 2, "trainer.strategy": "fsdp"}, "fused", ""),
+    "muon": ({**ONE, "optim.optimizer": "muon"}, "fused", ""),
+    "float32": ({**ONE, "trainer.precision": "32-true"}, "fused", ""),
+    "grouped": (ONE, "grouped", ""),
+    "small": ({**ONE, "model.moe": {**TINY_EXPERTS, "d_expert": 8}}, "fused", ""),  # of the two, down alone
 }
 
 
-@pytest.mark.parametrize(("changes", "backend", "is_on"), SWITCH.values(), ids=SWITCH)
+@pytest.mark.parametrize(("changes", "backend", "way"), SWITCH.values(), ids=SWITCH)
 def test_gradients_are_bfloat16_only_where_a_step_takes_one_of_large_fused_experts(
-    tiny, as_on_a_gpu, changes, backend, is_on
+    tiny, as_on_a_gpu, changes, backend, way
 ):
     config = tiny({**SMALL, "trainer.accelerator": "cpu", "model.moe": TINY_EXPERTS, **changes})
     module = MoELightningModule(config, [], 0)
     module.trainer = build_trainer(config)
-    module.configure_model()
+    if changes.get("trainer.strategy") != "fsdp":  # which needs the other ranks for that
+        module.configure_model()
+    else:
+        module.model = GPT(config.model)
     for layer in module.model.moe_layers:
         layer.experts.backend = backend
     module.configure_optimizers()
     short = {name for name, parameter in module.model.named_parameters() if parameter.grad_dtype == torch.bfloat16}
-    assert short == ({"blocks.0.moe.experts.gate_up", "blocks.0.moe.experts.down"} if is_on else set())
-    assert module.model.moe_layers[0].experts.sums_in_place == (changes == {})  # two micro-batches, else plain
+    both = {"blocks.0.moe.experts.gate_up", "blocks.0.moe.experts.down"}
+    assert short == (both if way == "bfloat16" else set())
+    assert module.model.moe_layers[0].experts.sums_in_place == (way == "in place")
 
 
 def test_a_run_with_bfloat16_gradients_follows_one_with_float32_and_resumes_bitwise(tiny, as_on_a_gpu, monkeypatch):
