@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import subprocess
 import sys
 import tempfile
@@ -22,6 +23,7 @@ from statistics import mean
 from typing import Any
 
 import measure
+import torch
 from measure import ROOT
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
@@ -48,12 +50,15 @@ train(load_config(config, overrides))
 
 
 def run(path: str, seed: int, config: str, folder: Path, overrides: list[str]) -> dict[str, Any]:
-    """`train`, the cross-entropy of each step in nats, and `val`, that at the end; or `error`."""
+    """`train`, the cross-entropy of each step in nats, and `val`, that at the end; or `error`. Each seed has a GPU."""
     name = f"{path}-{seed}"
     ours = [f"run.seed={seed}", f"run.name={name}", f"run.dir={folder}", "trainer.log_every_n_steps=1"]
     ours += ["trainer.enable_progress_bar=false", *PATHS[path]]
     command = [sys.executable, "-c", PROGRAM, path, config, *overrides, *ours]
-    result = subprocess.run(command, capture_output=True, text=True)
+    environment = {**os.environ}
+    if torch.cuda.device_count() > 1:
+        environment["CUDA_VISIBLE_DEVICES"] = str(seed % torch.cuda.device_count())
+    result = subprocess.run(command, capture_output=True, text=True, env=environment)
     print(f"{name}: {'done' if result.returncode == 0 else 'failed'}", file=sys.stderr, flush=True)
     if result.returncode:
         return {"error": result.stderr.strip().splitlines()[-1][:300]}
@@ -116,7 +121,7 @@ def main() -> None:
     )
     parser.add_argument("--config", default=str(ROOT / "configs/bench/moe_1_7b.yaml"))
     parser.add_argument("--steps", type=int, default=300)
-    parser.add_argument("--jobs", type=int, default=2, help="runs at a time on the GPU; nothing is timed")
+    parser.add_argument("--jobs", type=int, default=2, help="runs at a time; nothing is timed")
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="of the config, for all runs")
     arguments = parser.parse_args()
     measure.require_cuda()

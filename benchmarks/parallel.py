@@ -53,6 +53,7 @@ def strategies(n: int) -> dict[str, list[str]]:
     found = {"one": ["trainer.devices=1"], "one, same batch": ["trainer.devices=1"]}
     found |= {"ddp": [f"trainer.devices={n}", "trainer.strategy=ddp"], "fsdp": fsdp}
     degrees = [degree for degree in range(2, n + 1) if n % degree == 0]
+    found |= {"fsdp, reshard_after_forward=false": [*fsdp, "trainer.reshard_after_forward=false"]}
     return found | {
         f"fsdp, expert_parallel={degree}": [*fsdp, f"trainer.expert_parallel={degree}"] for degree in degrees
     }

@@ -226,6 +226,7 @@ WRONG = [
     ("trainer: {precision: 16-mixed}", "trainer.precision", ["'16-mixed'", "use bf16-mixed"]),
     ("trainer: {strategy: fsdp1}", "trainer.strategy", ["'fsdp1'", "fsdp is FSDP2"]),
     ("trainer: {strategy: fsdp_cpu_offload}", "trainer.strategy", ["FSDP1 is not offered"]),
+    ("trainer: {reshard_after_forward: false}", "trainer.reshard_after_forward", ["no effect", "strategy=fsdp"]),
     ("trainer: {accumulate_unreduced: true}", "trainer.accumulate_unreduced", ["no effect", "trainer.strategy=fsdp"]),
     ("trainer: {expert_parallel: 2}", "trainer.expert_parallel", ["strategy = auto", "trainer.strategy=fsdp"]),
     ("trainer: {replicas: 2, strategy: ddp}", "trainer.replicas", ["strategy = ddp", "trainer.strategy=fsdp"]),

@@ -228,6 +228,9 @@ def _check_trainer(trainer: TrainerConfig) -> None:
     if isinstance(share, float) and share > 1:
         remedy = "give a whole number of batches, or a share of at most 1.0"
         raise ConfigError("trainer.limit_val_batches", f"{share} is not allowed", remedy)
+    if not trainer.reshard_after_forward and trainer.strategy != "fsdp":
+        problem = f"false has no effect with strategy = {trainer.strategy}, where nothing is gathered"
+        raise ConfigError("trainer.reshard_after_forward", problem, "remove it, or set trainer.strategy=fsdp")
     if trainer.accumulate_unreduced and trainer.strategy != "fsdp":
         problem = f"has no effect with strategy = {trainer.strategy}, which always sends gradients once a step"
         raise ConfigError("trainer.accumulate_unreduced", problem, "remove it, or set trainer.strategy=fsdp")

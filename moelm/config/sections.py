@@ -270,6 +270,7 @@ class TrainerConfig:
     float32_matmul_precision: str = setting("highest", allowed=("highest", "high", "medium"))
     expert_parallel: int = setting(1, ge=1)  # fsdp: ranks that share the experts, each holding some whole ones
     replicas: int = setting(1, ge=1)  # fsdp: groups of ranks of which each holds a whole model, sharded inside it
+    reshard_after_forward: bool = True  # fsdp; false: blocks stay whole until the backward pass, and are sent once
     accumulate_unreduced: bool = False  # fsdp: a device sums its own gradients of all weights, sent once a step
     stop_within_s: float = setting(600.0, gt=0, le=10**6)  # after SIGTERM, SIGINT or SIGUSR1; then it ends anyhow
     # without the end of a batch; then the run ends; null: never
@@ -283,7 +284,7 @@ class TrainerConfig:
 
 OWN_TRAINER_KEYS = (
     *("activation_checkpointing", "compile", "float32_matmul_precision", "expert_parallel", "accumulate_unreduced"),
-    *("replicas", "stop_within_s", "max_skipped_steps", "max_loss_spike", "profile"),
+    *("replicas", "reshard_after_forward", "stop_within_s", "max_skipped_steps", "max_loss_spike", "profile"),
     "stall_timeout_s",
 )
 MANAGED_TRAINER_ARGUMENTS = {

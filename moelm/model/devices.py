@@ -8,6 +8,8 @@ from math import comb
 from moelm.config import Config, ConfigError, MoEConfig
 from moelm.model.size import shapes_of, training_memory
 
+SMALL_UNIT = 2**24  # parameters that FSDP2 gathers together, of blocks that hold less; where experts are not gathered
+
 
 @dataclass(frozen=True)
 class OnDevices:
@@ -83,18 +85,25 @@ def _fsdp(config: Config, counts: Counts, n_devices: int, n_ep: int) -> OnDevice
     memory = training_memory(config)
     held = counts.routers + (counts.total - counts.routers) // W
     states = (memory.weights + memory.optimizer) * held // counts.total
-    # two blocks gathered and the gradients of one, the rest with its gradients
-    whole = 3 * s * counts.largest_block + 8 * counts.rest
-    if n_ep > 1 and n_fsdp == n_replicas == 1:  # experts are not gathered, and keep working copies
-        whole += 2 * counts.experts // n_ep if mixed else 0
-    else:
-        whole += 3 * s * counts.largest_experts // n_ep
+    # two units gathered, or all, and the gradients of one; the rest with its gradients
+    keeps, experts_stay = not config.trainer.reshard_after_forward, n_ep > 1 and n_fsdp == n_replicas == 1
+    unit, experts_of_unit = counts.largest_block, counts.largest_experts // n_ep
+    if experts_stay:
+        unit, experts_of_unit = min(max(unit, SMALL_UNIT), counts.blocks), 0
+    gathered_blocks = counts.blocks if keeps else min(2 * unit, counts.blocks)
+    gathered_experts = counts.experts // n_ep if keeps else 2 * experts_of_unit
+    whole = s * (unit + experts_of_unit + gathered_blocks) + 8 * counts.rest
+    if not experts_stay:
+        whole += s * gathered_experts
+    elif mixed:
+        whole += 2 * counts.experts // n_ep  # working copies
     copies = 2 * counts.total if mixed else 0
     activations, gradients = memory.activations, 4 * held
     both = gradients + activations if n_micro_batches > 1 else max(gradients, activations)
     gathered, reduced = n_micro_batches, 1 if config.trainer.accumulate_unreduced else n_micro_batches
-    others = (2 * s * gathered + 4 * reduced) * counts.blocks + 4 * (gathered + reduced) * counts.rest
-    experts = (2 * s * gathered + 4 * reduced) * (counts.experts // n_ep)
+    times = 1 if keeps else 2  # that a block is gathered
+    others = (times * s * gathered + 4 * reduced) * counts.blocks + 4 * (gathered + reduced) * counts.rest
+    experts = (times * s * gathered + 4 * reduced) * (counts.experts // n_ep)
     sent = others * (W - 1) / W + experts * (n_fsdp - 1) / n_fsdp + 8 * counts.routers * (n_devices - 1) / n_devices
     sent += 8 * reduced * (counts.total - counts.routers) / W * (n_replicas - 1) / n_replicas
     if n_ep > 1 and moe is not None:
@@ -105,4 +114,5 @@ def _fsdp(config: Config, counts: Counts, n_devices: int, n_ep: int) -> OnDevice
         both += int(kept * (1 if again else len(config.model.routed_layers)))
     name = "fsdp" + (f", replicas={n_replicas}" if n_replicas > 1 else "")
     name += f", expert_parallel={n_ep}" if n_ep > 1 else ""
+    name += ", reshard_after_forward=false" if keeps else ""
     return OnDevices(name, states + both + memory.working - copies + whole, int(sent))

@@ -111,9 +111,6 @@ class GPT(nn.Module):
         """
         if self.cuda_graphs:
             torch.compiler.cudagraph_mark_step_begin()
-        for layer in self.moe_layers:
-            if layer.experts.backend == "fused":
-                layer.experts.refresh()  # here, since blocks may be compiled
         L = tokens_BL.shape[1]
         start = cache[0].length if cache is not None else 0
         positions_L = torch.arange(start, start + L, device=tokens_BL.device)
@@ -125,6 +122,7 @@ class GPT(nn.Module):
         embedded_BLD = F.dropout(self.embedding(tokens_BL), self.config.dropout, self.training)
         x_BLD, layer_stats = embedded_BLD, []
         for i, block in enumerate(self.blocks):
+            refresh_copies(block)
             inputs = (x_BLD, rotations[i % n_sections], mask_BLL, context)
             x_BLD, stats = block(*inputs, None, recompute) if cache is None else block(*inputs, cache[i])
             if stats is not None:
@@ -138,6 +136,7 @@ class GPT(nn.Module):
         predictions = [self._predict(x_BLD, targets_BL, layer_stats)]
         rotation = rotations[self.config.prediction_layer % n_sections]
         for k, module in enumerate(self.multi_token_prediction, 1):
+            refresh_copies(module.block)
             ahead = context_ahead(context, document_ids_BL, k)
             x_BLD, stats = module(x_BLD, embedded_BLD.roll(-k, 1), rotation, mask_BLL, ahead, recompute)
             assert ahead.token_mask_BL is not None
@@ -166,6 +165,13 @@ class GPT(nn.Module):
                 shares = [len(each.stats) / n_layers for each in routed]
                 extra["routing"] = sum(share * loss for share, loss in zip(shares, losses, strict=True))
         return extra
+
+
+def refresh_copies(block: Any) -> None:
+    """Of a block's experts. Outside of it, since it may be compiled, and right before it: autograd visits first what
+    was made last, so these weights get their gradients before those of the blocks below, and they can be sent."""
+    if isinstance(block, Block) and block.moe is not None and block.moe.experts.backend == "fused":
+        block.moe.experts.refresh()
 
 
 def attention_mask(positions_L: Tensor, document_ids_BL: Tensor | None, start: int) -> Tensor | None:

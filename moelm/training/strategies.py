@@ -25,6 +25,7 @@ from torch.optim import Optimizer
 
 from moelm.config import Config, ConfigError, TrainerConfig
 from moelm.model.block import Block
+from moelm.model.devices import SMALL_UNIT
 from moelm.model.gpt import GPT
 from moelm.moe import kernels
 from moelm.moe.dispatch.expert_parallel import ExpertParallel
@@ -59,10 +60,7 @@ class ReplicatedStrategy(DDPStrategy):
     here they are averaged where they lie, in their dtype, while the backward pass goes on."""
 
     def __init__(self, process_group_backend: str) -> None:
-        # counters are no buffers, so none is broadcast
-        super().__init__(
-            process_group_backend=process_group_backend, broadcast_buffers=False, gradient_as_bucket_view=True
-        )
+        super().__init__(process_group_backend=process_group_backend)
         self._is_last_micro_batch = True
         self._under_way: list[dist.Work] = []
 
@@ -72,7 +70,10 @@ class ReplicatedStrategy(DDPStrategy):
         for parameter in alone.values():
             parameter.register_post_accumulate_grad_hook(self._average)  # called for those added in place, too
         DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(model, list(alone))
-        return super()._setup_model(model)
+        # counters are no buffers, so none is broadcast. Lightning would do this on another stream, on which DDP then
+        # reads gradients while graphs that are recorded on this one take their memory
+        devices = self.determine_ddp_device_ids()
+        return DistributedDataParallel(model, devices, broadcast_buffers=False, gradient_as_bucket_view=True)
 
     @contextmanager
     def block_backward_sync(self) -> Iterator[None]:
@@ -135,7 +136,8 @@ class ShardedStrategy(ModelParallelStrategy):
         """In place, before the model has memory. Units are the blocks, experts included, and the rest; no hook of FSDP2
         lies inside a block, where it would break up what is compiled and disturb what is recomputed. Experts that are
         dealt out over "ep" are a unit of their own, gathered around their block; with nothing to gather they are none,
-        and are multiplied from working copies as on one device.
+        and are multiplied from working copies as on one device. What is left of blocks is little then, and several make
+        a unit.
 
         Routers stay whole on every rank: small (experts x d_model a layer), and float32 however the rest is sent.
         Under bf16-mixed the weights of blocks are sent as bfloat16; those of the rest, where the residual stream
@@ -153,13 +155,22 @@ class ShardedStrategy(ModelParallelStrategy):
         for block in model.all_blocks:
             if block.moe is not None:
                 alone |= self._place_experts(block, block.moe, mixed)
-            fully_shard(block, mesh=mesh, mp_policy=mixed, shard_placement_fn=placement, ignored_params=alone)
+        units = units_of(model, alone if self.device_mesh["ep"].size() == self.world_size > 1 else set())
+        for unit in units:
+            fully_shard(
+                list[nn.Module](unit),
+                mesh=mesh,
+                mp_policy=mixed,
+                shard_placement_fn=placement,
+                ignored_params=alone,
+                reshard_after_forward=self.options.reshard_after_forward,
+            )
         fully_shard(model, mesh=mesh, mp_policy=float32)
-        for unit in model.modules():
-            if isinstance(unit, FSDPModule):
-                unit.set_gradient_divide_factor(1.0)
-                unit.set_force_sum_reduction_for_comms(True)
-        fetch_ahead(model)
+        for module in model.modules():
+            if isinstance(module, FSDPModule):
+                module.set_gradient_divide_factor(1.0)
+                module.set_force_sum_reduction_for_comms(True)
+        fetch_ahead(units)
 
     def _place_experts(self, block: Block, moe: MoELayer, policy: MixedPrecisionPolicy) -> set[nn.Parameter]:
         """Over "ep", if it has several ranks, and the share of each over "fsdp" likewise; what needs no FSDP2 then."""
@@ -174,7 +185,13 @@ class ShardedStrategy(ModelParallelStrategy):
             experts.keeps_copies = True
             return set(experts.parameters())
         placement = partial(placement_of, n_ranks=fsdp.size(), n_shares=ep.size())
-        fully_shard(experts, mesh=self._with_replicas(fsdp), mp_policy=policy, shard_placement_fn=placement)
+        fully_shard(
+            experts,
+            mesh=self._with_replicas(fsdp),
+            mp_policy=policy,
+            shard_placement_fn=placement,
+            reshard_after_forward=self.options.reshard_after_forward,
+        )
         gather_with(block, experts)
         return set()
 
@@ -281,17 +298,33 @@ def hold_experts(block: Block, inputs: Any) -> None:
     block.moe.experts.hold()
 
 
-def fetch_ahead(model: GPT) -> None:
-    """Let the units of the next block be gathered while one computes, where by itself FSDP2 would begin too late:
-    once the host comes to the next block, after it has waited for the number of tokens; and in the backward pass only
-    with one of the two units."""
-    units: list[list[Any]] = [
-        [unit for unit in (block, block.moe and block.moe.experts) if isinstance(unit, FSDPModule)]
-        for block in model.all_blocks
-    ]
-    for before, after in pairwise(units):
+def units_of(model: GPT, alone: set[nn.Parameter]) -> list[list[Block]]:
+    """The blocks, each by itself. With `alone`, which needs no FSDP2, those of the main model in groups, as long as
+    what else they hold is at most SMALL_UNIT parameters: sending it takes less time than the host needs to begin."""
+    units: list[list[Block]] = []
+    room = 0
+    for block in model.all_blocks:
+        size = sum(parameter.numel() for parameter in block.parameters() if parameter not in alone)
+        if alone and size <= room and block in model.blocks:
+            units[-1].append(block)
+        else:
+            units.append([block])
+            room = SMALL_UNIT
+        room -= size
+    return units
+
+
+def fetch_ahead(units: list[list[Block]]) -> None:
+    """Let the next unit be gathered while one computes. By itself FSDP2 would begin once the host comes to the next
+    block: too late where it does not run far ahead, and certainly where it waits for the number of tokens. In the
+    backward pass it begins in time, but only with one of the units where experts are another."""
+    parts: list[list[Any]] = []
+    for unit in units:
+        experts = [block.moe.experts for block in unit if block.moe is not None]
+        parts.append([unit[0], *(each for each in experts if isinstance(each, FSDPModule))])
+    for before, after in pairwise(parts):
+        before[0].set_modules_to_forward_prefetch(after)
         if len(before) + len(after) > 2:
-            before[0].set_modules_to_forward_prefetch(after)
             after[0].set_modules_to_backward_prefetch(before)
 
 

@@ -49,8 +49,20 @@ def test_what_is_sent_is_what_the_formulas_of_the_docs_say(tiny_config):
     assert shared.sent == int((2 * (12 * n.blocks + 8 * n.rest) + 8 * n.routers + 2 * 4 * rows * 4 * 32) / 2)
     once = make(tiny_config, accumulate_unreduced=True)
     assert fsdp.sent - on_devices(once, 2)[1].sent == (4 * (n.blocks + n.experts + n.rest)) / 2
+    kept = on_devices(make(tiny_config, strategy="fsdp", reshard_after_forward=False), 2)[1]
+    assert fsdp.sent - kept.sent == 2 * 4 * (n.blocks + n.experts) / 2
     again = make(tiny_config, activation_checkpointing="full")
     assert on_devices(again, 2)[2].sent - shared.sent == int(2 * 2 * rows * 4 * 32 / 2)
+
+
+def test_what_stays_whole_takes_memory(tiny_config):
+    config = make(tiny_config)
+    config.model.n_layers = 6
+    n, resharded = count(config), on_devices(config, 2)[1]
+    config.trainer.reshard_after_forward = False
+    kept = on_devices(config, 2)[1]
+    assert kept.strategy == "fsdp, reshard_after_forward=false"
+    assert kept.memory - resharded.memory == 4 * (n.blocks + n.experts - 2 * (n.largest_block + n.largest_experts))
 
 
 def test_replicas_hold_more_and_send_their_gradients_to_each_other(tiny_config):

@@ -97,11 +97,12 @@ def test_two_processes_equal_one(make: Make, tmp_path: Path) -> None:
         train(config)
     fsdp = {name: make(f"fsdp-{i}", FSDP, changes) for i, (name, changes) in enumerate(VARIANTS.items())}
     ddp, unreduced = make("ddp", DDP), make("unreduced", FSDP, {"trainer.accumulate_unreduced": True})
+    kept = make("kept", FSDP, {"trainer.reshard_after_forward": False})
     straight, short = make("straight", ADAMW), {"trainer.max_steps": 3}
     train(straight)
     train(make("back", ADAMW, short))
     run_all(
-        [*fsdp.values(), ddp, unreduced, make("there", ADAMW, FSDP, short), make("back", ADAMW, FSDP)],
+        [*fsdp.values(), ddp, unreduced, kept, make("there", ADAMW, FSDP, short), make("back", ADAMW, FSDP)],
         tmp_path,
         n_ranks=2,
     )
@@ -115,6 +116,7 @@ def test_two_processes_equal_one(make: Make, tmp_path: Path) -> None:
         assert_same_steps(*tapes(one[name]), tapes(fsdp[name], 2))
     assert_same_steps(*tapes(one["plain"]), tapes(ddp, 2))
     assert_same_steps(*tapes(one["plain"]), tapes(unreduced, 2))
+    assert_same_steps(*tapes(one["plain"]), tapes(kept, 2))
     assert tapes(fsdp["plain"])[0]["sent_early"]
     assert not tapes(unreduced)[0]["sent_early"]
     assert min(step["load"].min() for step in tapes(one["idle experts, recomputation"])[0]["steps"]) == 0

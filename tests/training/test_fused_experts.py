@@ -117,6 +117,23 @@ def test_gradients_are_bfloat16_only_where_a_step_takes_one_of_large_fused_exper
     assert module.model.moe_layers[0].experts.sums_in_place == (way == "in place")
 
 
+def test_experts_get_their_gradients_before_the_blocks_below_are_differentiated(tiny, as_on_a_gpu):
+    config = tiny({**SMALL, **ONE, "trainer.accelerator": "cpu", "model.n_layers": 2, "model.moe": TINY_EXPERTS})
+    module = MoELightningModule(config, [], 0)
+    module.trainer = build_trainer(config)
+    module.configure_model()
+    for layer in module.model.moe_layers:
+        layer.experts.backend = "fused"
+    module.configure_optimizers()
+    order = []
+    for name, parameter in module.model.named_parameters():
+        parameter.register_post_accumulate_grad_hook(lambda _, name=name: order.append(name))
+    tokens_BL = torch.arange(32).view(2, 16)
+    with torch.autocast("cpu", torch.bfloat16):
+        module.model(tokens_BL, tokens_BL).loss.backward()
+    assert order.index("blocks.1.moe.experts.gate_up") < order.index("blocks.0.feed_forward_norm.weight")
+
+
 def test_a_run_with_bfloat16_gradients_follows_one_with_float32_and_resumes_bitwise(tiny, as_on_a_gpu, monkeypatch):
     options = {**SMALL, **ONE, "trainer.max_steps": 4, "checkpoint.every_n_steps": 2, "optim.lr": 0.03}
     options["callbacks"] = ["gradient_dtypes"]
