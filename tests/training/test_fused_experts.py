@@ -125,6 +125,7 @@ def test_experts_get_their_gradients_before_the_blocks_below_are_differentiated(
     for layer in module.model.moe_layers:
         layer.experts.backend = "fused"
     module.configure_optimizers()
+    module.model.compile_blocks(backend="aot_eager")
     order = []
     for name, parameter in module.model.named_parameters():
         parameter.register_post_accumulate_grad_hook(lambda _, name=name: order.append(name))
