@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from moelm.config.errors import ConfigError, join, show
-from moelm.config.registry import NamedConfig, allowed_names
+from moelm.config.registry import NamedConfig, SourceConfig, allowed_names
 from moelm.config.sections import (
     Config,
     CorpusConfig,
@@ -109,15 +109,24 @@ def why_not_fused(moe: MoEConfig, d_in: int) -> str:
     return "" if grouped_widths_fit(d_in, moe.d_expert) else "a width is no multiple of 8"
 
 
-def check_corpus(corpus: CorpusConfig, key: str) -> None:
+def check_corpus(corpus: CorpusConfig, key: str, reads_text: bool | None = None) -> None:
+    """`reads_text`: are the files there that it is prepared from? None: asked only where it is not prepared, since its
+    shards may have been taken to another machine."""
     if not corpus.sources:
         raise ConfigError(join(key, "sources"), "is empty", allowed_names("source"))
+    for i, source in enumerate(corpus.sources):
+        source.check(join(join(key, "sources"), i), corpus)
+    if reads_text is None:
+        reads_text = not (corpus.path / "manifest.json").is_file()
+    if not reads_text:
+        return
     tokenizer = corpus.tokenizer.file
     if tokenizer is not None and not Path(tokenizer).is_file():
         problem = f"{tokenizer!r}: no such file"
         raise ConfigError(join(join(key, "tokenizer"), "file"), problem, "null trains a tokenizer")
     for i, source in enumerate(corpus.sources):
-        source.check(join(join(key, "sources"), i), corpus)
+        if isinstance(source, SourceConfig):
+            source.check_files(join(join(key, "sources"), i))
 
 
 _ONLY_WITH = {  # key of optim.schedule -> the schedules that read it

@@ -76,6 +76,12 @@ class DispatchConfig(NamedConfig):
             )
 
 
+@dataclass
+class SourceConfig(NamedConfig):
+    def check_files(self, key: str) -> None:
+        """Is what text is read from there? Raises ConfigError."""
+
+
 _registry: dict[str, dict[str, tuple[type[NamedConfig], Callable[..., Any]]]] = {}
 _CONFIG_BASES: dict[str, type[NamedConfig]] = {"router": RouterConfig, "dispatch": DispatchConfig}
 F = TypeVar("F", bound=Callable[..., Any])

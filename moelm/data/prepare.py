@@ -31,7 +31,7 @@ import tokenizers
 from tokenizers import Tokenizer
 from tqdm import tqdm
 
-from moelm.config import CorpusConfig, TokenizerConfig, UserError, build, differences, from_dict, to_dict
+from moelm.config import CorpusConfig, TokenizerConfig, UserError, build, check_corpus, differences, from_dict, to_dict
 from moelm.data.sampler import hash64
 from moelm.data.sources import Piece
 from moelm.data.token_shards import (
@@ -66,6 +66,7 @@ def prepare(corpus: CorpusConfig, *, force: bool = False, progress: bool = True)
             if force or not _is_prepared(folder, corpus):  # another process may have done it meanwhile
                 _refuse_foreign(folder)
                 stage = folder.with_name(f"{folder.name}.tmp-{os.getpid()}")
+                check_corpus(corpus, "data.corpus", reads_text=True)
                 try:
                     stage.mkdir()
                     _build(corpus, stage, progress)

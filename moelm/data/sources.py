@@ -18,7 +18,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from moelm.config import ConfigError, NamedConfig, UserError, register, setting
+from moelm.config import ConfigError, NamedConfig, SourceConfig, UserError, register, setting
 
 MAX_PIECE = 2**20  # characters
 
@@ -86,14 +86,14 @@ def read_stdlib(config: NamedConfig) -> Iterator[Piece]:
 
 
 @dataclass
-class FilesConfig(NamedConfig):
+class FilesConfig(SourceConfig):
     path: str = ""  # a file or a folder; .gz is unpacked
     pattern: str = "**/*.txt"  # of the files in a folder
     domain: str | None = None  # null: the first folder below `path`, or the name of `path`
     separator: str | None = None  # a line equal to it ends a document ("": an empty line); null: one a file
     made_by: str | None = None  # the command that makes `path`, which is named where `path` is missing
 
-    def check(self, key: str, config: Any) -> None:
+    def check_files(self, key: str) -> None:
         _check_files(key, self.path, self.pattern, made_by=self.made_by)
 
 
@@ -125,7 +125,7 @@ def _read_documents(file: Path, domain: str, separator: str | None) -> Iterator[
 
 
 @dataclass
-class RowsConfig(NamedConfig):
+class RowsConfig(SourceConfig):
     """A row is a document. One with an empty or null text is left out."""
 
     path: str = ""
@@ -149,8 +149,7 @@ _PATTERNS = {"jsonl": ("**/*.jsonl", "**/*.jsonl.gz"), "parquet": ("**/*.parquet
 class RowFilesConfig(RowsConfig):
     made_by: str | None = None  # the command that makes `path`, which is named where `path` is missing
 
-    def check(self, key: str, config: Any) -> None:
-        super().check(key, config)
+    def check_files(self, key: str) -> None:
         _check_files(key, self.path, *_PATTERNS[self.name], made_by=self.made_by)
 
 

@@ -3,6 +3,7 @@
 import gzip
 import json
 import lzma
+import shutil
 import signal
 import subprocess
 import sys
@@ -15,7 +16,7 @@ from tokenizers import AddedToken, Tokenizer
 import data_prep.prepare as command
 import moelm.data.prepare as preparation
 from moelm.command_line import run
-from moelm.config import CorpusConfig, UserError, check_corpus, from_dict, load_corpus
+from moelm.config import ConfigError, CorpusConfig, UserError, check_corpus, from_dict, load_corpus
 from moelm.data.prepare import Sample, prepare
 from moelm.data.token_shards import TokenShards
 
@@ -226,6 +227,16 @@ def test_prepared_data_is_opened_and_not_made_again(corpus, monkeypatch):
     prepare(corpus, progress=False)
     monkeypatch.setattr(preparation, "_build", None)
     assert prepare(corpus, progress=False).split_counts("train")["a"].documents > 0
+
+
+def test_prepared_data_goes_where_its_text_does_not(corpus):
+    prepare(corpus, progress=False)
+    shutil.rmtree(corpus.sources[0].path)
+    check_corpus(corpus, "data.corpus")
+    assert prepare(corpus, progress=False).domains
+    with pytest.raises(ConfigError, match=r"data\.corpus\.sources\.0\.path: .*no such file or folder"):
+        prepare(corpus, force=True, progress=False)
+    assert TokenShards(corpus.path).domains
 
 
 def test_the_place_of_the_data_is_not_part_of_what_it_is(corpus, tmp_path, monkeypatch):

@@ -85,7 +85,7 @@ def corpus(request, tmp_path) -> CorpusConfig:
 
 
 def read(corpus: CorpusConfig) -> list[Piece]:
-    check_corpus(corpus, "")
+    check_corpus(corpus, "", reads_text=True)
     return list(build("source", corpus.sources[0]))
 
 

@@ -17,7 +17,7 @@ from moelm.data.sources import Piece
 def read(**source: object) -> list[Piece]:
     """Through the whole path that a YAML takes: typed, checked, built."""
     corpus = from_dict(CorpusConfig, {"sources": [source]})
-    check_corpus(corpus, "")
+    check_corpus(corpus, "", reads_text=True)
     return list(build("source", corpus.sources[0]))
 
 
