@@ -7,6 +7,7 @@ from typing import Any, NamedTuple
 import torch
 import torch._dynamo.config
 import torch._functorch.config
+import torch._inductor.config
 import torch.nn.functional as F
 from torch import Tensor, nn
 
@@ -82,6 +83,9 @@ class GPT(nn.Module):
         self.cuda_graphs = cuda_graphs
         if cuda_graphs:
             options["mode"] = "reduce-overhead"
+            # what depends on how many tokens other ranks send is not recorded, and stays in the order that overlaps
+            torch._inductor.config.triton.cudagraph_skip_dynamic_graphs = True
+            torch._inductor.config.triton.reorder_for_reducing_graph_partitions = False
         # else the backward pass is traced under the forward's autocast, and the router's float32 products become bf16
         torch._functorch.config.backward_pass_autocast = "off"
         torch._dynamo.config.capture_dynamic_output_shape_ops = True  # of tokens that other ranks sent

@@ -130,7 +130,7 @@ def _empty_up(packed_SD: Tensor, gates_NJ: Tensor, *others: Any) -> tuple[Tensor
     return x_ND, gate_up_R2F, h_RF
 
 
-@op("moelm::expert_mlp_arriving", fake=_empty_up)
+@op("moelm::expert_mlp_arriving", fake=_empty_up, recordable=False)
 def _arriving(
     packed_SD: Tensor,
     gates_NJ: Tensor,
@@ -151,7 +151,11 @@ def _arriving(
     return x_ND, *kernels.up(x_ND, gates_NJ, *permutation, gate_up_EDF, others)
 
 
-@op("moelm::expert_mlp_leaving", fake=lambda h_RF, *others: h_RF.new_empty(others[-2], others[4].shape[2]))
+@op(
+    "moelm::expert_mlp_leaving",
+    fake=lambda h_RF, *others: h_RF.new_empty(others[-2], others[4].shape[2]),
+    recordable=False,
+)
 def _leaving(
     h_RF: Tensor,
     gates_NJ: Tensor,
@@ -182,7 +186,7 @@ def _empty_gradients_around(
     return grad_SD.new_empty(grad_SD.shape), gates_NJ.new_empty(gates_NJ.shape), weights[0], weights[1]
 
 
-@op("moelm::expert_mlp_backward_around", fake=_empty_gradients_around)
+@op("moelm::expert_mlp_backward_around", fake=_empty_gradients_around, recordable=False)
 def _backward_around(
     grad_SD: Tensor,
     x_ND: Tensor,

@@ -90,6 +90,8 @@ class MoELightningModule(pl.LightningModule):
         model.activation_checkpointing = options.activation_checkpointing
         if options.compile in (True, "cuda_graphs") or (options.compile == "auto" and device.type == "cuda"):
             graphs = strategy is not None and options.compile is not True and not why_no_cuda_graphs(self.trainer)
+            if isinstance(strategy, ShardedStrategy):
+                graphs = options.compile == "cuda_graphs"
             model.compile_blocks(cuda_graphs=graphs)
         if isinstance(strategy, ShardedStrategy):
             strategy.shard(model)

@@ -171,6 +171,8 @@ class ShardedStrategy(ModelParallelStrategy):
                 module.set_gradient_divide_factor(1.0)
                 module.set_force_sum_reduction_for_comms(True)
         fetch_ahead(units)
+        if not self.options.reshard_after_forward:
+            keep_memory(model.all_blocks)
 
     def _place_experts(self, block: Block, moe: MoELayer, policy: MixedPrecisionPolicy) -> set[nn.Parameter]:
         """Over "ep", if it has several ranks, and the share of each over "fsdp" likewise; what needs no FSDP2 then."""
@@ -328,6 +330,17 @@ def fetch_ahead(units: list[list[Block]]) -> None:
             after[0].set_modules_to_backward_prefetch(before)
 
 
+def keep_memory(blocks: list[Block]) -> None:
+    """What is gathered lies in the same place each time, as CUDA graphs need it. At the peak all of it is there anyway.
+
+    torch has no public way to that.
+    """
+    for unit in (part for block in blocks for part in block.modules() if isinstance(part, FSDPModule)):
+        group = unit._get_fsdp_state()._fsdp_param_group
+        for parameter in group.fsdp_params if group is not None else []:
+            setattr(parameter, "free_unsharded_param", lambda: None)  # noqa: B010
+
+
 def gather_with(block: Block, experts: Any) -> None:
     """Let a unit inside `block` be gathered, freed and reduced when the block is, as one unit with two meshes.
 
@@ -344,8 +357,8 @@ def why_no_cuda_graphs(trainer: pl.Trainer) -> str:
     """Of compiled blocks; empty if they can be recorded."""
     if trainer.strategy.root_device.type != "cuda":
         return "there is no CUDA device"
-    if isinstance(trainer.strategy, ShardedStrategy):
-        return "weights that are gathered for a block lie elsewhere each time"
+    if isinstance(trainer.strategy, ShardedStrategy) and trainer.strategy.options.reshard_after_forward:
+        return "weights that are gathered for a block lie elsewhere each time (trainer.reshard_after_forward)"
     if trainer.accumulate_grad_batches > 1:
         n = trainer.accumulate_grad_batches
         return f"a step has {n} micro-batches, of which each would overwrite the gradients of the one before"

@@ -26,7 +26,7 @@ SPREADS: dict[str, tuple[int, tuple[str, ...]]] = {
 }
 NOISY = ("noisy_top_k", "gshard", "reinforce", "random")
 # largest differences: loss, gradient norm (relative), gradients of step 1 and later (relative L2), weights
-FLOAT32, BF16 = (1e-6, 1e-6, 2e-6, 1e-5, 1e-5), (1e-4, 1e-3, 1.0, 1.0, 1e-3)
+FLOAT32, BF16 = (1e-6, 1e-6, 2e-6, 1e-5, 1e-5), (1e-3, 1e-2, 0.1, 0.3, 5e-3)
 
 
 def rows(lab: Lab, full: bool) -> Iterator[Row]:

@@ -1,13 +1,15 @@
 """Functions as ops of PyTorch: gradients through them, compile around them, and a second import."""
 
 import importlib
+import inspect
+import re
 import warnings
 
 import pytest
 import torch
 
-from moelm.moe import choice
-from moelm.moe.dispatch import dropless
+from moelm.moe import choice, fused
+from moelm.moe.dispatch import dropless, expert_parallel
 from moelm.moe.experts import grouped_mm
 from moelm.moe.ops import op
 
@@ -30,6 +32,16 @@ def test_a_function_with_an_op_inside_is_one_graph_and_has_its_gradients(functio
     for eager, compiled in zip(*results, strict=True):
         assert eager.any()
         assert torch.equal(eager, compiled)
+
+
+@pytest.mark.parametrize("module", [expert_parallel, fused, dropless, choice])
+def test_what_depends_on_the_tokens_of_other_ranks_divides_a_cuda_graph(module):
+    defined = re.findall(r"op\(\s*\"moelm::(\w+)\"", inspect.getsource(module))
+    assert defined
+    for name in defined:
+        apart = torch.Tag.cudagraph_unsafe in getattr(torch.ops.moelm, name).default.tags
+        travels = module is expert_parallel or name.endswith(("_arriving", "_leaving", "_around"))
+        assert apart == travels, name
 
 
 def test_a_second_derivative_that_does_not_exist_is_an_error():

@@ -65,6 +65,9 @@ class Tape(Callback):
         self.share = held / sum(parameter.numel() for parameter in pl_module.model.parameters())
         for layer in pl_module.model.moe_layers:
             self._watch(layer.router)
+        if pl_module.config.trainer.compile != True:  # noqa: E712
+            projection = pl_module.model.blocks[0].attention.out
+            projection.register_forward_pre_hook(lambda module, _: setattr(self, "multiplied", module.weight))
 
     def _watch(self, router: Any) -> None:
         project = router.project
@@ -102,6 +105,7 @@ class Tape(Callback):
     def on_fit_end(self, trainer: Any, pl_module: Any) -> None:
         tape = {"steps": self.steps, "router": self.router_dtypes, "share": self.share, "samples": self.samples}
         tape["sent_early"] = self.sent_early
+        tape["bytes_left"] = self.multiplied.untyped_storage().nbytes() if hasattr(self, "multiplied") else None
         tape["copies"] = [name for name, _ in pl_module.named_buffers() if name.endswith("_copy")]
         tape["val_ce"] = pl_module.evaluation["all"].ce
         torch.save(tape, self.run_folder / f"tape-{trainer.global_rank}.pt")

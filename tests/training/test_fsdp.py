@@ -117,6 +117,7 @@ def test_two_processes_equal_one(make: Make, tmp_path: Path) -> None:
     assert_same_steps(*tapes(one["plain"]), tapes(ddp, 2))
     assert_same_steps(*tapes(one["plain"]), tapes(unreduced, 2))
     assert_same_steps(*tapes(one["plain"]), tapes(kept, 2))
+    assert tapes(fsdp["plain"])[0]["bytes_left"] == 0 < tapes(kept)[0]["bytes_left"]
     assert tapes(fsdp["plain"])[0]["sent_early"]
     assert not tapes(unreduced)[0]["sent_early"]
     assert min(step["load"].min() for step in tapes(one["idle experts, recomputation"])[0]["steps"]) == 0

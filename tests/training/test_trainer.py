@@ -12,7 +12,7 @@ from lightning.pytorch.strategies import SingleDeviceStrategy
 from moelm.config import Config, ConfigError
 from moelm.moe import kernels
 from moelm.training.preemption import StopSignals
-from moelm.training.strategies import why_no_cuda_graphs
+from moelm.training.strategies import ShardedStrategy, why_no_cuda_graphs
 from moelm.training.trainer import build_trainer
 
 
@@ -50,6 +50,14 @@ def test_cuda_graphs_want_one_micro_batch_a_step(tiny: Callable[..., Config], mo
         build_trainer(tiny({"trainer.compile": "cuda_graphs", "optim.micro_batch_size": 8}))
 
 
+def test_cuda_graphs_want_gathered_weights_in_one_place(tiny: Callable[..., Config], monkeypatch: Any) -> None:
+    monkeypatch.setattr(ShardedStrategy, "root_device", property(lambda strategy: torch.device("cuda", 0)))
+    fsdp = {"trainer.compile": "cuda_graphs", "trainer.devices": 2, "trainer.strategy": "fsdp"}
+    with pytest.raises(ConfigError, match=r"cuda_graphs: weights that .* \(trainer.reshard_after_forward\)"):
+        build_trainer(tiny({**fsdp, "optim.micro_batch_size": 8}))
+    build_trainer(tiny({**fsdp, "optim.micro_batch_size": 8, "trainer.reshard_after_forward": False}))
+
+
 def test_replicas_that_devices_cannot_make_are_refused(tiny: Callable[..., Config]) -> None:
     changes = {"trainer.devices": 4, "trainer.strategy": "fsdp", "trainer.expert_parallel": 2, "trainer.replicas": 4}
     with pytest.raises(ConfigError, match=r"replicas.*4 does not divide the 4 devices / 2 \(trainer.expert_parallel\)"):
@@ -59,11 +67,11 @@ def test_replicas_that_devices_cannot_make_are_refused(tiny: Callable[..., Confi
 def test_ddp_cuts_nothing_that_is_compiled_and_products_leave_nccl_its_room(
     tiny: Callable[..., Config], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(torch._dynamo.config, "optimize_ddp", True)
     monkeypatch.setattr(kernels, "processors_left_free", 0)
     monkeypatch.setenv("NCCL_MAX_CTAS", "8")
     build_trainer(tiny())
     assert kernels.processors_left_free == 0
-    build_trainer(tiny({"trainer.devices": 2, "trainer.strategy": "ddp", "optim.micro_batch_size": 8}))
-    assert not torch._dynamo.config.optimize_ddp
+    with torch._dynamo.config.patch(optimize_ddp=True):
+        build_trainer(tiny({"trainer.devices": 2, "trainer.strategy": "ddp", "optim.micro_batch_size": 8}))
+        assert not torch._dynamo.config.optimize_ddp
     assert kernels.processors_left_free == 8

@@ -151,7 +151,7 @@ def _empty_counts(sent_P2: Tensor, choice_of_row_R: Tensor, group: str) -> tuple
     return torch.empty(2, *sent_P2.shape, dtype=torch.int64, device="cpu"), choice_of_row_R.new_empty(n_sent)
 
 
-@op("moelm::exchange_counts", fake=_empty_counts)
+@op("moelm::exchange_counts", fake=_empty_counts, recordable=False)
 def exchange_counts(sent_P2: Tensor, choice_of_row_R: Tensor, group: str) -> tuple[Tensor, Tensor]:
     """(splits, token_of_row_S): `sent_P2` with what each rank sends here, on the CPU, so that the host waits; and which
     token lies in each row that is sent."""
@@ -174,7 +174,11 @@ def end(tensor_SD: Tensor) -> Tensor:
     return result
 
 
-@op("moelm::send", fake=lambda x_TD, token_of_row_S, *_: x_TD.new_empty(token_of_row_S.shape[0], x_TD.shape[1]))
+@op(
+    "moelm::send",
+    fake=lambda x_TD, token_of_row_S, *_: x_TD.new_empty(token_of_row_S.shape[0], x_TD.shape[1]),
+    recordable=False,
+)
 def send(x_TD: Tensor, token_of_row_S: Tensor, splits: Tensor, group: str) -> Tensor:
     """What begins its journey, [S, D]: S D elements read, written and sent, but for those that stay on this rank."""
     packed_SD = x_TD.index_select(0, token_of_row_S)
@@ -198,7 +202,11 @@ def _begin_sending(packed_SD: Tensor, splits: Tensor, n_rows: int, group: str) -
     _under_way[_key(packed_SD)] = handle, packed_SD, result_ND
 
 
-@op("moelm::receive", fake=lambda packed_SD, _, n_rows, __: packed_SD.new_empty(n_rows, packed_SD.shape[1]))
+@op(
+    "moelm::receive",
+    fake=lambda packed_SD, _, n_rows, __: packed_SD.new_empty(n_rows, packed_SD.shape[1]),
+    recordable=False,
+)
 def receive(packed_SD: Tensor, splits: Tensor, n_rows: int, group: str) -> Tensor:
     """[N, D]: ends the journey of `send`, or makes all of it where a compiler kept `packed_SD` to do this again."""
     resume(packed_SD, splits, n_rows, group)
@@ -212,7 +220,7 @@ def resume(packed_SD: Tensor, splits: Tensor, n_rows: int, group: str) -> Tensor
     return _under_way[_key(packed_SD)][2]
 
 
-@op("moelm::send_back", fake=lambda y_ND, _, n_rows, __: y_ND.new_empty(n_rows, y_ND.shape[1]))
+@op("moelm::send_back", fake=lambda y_ND, _, n_rows, __: y_ND.new_empty(n_rows, y_ND.shape[1]), recordable=False)
 def send_back(y_ND: Tensor, splits: Tensor, n_rows: int, group: str) -> Tensor:
     """[S, D], which will hold what comes back: N D elements sent. `y_ND` must stay as it is until `gather_home`;
     compilers give its memory only to tensors of N rows, of which there are no others."""
@@ -236,7 +244,11 @@ def begin_sending_back(landing_SD: Tensor, splits: Tensor, group: str, y_XD: Ten
     _under_way[_key(landing_SD)] = handle, y_XD, landing_SD
 
 
-@op("moelm::gather_home", fake=lambda landing_SD, rows_TP, _: landing_SD.new_empty(len(rows_TP), landing_SD.shape[1]))
+@op(
+    "moelm::gather_home",
+    fake=lambda landing_SD, rows_TP, _: landing_SD.new_empty(len(rows_TP), landing_SD.shape[1]),
+    recordable=False,
+)
 def gather_home(landing_SD: Tensor, row_of_rank_TP: Tensor, ends_P: Tensor) -> Tensor:
     """y [T, D]: ends the journey of `send_back`, and adds up each token's rows in the order of ranks."""
     if _key(landing_SD) in _under_way:  # or it has ended: a compiler kept `landing_SD` to do this again
@@ -271,7 +283,7 @@ def _empty_choices(
     return gates_NJ, ids_NJ, rows_NJ, rows_NJ.new_empty(context.new_dynamic_size()), rows_NJ.new_empty(n_local)
 
 
-@op("moelm::send_choices", fake=_empty_choices)
+@op("moelm::send_choices", fake=_empty_choices, recordable=False)
 def send_choices(
     message_MX: Tensor, n_choices: int, splits: Tensor, n_local: int, group: str
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
@@ -290,7 +302,7 @@ def send_choices(
     return gates_NJ, ids_NJ, plan.row_of_choice_TK, plan.choice_of_row_R[:n_rows], plan.offsets_E
 
 
-@op("moelm::return_choices", fake=lambda grad_NJ, place_TK, *_: grad_NJ.new_empty(place_TK.shape))
+@op("moelm::return_choices", fake=lambda grad_NJ, place_TK, *_: grad_NJ.new_empty(place_TK.shape), recordable=False)
 def return_choices(grad_NJ: Tensor, place_TK: Tensor, splits: Tensor, group: str) -> Tensor:
     """[T, K], 0 for "none": each choice's value of a received [N, J] tensor, from the rank that has it. J N elements
     sent; what is in a slot without a choice goes unread."""
