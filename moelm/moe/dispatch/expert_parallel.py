@@ -27,7 +27,7 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from moelm.moe.dispatch.dropless import Permutation, sort_by_expert
+from moelm.moe.dispatch.dropless import Permutation, sort_by_expert, sort_method
 from moelm.moe.kernels import HAS_TRITON
 from moelm.moe.ops import op
 from moelm.moe.types import TokenChoice
@@ -297,9 +297,9 @@ def send_choices(
     message_NX[n:, :J], message_NX[n:, J:] = n_local, 0
     _go(message_MX[: split.stay + sum(split.sent)], message_NX, split, group)
     ids_NJ, gates_NJ = message_NX[:, :J].long(), message_NX[:, J:].contiguous().view(torch.float32)
-    plan = sort_by_expert(ids_NJ, n_local)
+    row_of_choice_NJ, choice_of_row_R, offsets_E = sort_method(ids_NJ)(ids_NJ, n_local)
     n_rows = _in_steps(int(splits[1, :, 1].sum()), n_choices)
-    return gates_NJ, ids_NJ, plan.row_of_choice_TK, plan.choice_of_row_R[:n_rows], plan.offsets_E
+    return gates_NJ, ids_NJ, row_of_choice_NJ, choice_of_row_R[:n_rows], offsets_E
 
 
 @op("moelm::return_choices", fake=lambda grad_NJ, place_TK, *_: grad_NJ.new_empty(place_TK.shape), recordable=False)
