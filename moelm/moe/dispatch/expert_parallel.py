@@ -35,7 +35,7 @@ from moelm.moe.types import TokenChoice
 if HAS_TRITON:
     from moelm.moe.kernels.rows import gather_sum
 
-STEPS = 64  # experts get multiples of T / 64 tokens and T K / 64 rows: kernels remember launches by size, and few recur
+STEPS = 64  # experts get multiples of T / 64 tokens and T K / 64 rows, so that memory of the same size is there again
 _groups: dict[str, dist.ProcessGroup] = {}  # by the name that the ops are given
 _under_way: dict[int, tuple[Any, Tensor, Tensor]] = {}  # storage of the [S, D] tensor -> handle, what was sent, result
 

@@ -13,7 +13,7 @@ from triton.runtime import driver
 
 from moelm.moe.kernels import INTERPRETED
 
-MOST = 1024  # launches that a kernel remembers; each size of a batch is one
+MOST = 1024  # launches that a kernel remembers
 KNOWN_VERSION = triton.__version__.startswith(("3.6.", "3.7.", "3.8.", "3.9."))  # of what `_launch` asks of Triton
 REMEMBERS = KNOWN_VERSION and torch.version.hip is None and not INTERPRETED
 
@@ -22,12 +22,14 @@ class Kernel:
     """A `triton.jit` function that is launched as such, `kernel[grid](*arguments, **options)`, with a grid of three
     and no argument by name.
 
-    Where nothing but addresses and floats differ from an earlier launch, the binary of that one is launched, without a
-    word to Triton's compiler or to its launch hooks. Other Tritons than those tested are asked each time.
+    Where nothing that Triton compiles for differs from an earlier launch, the binary of that one is launched, without a
+    word to Triton's compiler or to its launch hooks. So what other ranks send, as many tokens as they like, costs the
+    host no more than a batch of one size. Other Tritons than those tested are asked each time.
     """
 
     def __init__(self, function: Any) -> None:
         self.function = function
+        self.constants = frozenset(function.constexprs if REMEMBERS else ())  # places of arguments
         self.known: dict[tuple[Any, ...], tuple[Any, ...]] = {}
 
     def __getitem__(self, grid: tuple[int, int, int]) -> Callable[..., None]:
@@ -37,9 +39,10 @@ class Kernel:
         if not REMEMBERS:
             self.function[grid](*arguments, **options)
             return
-        kinds = [each if each.__class__ is int else _kind(each) for each in arguments]
+        constants = self.constants
+        kinds = [each if i in constants else _kind(each) for i, each in enumerate(arguments)]
         device = driver.active.get_current_device()
-        key = grid, device, *options.items(), *kinds
+        key = device, *options.items(), *kinds
         known = self.known.get(key)
         if known is not None:
             run, function, metadata = known
@@ -52,7 +55,10 @@ class Kernel:
 
 
 def _kind(argument: Any) -> Any:
-    """All of an argument that Triton compiles for, or more: of an integer, its value."""
+    """All of an argument that Triton compiles for, or more: it takes 1 for a constant, and asks of other integers what
+    they are a multiple of and how many bits they need."""
+    if argument.__class__ is int:
+        return "one" if argument == 1 else (argument % 16 == 0, -(2**31) <= argument < 2**31, argument < 2**63)
     if isinstance(argument, Tensor):
         return argument.dtype, argument.data_ptr() % 16 == 0
     if isinstance(argument, float):
