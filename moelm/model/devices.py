@@ -6,8 +6,9 @@ from dataclasses import dataclass
 from math import comb
 
 from moelm.config import Config, ConfigError, MoEConfig
-from moelm.model.size import shapes_of, training_memory
+from moelm.model.size import row_bytes, shapes_of, training_memory
 
+BUSIEST = 1.5  # times its share has the rank with most choices, in the first steps of a run
 SMALL_UNIT = 2**24  # parameters that FSDP2 gathers together, of blocks that hold less; where experts are not gathered
 
 
@@ -111,6 +112,8 @@ def _fsdp(config: Config, counts: Counts, n_devices: int, n_ep: int) -> OnDevice
         again = 2 if config.trainer.activation_checkpointing == "full" else 0
         sent += n_micro_batches * (4 + again) * rows * s * config.model.d_model * (n_ep - 1) / n_ep
         kept = tokens * (ranks_of_token(moe, n_ep) - 1) * s * config.model.d_model  # tokens of others, for backward
+        row = row_bytes(config.model, mixed, config.trainer.compile is not False)
+        kept += (BUSIEST - 1) * tokens * moe.choices_per_token * row
         both += int(kept * (1 if again else len(config.model.routed_layers)))
     name = "fsdp" + (f", replicas={n_replicas}" if n_replicas > 1 else "")
     name += f", expert_parallel={n_ep}" if n_ep > 1 else ""

@@ -205,19 +205,23 @@ def _activation_bytes(model: ModelConfig, layer: int, tokens: int, mixed: bool, 
     moe = model.moe
     if moe is None or not model.is_moe_layer(layer):
         return tokens * (norms + attended + c * hidden * model.feed_forward.d_ff)
-    n_chunks = moe.router.n_chunks
-    expert_hidden = hidden
-    if moe.experts.activation == "clamped_swiglu" and not compiled:
-        expert_hidden = 7  # gate and up; clamped gate, its sigmoid, their product, up + 1; and the product of all
-    if _is_fused(model, mixed):
-        row = c * 2 * moe.d_expert + 3 * 4  # gate and up; its gate and both ways of the permutation
-    else:
-        row = c * (2 * d // n_chunks + expert_hidden * moe.d_expert)  # input and output rows, hidden
-    rows = moe.choices_per_token * row
-    router = 4 * 2 * moe.n_experts * n_chunks + (0 if compiled else 4 * d)
+    rows = moe.choices_per_token * row_bytes(model, mixed, compiled)
+    router = 4 * 2 * moe.n_experts * moe.router.n_chunks + (0 if compiled else 4 * d)
     if moe.router.mixes_chunks:
         router += c * 2 * d  # what split and merge read
     return tokens * (norms + attended + rows + router + c * hidden * moe.shared_width)
+
+
+def row_bytes(model: ModelConfig, mixed: bool, compiled: bool) -> int:
+    """Saved for backward by the experts for one choice."""
+    moe = model.moe
+    assert moe is not None
+    c, hidden = (2 if mixed else 4), (3 if compiled else 4)
+    if _is_fused(model, mixed):
+        return c * 2 * moe.d_expert + 3 * 4  # gate and up; its gate and both ways of the permutation
+    if moe.experts.activation == "clamped_swiglu" and not compiled:
+        hidden = 7  # gate and up; clamped gate, its sigmoid, their product, up + 1; and the product of all
+    return c * (2 * model.d_model // moe.router.n_chunks + hidden * moe.d_expert)  # input and output rows, hidden
 
 
 def _is_fused(model: ModelConfig, mixed: bool) -> bool:

@@ -65,6 +65,16 @@ def test_what_stays_whole_takes_memory(tiny_config):
     assert kept.memory - resharded.memory == 4 * (n.blocks + n.experts - 2 * (n.largest_block + n.largest_experts))
 
 
+def test_a_rank_has_room_for_half_as_many_choices_again(tiny_config, monkeypatch):
+    config = make(tiny_config)
+    row = 4 * (2 * 32 + 3 * config.model.moe.d_expert)  # in, out and hidden
+    roomy = on_devices(config, 2)
+    monkeypatch.setattr("moelm.model.devices.BUSIEST", 1.0)
+    even = on_devices(config, 2)
+    assert roomy[1] == even[1]
+    assert roomy[2].memory - even[2].memory == 2 * 64 * config.model.moe.top_k * row / 2
+
+
 def test_replicas_hold_more_and_send_their_gradients_to_each_other(tiny_config):
     config = make(tiny_config, strategy="fsdp")
     config.optim.batch_tokens = 512  # two micro-batches on each of four devices
