@@ -25,9 +25,11 @@ from test_saving import make_format_2
 from torch.distributed.checkpoint import HuggingFaceStorageReader
 
 from moelm.config import Config
+from moelm.model.gpt import GPT
 from moelm.moe.kernels import INTERPRETED
 from moelm.train import train
 from moelm.training.checkpoint_io import load_weights, step_folder, step_folders, weight_files
+from moelm.training.strategies import units_of
 from moelm.training.weight_files import TensorFiles
 
 EP2 = {**FSDP, "trainer.expert_parallel": 2}
@@ -50,6 +52,17 @@ ASYNCHRONOUS = {"checkpoint.asynchronous": True}
 FULL_DISK = {"callbacks": ["full_disk"]}
 MUON = {"optim.optimizer": "muon", "optim.lr": 1e-3, "optim.eps": 1e-8, "trainer.max_steps": 2}
 BF16 = {"trainer.precision": "bf16-mixed"}
+
+
+def test_blocks_whose_experts_stay_make_units_together_as_long_as_they_are_small(tiny_config, monkeypatch) -> None:
+    with torch.device("meta"):
+        model = GPT(tiny_config(n_layers=5, multi_token_prediction={}))
+    experts = {parameter for layer in model.moe_layers for parameter in layer.experts.parameters()}
+    rest = sum(p.numel() for p in model.blocks[0].parameters() if p not in experts)
+    monkeypatch.setattr("moelm.training.strategies.SMALL_UNIT", 2 * rest)
+    blocks = [*model.blocks, model.multi_token_prediction[0].block]
+    assert units_of(model, experts) == [blocks[:2], blocks[2:4], blocks[4:5], blocks[5:]]
+    assert units_of(model, set()) == [[block] for block in blocks]
 
 
 @pytest.mark.timeout(200)
