@@ -83,8 +83,7 @@ class GPT(nn.Module):
         self.cuda_graphs = cuda_graphs
         if cuda_graphs:
             options["mode"] = "reduce-overhead"
-            # what depends on how many tokens other ranks send is not recorded, and stays in the order that overlaps
-            torch._inductor.config.triton.cudagraph_skip_dynamic_graphs = True
+            # what is not recorded, since other ranks decide its size, stays in the order that overlaps
             torch._inductor.config.triton.reorder_for_reducing_graph_partitions = False
         # else the backward pass is traced under the forward's autocast, and the router's float32 products become bf16
         torch._functorch.config.backward_pass_autocast = "off"
