@@ -35,6 +35,7 @@ def run(config: Config, folder: Path, *overrides: str) -> None:
     assert result.returncode == 0, result.stderr[-3000:]
 
 
+@pytest.mark.slow
 @pytest.mark.timeout(400)
 def test_two_ddp_processes_equal_one_process(tiny: Callable[..., Config], tmp_path: Path) -> None:
     config = tiny(CHANGES)

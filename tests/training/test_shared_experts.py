@@ -12,6 +12,7 @@ import torch
 from recorded_runs import run_all
 from test_fsdp import (  # noqa: F401
     ADAMW,
+    DDP,
     FSDP,
     Make,
     Tape,
@@ -67,13 +68,14 @@ def test_blocks_whose_experts_stay_make_units_together_as_long_as_they_are_small
 
 @pytest.mark.timeout(200)
 def test_two_processes_with_half_of_the_experts_each_equal_one(make: Make, tmp_path: Path) -> None:  # noqa: F811
-    """Most experts idle, shared ones beside them, blocks recomputed, gradients of two micro-batches summed.
+    """Most experts idle, shared ones beside them, blocks recomputed, gradients of two micro-batches summed; that under
+    DDP too.
 
     In the same processes: what they save, beside training or not, continues with another strategy and on one, and what
     one saves continues on them; a part that does not fit on the disk is an error of both.
     """
     short = {"trainer.max_steps": 2, "trainer.limit_val_batches": None}
-    one, two = make("one", IDLE, short), make("two", EP2, IDLE, short)
+    one, two, ddp = make("one", IDLE, short), make("two", EP2, IDLE, short), make("ddp", DDP, IDLE, short)
     straight = make("straight", PARTS, {"trainer.max_steps": 4})
     train(one)
     train(straight)
@@ -82,7 +84,7 @@ def test_two_processes_with_half_of_the_experts_each_equal_one(make: Make, tmp_p
     shutil.copytree(step_folder(straight.run_folder, 2), step_folder(back.run_folder, 2))
     make_format_2(step_folder(back.run_folder, 2))
     full = [make(f"full-{i}", EP2, PARTS, mode, FULL_DISK) for i, mode in enumerate(({}, ASYNCHRONOUS))]
-    run_all([two, *there, back, *full], tmp_path, n_ranks=2)
+    run_all([two, ddp, *there, back, *full], tmp_path, n_ranks=2)
     alone = make("alone", PARTS, {"trainer.max_steps": 4})
     train(alone, resume=str(step_folder(there[0].run_folder, 2)))
 
@@ -95,7 +97,8 @@ def test_two_processes_with_half_of_the_experts_each_equal_one(make: Make, tmp_p
         for rank in range(2):
             error = (config.run_folder / f"error-{rank}.txt").read_text()
             assert re.search(r"step-00000002: the checkpoint could not be written: .*No space left", error)
-    assert_same_steps(*tapes(one), tapes(two, 2))
+    for many in (two, ddp):
+        assert_same_steps(*tapes(one), tapes(many, 2))
     assert min(step["load"].min() for step in tapes(one)[0]["steps"]) == 0
     assert [tape["val_ce"] for tape in tapes(two, 2)] == pytest.approx([tapes(one)[0]["val_ce"]] * 2)
     for tape in tapes(two, 2):
