@@ -1,13 +1,16 @@
-"""Draw the results of `moe_layer.py` and `scaling.py` from their JSON; needs no GPU, but matplotlib (`pip install
-moelm[bench]`)."""
+"""Draw the results of `moe_layer.py` and `scaling.py` from their JSON, and from the trace of a profile what ran beside
+what in a step; needs no GPU, but matplotlib (`pip install moelm[bench]`)."""
 
 from __future__ import annotations
 
 import argparse
+import gzip
 import json
 import math
 from pathlib import Path
 from typing import Any
+
+from moelm.callbacks.profile import category_of
 
 LIMIT, OURS = "limit", "moelm fused"
 COLOURS = {LIMIT: "#999999", OURS: "#d1495b", "sonicmoe": "#00798c", "moelm grouped": "#edae49"}
@@ -94,6 +97,47 @@ def draw_scaling(result: dict[str, Any], out: Path) -> None:
     _finish(figure, None, result["facts"]["device"], out)
 
 
+LANES = {
+    "communication": "#d1495b",
+    "expert products": "#00798c",
+    "attention": "#edae49",
+    "other matmuls": "#66a182",
+    "row movement": "#2e4057",
+    "optimizer": "#8d96a3",
+}
+
+
+def lanes(events: list[dict[str, Any]]) -> tuple[dict[str, list[tuple[float, float]]], float]:
+    """By lane the kernels of a trace's middle step as (start, length) in ms; and how long that took. A step on the GPU
+    is from the end of one update by AdamW to that of the next; `the rest` is of all other categories."""
+    kernels = sorted((each for each in events if each.get("cat") == "kernel"), key=lambda each: each["ts"])
+    known = {each["name"]: category_of([each["name"]]) for each in kernels}
+    updates = [each["ts"] for each in kernels if "adam" in each["name"].lower()]
+    steps = sum(each.get("cat") == "user_annotation" and "ProfilerStep#" in each["name"] for each in events)
+    gaps = sorted(range(1, len(updates)), key=lambda i: updates[i] - updates[i - 1])[1 - steps :]
+    ends = [updates[i - 1] for i in sorted(gaps)] + [updates[-1]]
+    begin, end = ends[len(ends) // 2 - 1], ends[len(ends) // 2]
+    found: dict[str, list[tuple[float, float]]] = {name: [] for name in [*LANES, "the rest"]}
+    for each in kernels:
+        if begin < each["ts"] <= end:
+            name = known[each["name"]]
+            found[name if name in LANES else "the rest"].append(((each["ts"] - begin) / 1e3, each["dur"] / 1e3))
+    return found, (end - begin) / 1e3
+
+
+def draw_lanes(events: list[dict[str, Any]], name: str, out: Path) -> None:
+    import matplotlib.pyplot as plt
+
+    found, length = lanes(events)
+    figure, axes = plt.subplots(figsize=(10, 2.6), layout="constrained")
+    for i, (lane, spans) in enumerate(found.items()):
+        axes.broken_barh(spans, (-i - 0.4, 0.8), color=LANES.get(lane, "#bbbbbb"))
+    axes.set_yticks([-i for i in range(len(found))], list(found), fontsize=8)
+    axes.set_xlim(0, length)
+    axes.set_xlabel("ms")
+    _finish(figure, axes, f"{name}: the kernels of one step", out)
+
+
 def _finish(figure: Any, axes: Any, title: str, out: Path) -> None:
     if axes is not None:
         for side in ("top", "right"):
@@ -110,9 +154,14 @@ def main() -> None:
         "--out docs/images/layer_speed.png",
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument("result", type=Path, help="the JSON of moe_layer.py or scaling.py")
+    parser.add_argument("result", type=Path, help="the JSON of moe_layer.py or scaling.py, or a trace.json.gz")
     parser.add_argument("--out", type=Path, required=True, help="a .png")
     arguments = parser.parse_args()
+    if arguments.result.suffix == ".gz":
+        with gzip.open(arguments.result, "rt", encoding="utf-8") as stream:
+            events = json.load(stream)["traceEvents"]
+        draw_lanes(events, arguments.result.name.removesuffix(".json.gz"), arguments.out)
+        return
     result = json.loads(arguments.result.read_text(encoding="utf-8"))
     (draw_layer if "layer" in result else draw_scaling)(result, arguments.out)
 

@@ -91,6 +91,21 @@ def test_a_variant_that_cannot_be_built_or_is_wrong_is_reported_and_not_timed(mo
     assert plot.layer_bars({"layer": {"tiny": found}}) == (["tiny"], {"ours": [found["ours"]["of_limit"]["median"]]})
 
 
+def test_the_lanes_of_a_trace_are_those_of_the_step_in_its_middle():
+    events: list[dict[str, Any]] = []
+    for step in range(3):
+        begin = 1000.0 * step
+        events.append({"cat": "user_annotation", "name": f"ProfilerStep#{step}", "ts": begin, "dur": 900.0})
+        kernels = {"_up_product": 100, "ncclAllReduce": 150, "odd": 300, "_adamw": 500, "_adamw ": 510}
+        events += [{"cat": "kernel", "name": n, "ts": begin + at, "dur": 10.0 + step} for n, at in kernels.items()]
+    found, length = plot.lanes(events)
+    assert length == pytest.approx(1.0)
+    assert found["expert products"] == [(pytest.approx(0.59), pytest.approx(0.011))]
+    assert found["communication"] == [(pytest.approx(0.64), pytest.approx(0.011))]
+    assert found["the rest"] == [(pytest.approx(0.79), pytest.approx(0.011))]
+    assert [start for start, _ in found["optimizer"]] == pytest.approx([0.99, 1.0])
+
+
 def a_run(variant: str, repeat: int, *rates: float) -> dict[str, Any]:
     sizes = {"batch_tokens": 1000, "flops_per_token": 10, "recompiled": 0, "peak_gib": 1.0 + repeat}
     return {"variant": variant, "accumulation": 1, "repeat": repeat, "tokens_per_s": list(rates), **sizes}
