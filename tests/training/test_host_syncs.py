@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from lightning.pytorch.callbacks import Callback
-from tiny_runs import scalars_of
+from test_distributed import run
+from tiny_runs import scalars_of, summary_of
 
 from moelm.config import Config, NamedConfig, register
 from moelm.train import train
@@ -89,9 +91,15 @@ def test_the_watch_sees_a_wait() -> None:
         torch.cuda.set_sync_debug_mode("default")
 
 
+KEPT = {"trainer.strategy": "fsdp", "trainer.reshard_after_forward": False}
+
+
 @pytest.mark.gpu
+@pytest.mark.parametrize("strategy", [{}, {"trainer.strategy": "ddp"}, KEPT], ids=["one", "ddp", "fsdp"])
 @pytest.mark.parametrize("compile_blocks", ["auto", "cuda_graphs"])
-def test_compiled_runs_learn_what_a_plain_one_does(tiny: Callable[..., Config], compile_blocks: str) -> None:
+def test_compiled_runs_learn_what_a_plain_one_does(
+    tiny: Callable[..., Config], tmp_path: Path, compile_blocks: str, strategy: dict[str, Any]
+) -> None:
     """With the default callbacks, and with validations, whose graphs lie between those of training."""
     changes: dict[str, Any] = {
         "model.moe.d_expert": 16,
@@ -103,10 +111,15 @@ def test_compiled_runs_learn_what_a_plain_one_does(tiny: Callable[..., Config], 
         "optim.micro_batch_size": 8,
     }
     losses = []
-    for name, value in (("plain", False), ("compiled", compile_blocks)):
-        config = tiny({**changes, "trainer.compile": value, "run.name": name})
+    for special in ({"trainer.compile": False}, {"trainer.compile": compile_blocks, **strategy}):
+        name = f"compile-{special['trainer.compile']}"
+        config = tiny({**changes, **special, "run.name": name})
         config.optim.batch_tokens = 8 * config.data.seq_len
-        summary = train(config)
-        losses.append([*(loss for _, loss in scalars_of(config.run_folder)["train/ce"]), summary["val/ce"]])
+        if strategy:
+            run(config, tmp_path)  # by itself, since process groups stay
+        else:
+            train(config)
+        val_ce = summary_of(config.run_folder)["val/ce"]
+        losses.append([*(loss for _, loss in scalars_of(config.run_folder)["train/ce"]), val_ce])
     assert losses[1] == pytest.approx(losses[0], rel=5e-3)
     assert losses[0][-1] < 0.95 * losses[0][0]
