@@ -101,8 +101,8 @@ class Trial:
             time.sleep(0.002)
         if self.lost and own[0] != saved + 1:
             raise Broken(f"continued with step {own[0]}, and the newest whole checkpoint was {saved}")
-        own = f"-{pid}", f"-{pid}-old"  # what it is writing, and deleting, since then
-        strays = [path.name for path in run.folder.glob(".*") if not path.name.endswith(own)]
+        of_itself = f"-{pid}", f"-{pid}-old"  # what it is writing, and deleting, since then
+        strays = [path.name for path in run.folder.glob(".*") if not path.name.endswith(of_itself)]
         strays += [path.name for path in (self.lab.other_disk or Path("/nowhere")).glob("*")]
         if strays:
             raise Broken(f"left over: {', '.join(strays)}")
