@@ -51,12 +51,14 @@ def strategies(n: int) -> dict[str, list[str]]:
     """Name -> overrides, on `n` devices; `one` and `one, same batch` on one."""
     fsdp = [f"trainer.devices={n}", "trainer.strategy=fsdp"]
     found = {"one": ["trainer.devices=1"], "one, same batch": ["trainer.devices=1"]}
-    found |= {"ddp": [f"trainer.devices={n}", "trainer.strategy=ddp"], "fsdp": fsdp}
+    found |= {"ddp": [f"trainer.devices={n}", "trainer.strategy=ddp"]}
     degrees = [degree for degree in range(2, n + 1) if n % degree == 0]
-    found |= {"fsdp, reshard_after_forward=false": [*fsdp, "trainer.reshard_after_forward=false"]}
-    return found | {
-        f"fsdp, expert_parallel={degree}": [*fsdp, f"trainer.expert_parallel={degree}"] for degree in degrees
-    }
+    sharded = {"fsdp": fsdp}
+    sharded |= {f"fsdp, expert_parallel={each}": [*fsdp, f"trainer.expert_parallel={each}"] for each in degrees}
+    for name, overrides in sharded.items():
+        found |= {name: overrides}
+        found |= {f"{name}, reshard_after_forward=false": [*overrides, "trainer.reshard_after_forward=false"]}
+    return found
 
 
 def config_of(name: str, arguments: argparse.Namespace, folder: str) -> Config:
