@@ -113,8 +113,7 @@ def lanes(events: list[dict[str, Any]]) -> tuple[dict[str, list[tuple[float, flo
     kernels = sorted((each for each in events if each.get("cat") == "kernel"), key=lambda each: each["ts"])
     known = {each["name"]: category_of([each["name"]]) for each in kernels}
     updates = [each["ts"] for each in kernels if "adam" in each["name"].lower()]
-    steps = sum(each.get("cat") == "user_annotation" and "ProfilerStep#" in each["name"] for each in events)
-    gaps = sorted(range(1, len(updates)), key=lambda i: updates[i] - updates[i - 1])[1 - steps :]
+    gaps = sorted(range(1, len(updates)), key=lambda i: updates[i] - updates[i - 1])[1 - n_steps(events) :]
     ends = [updates[i - 1] for i in sorted(gaps)] + [updates[-1]]
     begin, end = ends[len(ends) // 2 - 1], ends[len(ends) // 2]
     found: dict[str, list[tuple[float, float]]] = {name: [] for name in [*LANES, "the rest"]}
@@ -123,6 +122,10 @@ def lanes(events: list[dict[str, Any]]) -> tuple[dict[str, list[tuple[float, flo
             name = known[each["name"]]
             found[name if name in LANES else "the rest"].append(((each["ts"] - begin) / 1e3, each["dur"] / 1e3))
     return found, (end - begin) / 1e3
+
+
+def n_steps(events: list[dict[str, Any]]) -> int:
+    return sum(each.get("cat") == "user_annotation" and "ProfilerStep#" in each["name"] for each in events)
 
 
 def draw_lanes(events: list[dict[str, Any]], name: str, out: Path) -> None:
@@ -160,6 +163,9 @@ def main() -> None:
     if arguments.result.suffix == ".gz":
         with gzip.open(arguments.result, "rt", encoding="utf-8") as stream:
             events = json.load(stream)["traceEvents"]
+        updated = any(each.get("cat") == "kernel" and "adam" in each["name"].lower() for each in events)
+        if not updated or n_steps(events) < 2:
+            parser.error(f"{arguments.result}: needs two optimizer steps or more, with AdamW on a GPU")
         draw_lanes(events, arguments.result.name.removesuffix(".json.gz"), arguments.out)
         return
     result = json.loads(arguments.result.read_text(encoding="utf-8"))

@@ -89,9 +89,10 @@ class MoELightningModule(pl.LightningModule):
         options = self.config.trainer
         model.activation_checkpointing = options.activation_checkpointing
         if options.compile in (True, "cuda_graphs") or (options.compile == "auto" and device.type == "cuda"):
-            graphs = strategy is not None and options.compile is not True and not why_no_cuda_graphs(self.trainer)
-            if isinstance(strategy, ShardedStrategy):
-                graphs = options.compile == "cuda_graphs"
+            wants_graphs = options.compile == "cuda_graphs" or (
+                options.compile == "auto" and not isinstance(strategy, ShardedStrategy)
+            )
+            graphs = strategy is not None and wants_graphs and not why_no_cuda_graphs(self.trainer)
             model.compile_blocks(cuda_graphs=graphs)
         if isinstance(strategy, ShardedStrategy):
             strategy.shard(model)
