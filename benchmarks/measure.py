@@ -104,9 +104,8 @@ def ratios(of: list[list[float]], to: list[list[float]]) -> dict[str, float]:
     return spread([statistics.median(a) / statistics.median(b) for a, b in zip(of, to, strict=True)])
 
 
-def free_memory(forget_compiled: bool = True) -> None:
-    if forget_compiled:
-        torch._dynamo.reset()
+def free_memory() -> None:
+    torch._dynamo.reset()
     gc.collect()
     if torch.cuda.is_available():
         torch.cuda.empty_cache()

@@ -5,7 +5,7 @@ every log interval after the first two. `--check` adds one device with the batch
 compares the loss and the gradient norm of each step with that run's. `--profile` traces five steps of rank 0 and tells
 how much of the communication ran beside other kernels; traces lie beside the results.
 
-Left out on purpose: saving. With NCCL_MAX_CTAS set, the products of experts leave that many multiprocessors free.
+Left out on purpose: saving.
 """
 
 from __future__ import annotations
@@ -283,7 +283,7 @@ def run(arguments: argparse.Namespace, names: list[str]) -> dict[str, Any]:
     if arguments.accumulate > 1:
         micro_batch = f"{arguments.accumulate} micro-batches of {micro_batch}"
     what = f"{micro_batch} a device and step, {base.trainer.precision}"
-    facts = measure.facts() | {"NCCL_MAX_CTAS": os.environ.get("NCCL_MAX_CTAS")}
+    facts = measure.facts()
     result: dict[str, Any] = {"facts": facts, "model": short_name(model_size(base.model)), "what": what, "runs": []}
     prepare(base.data.corpus)  # once, and not by each run
     with tempfile.TemporaryDirectory() as folder:

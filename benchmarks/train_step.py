@@ -209,7 +209,7 @@ def config_of(variant: Variant, accumulation: int, steps: int, folder: str, name
 
 def measure_run(variant: Variant, config: Config, device: str) -> dict[str, Any]:
     """`error`, or rates of the settled log intervals, compilations after the first, peak of allocated memory."""
-    measure.free_memory(forget_compiled=variant.run not in (through_lightning, bare_loop))  # whose blocks are the same
+    measure.free_memory()  # that of recorded graphs too
     compiled_at: list[float] = []
     torch._dynamo.on_compile_start(lambda _: compiled_at.append(time.time()))
     if device == "cuda":

@@ -10,6 +10,7 @@ import torch._functorch.config
 import torch._inductor.config
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 
 from moelm.config import ModelConfig
 from moelm.model.attention.base import Attention
@@ -78,7 +79,7 @@ class GPT(nn.Module):
         """Each block in place; names and values stay. `options` are those of torch.compile.
 
         With `cuda_graphs` a block's kernels are launched together, as recorded; what it returns and its gradients then
-        lie in memory that the next forward pass of the model takes again.
+        lie in memory that the next forward pass of the model takes again (`own_gradients`).
         """
         self.cuda_graphs = cuda_graphs
         if cuda_graphs:
@@ -90,6 +91,16 @@ class GPT(nn.Module):
         torch._dynamo.config.capture_dynamic_output_shape_ops = True  # of tokens that other ranks sent
         for block in self.all_blocks:
             block.compile(dynamic=False, **options)
+
+    def own_gradients(self) -> None:
+        """After the first micro-batch of a step, to which those of others are added: out of memory that CUDA graphs
+        write again."""
+        for block in self.all_blocks if self.cuda_graphs else []:
+            for parameter in block.parameters():
+                gradient = parameter.grad  # FSDP2 makes its own outside, and experts sum theirs in one place
+                outside = isinstance(gradient, DTensor) or hasattr(parameter, "gradient_sum")
+                if gradient is not None and not outside:
+                    parameter.grad = gradient.clone()
 
     def init_cache(self, batch_size: int, max_len: int, dtype: torch.dtype | None = None) -> list[Any]:
         """An empty cache for generation: one entry a layer, opaque, filled in place by `forward`."""

@@ -140,7 +140,7 @@ class Experts(nn.Module):
 
     The fused kernels multiply bfloat16 copies of float32 weights: buffers that no checkpoint holds, kept up to date by
     `refresh`. Gradients of weights then have the weights' `grad_dtype`, float32 or bfloat16; with `sums_in_place` those
-    of later micro-batches are added where the first one's lies.
+    of a step's micro-batches are added where one tensor stays for them.
     """
 
     def __init__(self, moe: MoEConfig, d_in: int) -> None:
@@ -180,7 +180,9 @@ class Experts(nn.Module):
         """
         x_TD = x_TD.to(compute_dtype(x_TD))
         permutation = plan.row_of_choice_TK, plan.choice_of_row_R, plan.offsets_E
-        y_TD: Tensor = expert_mlp(x_TD, gates_TK.float(), *permutation, *self._weights_and_copies(x_TD.dtype))
+        weights = self._weights_and_copies(x_TD.dtype)
+        in_place = self.sums_in_place and bool(self.stand_ins)
+        y_TD: Tensor = expert_mlp(x_TD, gates_TK.float(), *permutation, *weights, in_place)
         return y_TD
 
     def mix_journey(self, journey: Journey, group: str) -> Tensor:
@@ -223,7 +225,7 @@ class Experts(nn.Module):
             elif self.sums_in_place and all(weight.is_leaf for weight, _ in pairs):
                 for weight, copy in pairs:
                     sum_gradients_in_place(weight, copy)
-                self.stand_ins = tuple(stand_in(weight, weight) for weight, _ in pairs)
+                self.stand_ins = tuple(stand_in(weight, weight, in_place=True) for weight, _ in pairs)
 
     def forward(self, rows_RD: Tensor, offsets_E: Tensor) -> Tensor:
         """[R, D], in the autocast dtype if autocast is on. Rows past offsets_E[-1] are undefined."""

@@ -17,7 +17,7 @@ from torch.autograd.function import once_differentiable
 from moelm.moe.dispatch import expert_parallel as journeys
 from moelm.moe.kernels import HAS_TRITON
 from moelm.moe.ops import op
-from moelm.moe.working_copies import sum_so_far
+from moelm.moe.working_copies import sum_of
 
 if HAS_TRITON:
     from moelm.moe.kernels import expert_mlp as kernels
@@ -47,9 +47,19 @@ def _expert_mlp(
 def _empty_gradients(
     grad_y_TD: Tensor, x_TD: Tensor, gates_TK: Tensor, *others: Any
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    *_, gate_up_EDF, down_EFD, _, dtype = others
-    weights = [w.new_empty(w.shape, dtype=dtype) for w in (gate_up_EDF, down_EFD)]
+    *_, gate_up_EDF, down_EFD, _, dtype, in_place = others
+    empty = _nothing if in_place else _empty
+    weights = [empty(weight, dtype) for weight in (gate_up_EDF, down_EFD)]
     return x_TD.new_empty(x_TD.shape), gates_TK.new_empty(gates_TK.shape), weights[0], weights[1]
+
+
+def _empty(weight: Tensor, dtype: torch.dtype) -> Tensor:
+    return weight.new_empty(weight.shape, dtype=dtype)
+
+
+def _nothing(weight: Tensor, dtype: torch.dtype) -> Tensor:
+    """In the place of a gradient, whose shape autograd wants to see."""
+    return weight.new_empty((), dtype=dtype).expand(weight.shape)
 
 
 @op("moelm::expert_mlp_backward", fake=_empty_gradients)
@@ -64,20 +74,28 @@ def _expert_mlp_backward(
     down_EFD: Tensor,
     gate_up_R2F: Tensor,
     dtype: torch.dtype,
+    in_place: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Gradients of x, gates, and of both weights in `dtype`: added to `sum_so_far` of the weights, which then is what
-    this returns, where there is one."""
-    if not len(x_TD):
-        grad_gate_up_EDF, grad_down_EFD = (w.new_zeros(w.shape, dtype=dtype) for w in (gate_up_EDF, down_EFD))
-        return torch.empty_like(x_TD), torch.empty_like(gates_TK), grad_gate_up_EDF, grad_down_EFD
-    inputs = x_TD, gates_TK, row_of_choice_TK, choice_of_row_R, offsets_E, gate_up_EDF, down_EFD
-    sums = sum_so_far(gate_up_EDF, dtype), sum_so_far(down_EFD, dtype)
-    return kernels.backward(grad_y_TD, *inputs, gate_up_R2F, dtype, *sums)
+    """Gradients of x, gates, and of both weights in `dtype`; `in_place` adds these to the `sum_of` the weights, and
+    returns nothing in their place."""
+    weights = gate_up_EDF, down_EFD
+    sums = [sum_of(weight) if in_place else None for weight in weights]
+    if len(x_TD):
+        inputs = x_TD, gates_TK, row_of_choice_TK, choice_of_row_R, offsets_E, *weights, gate_up_R2F
+        grad_x_TD, grad_gates_TK, *grads = kernels.backward(grad_y_TD, *inputs, dtype, *sums)
+    else:
+        grad_x_TD, grad_gates_TK = torch.empty_like(x_TD), torch.empty_like(gates_TK)
+        zeros = [weight.new_zeros(weight.shape, dtype=dtype) for weight in weights]
+        grads = [kernels.added(zero, to) for zero, to in zip(zeros, sums, strict=True)]
+    if in_place:
+        grads = [_nothing(weight, dtype) for weight in weights]
+    return grad_x_TD, grad_gates_TK, grads[0], grads[1]
 
 
 class _ExpertMLP(torch.autograd.Function):
     """y [T, D] in the dtype of x. Takes each weight twice: what receives the gradient, in its own dtype, and what is
-    multiplied, a copy in the dtype of x. gates float32, the permutation as `sort_by_expert` makes it.
+    multiplied, a copy in the dtype of x. gates float32, the permutation as `sort_by_expert` makes it. `in_place`: the
+    gradients of the weights are added to their `GradientSum`.
     """
 
     @staticmethod
@@ -92,19 +110,20 @@ class _ExpertMLP(torch.autograd.Function):
         down_EFD: Tensor,
         gate_up_copy_EDF: Tensor,  # not *copies: where no gradient is wanted, Dynamo tells by the number of names
         down_copy_EFD: Tensor,  # whether there is a ctx
+        in_place: bool,
     ) -> Tensor:
         inputs = x_TD, gates_TK, row_of_choice_TK, choice_of_row_R, offsets_E, gate_up_copy_EDF, down_copy_EFD
         y_TD, gate_up_R2F = _expert_mlp(*inputs)
         ctx.save_for_backward(*inputs, gate_up_R2F)
-        ctx.dtype = gate_up_EDF.dtype
+        ctx.rest = gate_up_EDF.dtype, in_place
         return y_TD
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad_y_TD: Tensor) -> tuple[Tensor | None, ...]:
-        saved = *ctx.saved_tensors, ctx.dtype
-        grad_x_TD, grad_gates_TK, *grad_weights = _expert_mlp_backward(grad_y_TD, *saved)
-        return grad_x_TD, grad_gates_TK, None, None, None, *grad_weights, None, None
+        grads = _expert_mlp_backward(grad_y_TD, *ctx.saved_tensors, *ctx.rest)
+        grad_x_TD, grad_gates_TK, *grad_weights = grads
+        return grad_x_TD, grad_gates_TK, None, None, None, *grad_weights, None, None, None
 
 
 expert_mlp = _ExpertMLP.apply

@@ -5,7 +5,7 @@ optimizer can write it in the pass in which it writes the weight. Of a DTensor i
 written through `parameter.data` counts no version and goes unnoticed.
 
 A weight whose `grad_dtype` is that of its copy gets its gradient through the copy, in one pass and without a cast. One
-whose gradients are summed in place gets those of later micro-batches where that of the first lies (`sum_so_far`).
+whose gradients are summed in place (`GradientSum`) gets those of all micro-batches in memory that stays its own.
 """
 
 from __future__ import annotations
@@ -34,44 +34,62 @@ def refreshed(weight: Any, copy: Tensor | None, dtype: torch.dtype) -> Tensor:
     return recast
 
 
+class GradientSum:
+    """Where the gradients of a weight from the micro-batches of a step are added up, always in the same place, so that
+    CUDA graphs may write there. The device knows whether there is one to add to: a graph asks no host."""
+
+    def __init__(self, weight: Tensor) -> None:
+        self.total = torch.empty_like(weight)  # float32, the weight's gradient once there is one
+        self.has_begun = torch.zeros((), dtype=torch.bool, device=weight.device)
+        self._is_to_add = False  # the same, as the host set it last
+
+    def expect(self, gradient: Tensor | None) -> None:
+        """Before the backward pass whose gradient is to be added to this one, which is None or `total`."""
+        if self._is_to_add != (gradient is not None):
+            self._is_to_add = gradient is not None
+            self.has_begun.fill_(self._is_to_add)
+
+
 class _StandIn(torch.autograd.Function):
     """The copy or the weight itself, as a function of the weight with derivative 1, made outside what is compiled. Its
-    gradient, of its own dtype, goes on to the weight as it is, whose `grad_dtype` must allow that.
+    gradient, of its own dtype, goes on to the weight as it is, whose `grad_dtype` must allow that; or is in the sum
+    already, and the weight gets that.
 
-    A compiled region that takes the weight itself would cast the gradient to float32: it knows no `grad_dtype`. And it
-    would add the sum to itself where `sum_so_far` has been written.
+    A compiled region that takes the weight itself would cast the gradient to float32, since it knows no `grad_dtype`,
+    and add it to the sum.
     """
 
     @staticmethod
-    def forward(ctx: Any, weight: Tensor, value: Tensor) -> Tensor:
-        ctx.weight = weight
+    def forward(ctx: Any, weight: Tensor, value: Tensor, in_place: bool) -> Tensor:
+        ctx.weight, ctx.in_place = weight, in_place
         return value.view_as(value)
 
     @staticmethod
-    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, None]:
-        so_far = ctx.weight.grad
-        is_the_sum = so_far is not None and so_far.data_ptr() == gradient.data_ptr()
-        return None if is_the_sum else gradient, None
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, None, None]:
+        if not ctx.in_place:
+            return gradient, None, None
+        ctx.weight.grad = ctx.weight.gradient_sum.total
+        return None, None, None
 
 
-def stand_in(weight: Tensor, value: Tensor) -> Tensor:
-    """`value`, whose gradient goes to `weight` uncast."""
-    made: Tensor = _StandIn.apply(weight, value)
+def stand_in(weight: Tensor, value: Tensor, in_place: bool = False) -> Tensor:
+    """`value`, whose gradient goes to `weight` uncast. `in_place`: what computes it adds it to `gradient_sum`."""
+    made: Tensor = _StandIn.apply(weight, value, in_place)
     torch._dynamo.mark_static_address(made)  # of CUDA graphs, which copy what might lie elsewhere the next time
     return made
 
 
-def sum_gradients_in_place(weight: Tensor, copy: Any) -> None:
-    """For what computes a gradient and is given nothing of the weight but its copy."""
+def sum_gradients_in_place(weight: Any, copy: Any) -> None:
+    """Before each forward pass, for what computes the gradient and is given nothing of the weight but its copy."""
+    if not hasattr(weight, "gradient_sum"):
+        weight.gradient_sum = GradientSum(weight)
+    weight.gradient_sum.expect(weight.grad)
     copy.sums_for = ref(weight)
 
 
-def sum_so_far(copy: Tensor, dtype: torch.dtype) -> Tensor | None:
-    """The gradient of earlier micro-batches, to which this one's is to be added in place; None for the first, and where
-    autograd is to add them."""
-    weight = getattr(copy, "sums_for", lambda: None)()
-    gradient: Tensor | None = None if weight is None else weight.grad
-    return gradient if gradient is not None and gradient.dtype == dtype and gradient.is_contiguous() else None
+def sum_of(copy: Any) -> GradientSum:
+    found: GradientSum = copy.sums_for().gradient_sum
+    return found
 
 
 @torch.inference_mode(False)  # a tensor of inference mode would serve no training

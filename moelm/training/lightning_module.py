@@ -89,10 +89,9 @@ class MoELightningModule(pl.LightningModule):
         options = self.config.trainer
         model.activation_checkpointing = options.activation_checkpointing
         if options.compile in (True, "cuda_graphs") or (options.compile == "auto" and device.type == "cuda"):
-            wants_graphs = options.compile == "cuda_graphs" or (
-                options.compile == "auto" and not isinstance(strategy, ShardedStrategy)
-            )
-            graphs = strategy is not None and wants_graphs and not why_no_cuda_graphs(self.trainer)
+            graphs = strategy is not None and options.compile is not True and not why_no_cuda_graphs(self.trainer)
+            if options.compile == "auto":
+                graphs &= self.trainer.accumulate_grad_batches == 1
             model.compile_blocks(cuda_graphs=graphs)
         if isinstance(strategy, ShardedStrategy):
             strategy.shard(model)
@@ -180,8 +179,11 @@ class MoELightningModule(pl.LightningModule):
 
     def backward(self, loss: Tensor, *args: Any, **kwargs: Any) -> None:
         """On this thread: on one of autograd's, kernels launched from Python would wait for the interpreter's lock."""
+        is_first = next(self.model.blocks[0].parameters()).grad is None
         with torch.autograd.set_multithreading_enabled(False):
             super().backward(loss, *args, **kwargs)
+        if is_first and self.trainer.accumulate_grad_batches > 1:
+            self.model.own_gradients()
 
     def optimizer_step(self, epoch: int, batch_idx: int, optimizer: Any, optimizer_closure: Any = None) -> None:
         """Then the gradients go; Lightning keeps them through the next forward pass, beside all its activations."""

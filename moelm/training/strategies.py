@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from functools import partial
@@ -23,7 +22,7 @@ from torch.distributed.tensor import DTensor, Shard
 from torch.nn.parallel import DistributedDataParallel
 from torch.optim import Optimizer
 
-from moelm.config import Config, ConfigError, TrainerConfig
+from moelm.config import Config, TrainerConfig
 from moelm.model.block import Block
 from moelm.model.devices import SMALL_UNIT
 from moelm.model.gpt import GPT
@@ -36,6 +35,8 @@ from moelm.training.launch import end_with_launcher
 from moelm.training.shards import held_part, like
 from moelm.training.statistics import all_reduce_sums
 
+ROUNDS = 4  # of the blocks of a product, beside NCCL's kernels
+
 
 def build_strategy(config: Config) -> Strategy | None:
     """None: Lightning's choice for one device."""
@@ -45,10 +46,7 @@ def build_strategy(config: Config) -> Strategy | None:
         return None
     end_with_launcher()
     backend = "gloo" if options.accelerator == "cpu" or not torch.cuda.is_available() else "nccl"
-    most_blocks = os.environ.get("NCCL_MAX_CTAS", "0")
-    if not most_blocks.isdecimal():
-        raise ConfigError("NCCL_MAX_CTAS", f"{most_blocks!r} is no whole number", "unset it, or set 8 or 16")
-    kernels.processors_left_free = min(64, int(most_blocks))
+    kernels.rounds = ROUNDS
     if options.strategy == "fsdp":
         return ShardedStrategy(options, backend)
     torch._dynamo.config.optimize_ddp = False  # it cuts what is compiled at DDP's buckets, and blocks are small pieces
@@ -357,9 +355,9 @@ def why_no_cuda_graphs(trainer: pl.Trainer) -> str:
     """Of compiled blocks; empty if they can be recorded."""
     if trainer.strategy.root_device.type != "cuda":
         return "there is no CUDA device"
-    if isinstance(trainer.strategy, ShardedStrategy) and trainer.strategy.options.reshard_after_forward:
-        return "weights that are gathered for a block lie elsewhere each time (trainer.reshard_after_forward)"
-    if trainer.accumulate_grad_batches > 1:
-        n = trainer.accumulate_grad_batches
-        return f"a step has {n} micro-batches, of which each would overwrite the gradients of the one before"
+    if isinstance(trainer.strategy, ShardedStrategy):
+        if trainer.strategy.options.reshard_after_forward:
+            return "weights that are gathered for a block lie elsewhere each time (trainer.reshard_after_forward)"
+        if trainer.strategy.options.accumulate_unreduced and trainer.accumulate_grad_batches > 1:
+            return "gradients that FSDP2 has not sent lie where the next micro-batch writes (accumulate_unreduced)"
     return ""

@@ -11,6 +11,7 @@ import pytest
 import torch
 from test_experts import CASES as CHOICES
 from test_experts import D, E, assert_near, make_input, make_layer, mask_of, reference, run
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 pytest.importorskip("triton")
 
@@ -19,6 +20,7 @@ from moelm.model.init import initialize
 from moelm.moe.kernels import expert_mlp, products
 from moelm.moe.kernels.sorting import sort_by_expert_reference
 from moelm.moe.types import TokenChoice
+from moelm.moe.working_copies import sum_gradients_in_place
 
 INTERPRETED = not torch.cuda.is_available()
 DTYPES = [torch.float32, torch.bfloat16] if INTERPRETED else [torch.bfloat16]
@@ -98,7 +100,7 @@ class Tiled:
         return expert_mlp.swiglu_backward_reference(grad_h_RF, gate_up_R2F, gates_TK, choice_of_row_R, offsets_E)
 
     def weight_gradient(
-        self, tokens_TM, rows_RN, choice_of_row_R, top_k, offsets_E, tiles, dtype, sum_EMN=None, *, rows_first=False
+        self, tokens_TM, rows_RN, choice_of_row_R, top_k, offsets_E, tiles, dtype, to=None, *, rows_first=False
     ):
         pair = tokens_TM[choice_of_row_R // top_k], rows_RN
         return expert_mlp._sum_of_products(*(reversed(pair) if rows_first else pair), offsets_E).to(dtype)
@@ -253,8 +255,17 @@ def test_the_ops_keep_the_rules_of_custom_ops(kernel_device):
     _, gate_up_R2F = torch.ops.moelm.expert_mlp.default(*inputs)
     tests = ("test_schema", "test_faketensor")
     torch.library.opcheck(torch.ops.moelm.expert_mlp.default, inputs, test_utils=tests)
-    backward = (grad_y_TD, *inputs, gate_up_R2F, torch.float32)
-    torch.library.opcheck(torch.ops.moelm.expert_mlp_backward.default, backward, test_utils=tests)
+    backward = torch.ops.moelm.expert_mlp_backward.default
+    arguments = grad_y_TD, *inputs, gate_up_R2F, torch.float32
+    torch.library.opcheck(backward, (*arguments, False), test_utils=tests)
+    weights = [torch.nn.Parameter(copied.float()) for copied in (w1, w2)]
+    for weight, copied in zip(weights, (w1, w2), strict=True):  # opcheck makes copies, which know of no sums
+        sum_gradients_in_place(weight, copied)
+    found = backward(*arguments, True)
+    with FakeTensorMode() as mode:
+        fakes = backward(*(mode.from_tensor(each) if torch.is_tensor(each) else each for each in arguments), True)
+    for each, fake in zip(found, fakes, strict=True):
+        assert (each.shape, each.dtype, each.stride()) == (fake.shape, fake.dtype, fake.stride())
 
 
 # ------------------------------------------------------------------------------------------------ layers
@@ -467,8 +478,9 @@ def test_gradients_of_experts_are_what_the_op_wrote_in_float32_or_in_bfloat16_if
 
 
 @pytest.mark.parametrize(("compiled", "mode"), [(False, "full"), (True, "none")])
-def test_gradients_of_experts_are_summed_where_the_first_lies(tiny_config, kernel_device, monkeypatch, compiled, mode):
-    """Three micro-batches a step, two steps: the gradients that autograd would add up, none of them copied."""
+def test_gradients_of_experts_are_summed_where_they_always_lie(tiny_config, kernel_device, monkeypatch, compiled, mode):
+    """Three micro-batches a step, three steps, in the last of which nothing that a step before left may show: the
+    gradients that autograd would add up, in one place."""
     backward, written, steps = expert_mlp.backward, [], []
 
     def watched(*arguments):
@@ -486,15 +498,23 @@ def test_gradients_of_experts_are_summed_where_the_first_lies(tiny_config, kerne
         if compiled:
             compile_blocks(model)
         steps.append([])
-        for _ in range(2):
+        places = set()
+        for step in range(3):
             model.zero_grad()
             for micro_batch in range(3):
                 written.clear()
-                with torch._dynamo.config.patch(error_on_recompile=micro_batch > 0):
+                with torch._dynamo.config.patch(error_on_recompile=step + micro_batch > 0):
                     ((micro_batch + 1) * loss_of(model)).backward()
-                assert (written == [weight.grad.data_ptr() for weight in weights]) == (in_place or micro_batch == 0)
+                if in_place:
+                    assert written == [weight.grad.data_ptr() for weight in weights]
+                    places.add(tuple(written))
                 copy.deepcopy(model)
-            steps[-1].append({name: parameter.grad for name, parameter in model.named_parameters()})
+            if step == 1:
+                for weight in weights:
+                    weight.grad.fill_(torch.nan)  # as a step that was left out
+            gradients = {name: parameter.grad.clone() for name, parameter in model.named_parameters()}
+            steps[-1].append({} if step == 1 else gradients)
+        assert len(places) == in_place
     for wanted, found in zip(*steps, strict=True):
         for name, value in wanted.items():
             assert (value - found[name]).norm() <= 1e-6 * value.norm(), name

@@ -72,8 +72,6 @@ def test_no_wait_for_the_device_between_log_steps(
     NoHostSync.n_watched = 0
     try:
         config = tiny(changes)
-        if compile_blocks == "cuda_graphs":
-            config.optim.batch_tokens //= 2  # one micro-batch instead of two
         train(config)
     finally:
         torch.cuda.set_sync_debug_mode("default")
@@ -96,9 +94,13 @@ KEPT = {"trainer.strategy": "fsdp", "trainer.reshard_after_forward": False}
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("strategy", [{}, {"trainer.strategy": "ddp"}, KEPT], ids=["one", "ddp", "fsdp"])
-@pytest.mark.parametrize("compile_blocks", ["auto", "cuda_graphs"])
+@pytest.mark.parametrize(("compile_blocks", "n_micro_batches"), [("auto", 1), ("cuda_graphs", 1), ("cuda_graphs", 3)])
 def test_compiled_runs_learn_what_a_plain_one_does(
-    tiny: Callable[..., Config], tmp_path: Path, compile_blocks: str, strategy: dict[str, Any]
+    tiny: Callable[..., Config],
+    tmp_path: Path,
+    compile_blocks: str,
+    n_micro_batches: int,
+    strategy: dict[str, Any],
 ) -> None:
     """With the default callbacks, and with validations, whose graphs lie between those of training."""
     changes: dict[str, Any] = {
@@ -114,7 +116,7 @@ def test_compiled_runs_learn_what_a_plain_one_does(
     for special in ({"trainer.compile": False}, {"trainer.compile": compile_blocks, **strategy}):
         name = f"compile-{special['trainer.compile']}"
         config = tiny({**changes, **special, "run.name": name})
-        config.optim.batch_tokens = 8 * config.data.seq_len
+        config.optim.batch_tokens = 8 * n_micro_batches * config.data.seq_len
         if strategy:
             run(config, tmp_path)  # by itself, since process groups stay
         else:

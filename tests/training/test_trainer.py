@@ -10,9 +10,11 @@ import torch
 from lightning.pytorch.strategies import SingleDeviceStrategy
 
 from moelm.config import Config, ConfigError
+from moelm.model.gpt import GPT
 from moelm.moe import kernels
+from moelm.training.lightning_module import MoELightningModule
 from moelm.training.preemption import StopSignals
-from moelm.training.strategies import ShardedStrategy, why_no_cuda_graphs
+from moelm.training.strategies import ShardedStrategy
 from moelm.training.trainer import build_trainer
 
 
@@ -31,31 +33,39 @@ def test_devices_that_cannot_share_the_experts_are_refused(tiny: Callable[..., C
         build_trainer(config)
 
 
-def test_a_limit_of_nccl_that_is_no_number_is_refused(tiny: Callable[..., Config], monkeypatch: Any) -> None:
-    monkeypatch.setenv("NCCL_MAX_CTAS", "many")
-    with pytest.raises(ConfigError, match=r"NCCL_MAX_CTAS: 'many' is no whole number"):
-        build_trainer(tiny({"trainer.devices": 2, "trainer.strategy": "ddp"}))
-
-
 def test_cuda_graphs_are_refused_where_there_is_no_gpu(tiny: Callable[..., Config]) -> None:
     with pytest.raises(ConfigError, match=r"trainer.compile: cuda_graphs: there is no CUDA device"):
         build_trainer(tiny({"trainer.compile": "cuda_graphs"}))
 
 
-def test_cuda_graphs_want_one_micro_batch_a_step(tiny: Callable[..., Config], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_auto_records_cuda_graphs_where_a_step_has_one_micro_batch(
+    tiny: Callable[..., Config], monkeypatch: pytest.MonkeyPatch
+) -> None:
     gpu = property(lambda strategy: torch.device("cuda", 0))
     monkeypatch.setattr(SingleDeviceStrategy, "root_device", gpu)
-    assert why_no_cuda_graphs(build_trainer(tiny())) == ""
-    with pytest.raises(ConfigError, match=r"a step has 2 micro-batches"):
-        build_trainer(tiny({"trainer.compile": "cuda_graphs", "optim.micro_batch_size": 8}))
+    found = []
+    monkeypatch.setattr(GPT, "compile_blocks", lambda model, cuda_graphs: found.append(cuda_graphs))
+    monkeypatch.setattr(GPT, "to_empty", lambda model, device: model)
+    monkeypatch.setattr("moelm.training.lightning_module.initialize", lambda *_: None)
+    for compiled, micro_batch in (("auto", 16), ("auto", 8), ("cuda_graphs", 8), (True, 16)):
+        config = tiny({"trainer.compile": compiled, "optim.micro_batch_size": micro_batch})
+        module = MoELightningModule(config, [], 0)
+        module.trainer = build_trainer(config)
+        module.configure_model()
+    assert found == [True, False, True, False]
 
 
-def test_cuda_graphs_want_gathered_weights_in_one_place(tiny: Callable[..., Config], monkeypatch: Any) -> None:
+def test_cuda_graphs_want_gathered_weights_and_unsent_gradients_to_stay(
+    tiny: Callable[..., Config], monkeypatch: Any
+) -> None:
     monkeypatch.setattr(ShardedStrategy, "root_device", property(lambda strategy: torch.device("cuda", 0)))
     fsdp = {"trainer.compile": "cuda_graphs", "trainer.devices": 2, "trainer.strategy": "fsdp"}
     with pytest.raises(ConfigError, match=r"cuda_graphs: weights that .* \(trainer.reshard_after_forward\)"):
         build_trainer(tiny({**fsdp, "optim.micro_batch_size": 8}))
-    build_trainer(tiny({**fsdp, "optim.micro_batch_size": 8, "trainer.reshard_after_forward": False}))
+    kept = {**fsdp, "optim.micro_batch_size": 4, "trainer.reshard_after_forward": False}
+    build_trainer(tiny(kept))
+    with pytest.raises(ConfigError, match=r"cuda_graphs: gradients that .* \(accumulate_unreduced\)"):
+        build_trainer(tiny({**kept, "trainer.accumulate_unreduced": True}))
 
 
 def test_replicas_that_devices_cannot_make_are_refused(tiny: Callable[..., Config]) -> None:
@@ -64,14 +74,13 @@ def test_replicas_that_devices_cannot_make_are_refused(tiny: Callable[..., Confi
         build_trainer(tiny(changes))
 
 
-def test_ddp_cuts_nothing_that_is_compiled_and_products_leave_nccl_its_room(
+def test_ddp_cuts_nothing_that_is_compiled_and_products_let_nccl_in(
     tiny: Callable[..., Config], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(kernels, "processors_left_free", 0)
-    monkeypatch.setenv("NCCL_MAX_CTAS", "8")
+    monkeypatch.setattr(kernels, "rounds", 1)
     build_trainer(tiny())
-    assert kernels.processors_left_free == 0
+    assert kernels.rounds == 1
     with torch._dynamo.config.patch(optimize_ddp=True):
         build_trainer(tiny({"trainer.devices": 2, "trainer.strategy": "ddp", "optim.micro_batch_size": 8}))
         assert not torch._dynamo.config.optimize_ddp
-    assert kernels.processors_left_free == 8
+    assert kernels.rounds > 1

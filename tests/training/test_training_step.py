@@ -130,6 +130,36 @@ def test_gradients_go_with_their_step_and_stay_within_it(
     assert held == [0, held[1]] * 3
 
 
+def test_what_cuda_graphs_write_again_is_no_gradient_of_micro_batches_before(
+    tiny: Callable[..., Config], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Without a GPU: what autograd hands over as a gradient is lost with the next forward pass."""
+    configure_model, training_step = MoELightningModule.configure_model, MoELightningModule.training_step
+    handed_over: list[torch.Tensor] = []
+
+    def configure(self: MoELightningModule) -> None:
+        configure_model(self)
+        self.model.cuda_graphs = True
+        for parameter in self.model.blocks.parameters():
+            parameter.register_post_accumulate_grad_hook(lambda parameter: handed_over.append(parameter.grad))
+
+    def overwrite(self: MoELightningModule, batch: dict[str, torch.Tensor], batch_idx: int) -> torch.Tensor:
+        if batch_idx % 4 == 1:
+            assert handed_over
+            for gradient in handed_over:
+                gradient.fill_(torch.nan)
+        handed_over.clear()
+        return training_step(self, batch, batch_idx)
+
+    config = tiny({"optim.micro_batch_size": 4, "trainer.max_steps": 3})
+    train(recorded(config, name="plain"))
+    monkeypatch.setattr(MoELightningModule, "configure_model", configure)
+    monkeypatch.setattr(MoELightningModule, "training_step", overwrite)
+    train(recorded(config, name="overwritten"))
+    plain, overwritten = Recorder.made
+    assert plain.losses == overwritten.losses
+
+
 def test_the_loss_curve_is_the_same_to_the_bit_without_any_callback(tiny: Callable[..., Config]) -> None:
     config = tiny({"model.dropout": 0.1, "trainer.max_steps": 25, **LOSS_FREE})
     train(recorded(config, name="with"))

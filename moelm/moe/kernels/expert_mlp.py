@@ -28,6 +28,7 @@ from moelm.moe.kernels.rows import (
     swiglu_backward_reference,
     swiglu_reference,
 )
+from moelm.moe.working_copies import GradientSum
 
 
 def forward(
@@ -67,11 +68,11 @@ def backward(
     down_EFD: Tensor,
     gate_up_R2F: Tensor,
     dtype: torch.dtype = torch.float32,
-    gate_up_sum_EDF: Tensor | None = None,
-    down_sum_EFD: Tensor | None = None,
+    gate_up_sum: GradientSum | None = None,
+    down_sum: GradientSum | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Gradients of x (in its dtype), gates (float32), gate_up and down (in `dtype`); 0 where no row took part. The sums
-    are gradients of earlier tokens, to which those of the weights are added in place.
+    """Gradients of x (in its dtype), gates (float32), gate_up and down (in `dtype`); 0 where no row took part. With
+    sums, which are float32, those of the weights are added to what has begun there, and these totals are returned.
 
         grad_h_r = grad_y_t W2^eT      grad_gate_tk = <grad_h_r, h_r>      grad_(gate, up)_r = gate_tk swiglu'(grad_h_r)
         grad_W2^e = sum_r (gate_tk h_r)^T grad_y_t      grad_W1^e = sum_r x_t^T grad_(gate, up)_r
@@ -90,11 +91,11 @@ def backward(
         grad_gate_up_R2F, gated_h_RF, grad_gates_TK = swiglu_backward(
             grad_h_RF, gate_up_R2F, gates_TK, choice_of_row_R, offsets_E
         )
-        grad_down_EFD = _added(F.grouped_mm(gated_h_RF.mT, grad_rows_RD, offs=offsets_E).to(dtype), down_sum_EFD)
+        grad_down_EFD = added(F.grouped_mm(gated_h_RF.mT, grad_rows_RD, offs=offsets_E).to(dtype), down_sum)
         del grad_h_RF, gated_h_RF, grad_rows_RD  # before others of their size are made
         rows_RD = spread(x_TD, row_of_choice_TK)[:R]
         grad_gate_up_EDF = F.grouped_mm(rows_RD.mT, grad_gate_up_R2F, offs=offsets_E).to(dtype)
-        grad_gate_up_EDF = _added(grad_gate_up_EDF, gate_up_sum_EDF)
+        grad_gate_up_EDF = added(grad_gate_up_EDF, gate_up_sum)
         del rows_RD
         grad_rows_RD = F.grouped_mm(grad_gate_up_R2F, gate_up_EDF.mT, offs=offsets_E)
     else:
@@ -103,15 +104,15 @@ def backward(
             grad_y_TD, gates_TK, choice_of_row_R, offsets_E, down_EFD, gate_up_R2F, tiles
         )
         by_token = choice_of_row_R, top_k, offsets_E, tiles[0], dtype
-        grad_down_EFD = hopper().weight_gradient(grad_y_TD, gated_h_RF, *by_token, down_sum_EFD, rows_first=True)
+        grad_down_EFD = hopper().weight_gradient(grad_y_TD, gated_h_RF, *by_token, down_sum, rows_first=True)
         del gated_h_RF
-        grad_gate_up_EDF = hopper().weight_gradient(x_TD, grad_gate_up_R2F, *by_token, gate_up_sum_EDF)
+        grad_gate_up_EDF = hopper().weight_gradient(x_TD, grad_gate_up_R2F, *by_token, gate_up_sum)
         grad_rows_RD = hopper().product(grad_gate_up_R2F, gate_up_EDF, *tiles, transposed=True)
     return gather_sum(grad_rows_RD, row_of_choice_TK, offsets_E), grad_gates_TK, grad_gate_up_EDF, grad_down_EFD
 
 
-def _added(gradient: Tensor, sum_so_far: Tensor | None) -> Tensor:
-    return gradient if sum_so_far is None else sum_so_far.add_(gradient)
+def added(gradient: Tensor, to: GradientSum | None) -> Tensor:
+    return gradient if to is None else to.total.copy_(torch.where(to.has_begun, to.total + gradient, gradient))
 
 
 # ------------------------------------------------------------------ where some of the tokens come from other ranks

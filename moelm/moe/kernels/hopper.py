@@ -33,6 +33,7 @@ from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 from moelm.moe import kernels
 from moelm.moe.kernels.launch import Kernel, cdiv
 from moelm.moe.kernels.products import ROWS, Tiles
+from moelm.moe.working_copies import GradientSum
 
 COLUMNS = 256  # of a tile, in SwiGLU 128 of the gate and as many of up
 assert ROWS == 128  # 64 for each group of warps
@@ -787,8 +788,8 @@ def _multiply_pairs(
     offsets_ptr,
     experts_ptr,
     out_ptr,
+    has_begun_ptr,
     E,
-    ADD: gl.constexpr,
     M: gl.constexpr,
     N: gl.constexpr,
     n_m: gl.constexpr,
@@ -821,8 +822,8 @@ def _multiply_pairs(
             i = row + gl.arange(0, 64, gl.SliceLayout(1, layout))[:, None]
             j = n * BN + gl.arange(0, BN, gl.SliceLayout(0, layout))[None, :]
             inside = (i < M) & (j < N)
-            if ADD:
-                acc += gl.load(out + i * N + j, mask=inside, other=0.0)
+            if has_begun_ptr is not None:
+                acc += gl.load(out + i * N + j, mask=inside & (gl.load(has_begun_ptr) != 0), other=0.0)
             gl.store(out + i * N + j, acc, mask=inside)
         else:
             _store_halves(out, acc.to(gl.bfloat16), row, M, n * BN, N, N)
@@ -835,12 +836,12 @@ def _weight_gradient(
     choice_ptr,
     rows_desc,
     out_ptr,
+    has_begun_ptr,
     offsets_ptr,
     experts_ptr,
     E,
     TOP_K: gl.constexpr,
     GATHER_A: gl.constexpr,
-    ADD: gl.constexpr,
     M: gl.constexpr,
     N: gl.constexpr,
     BN: gl.constexpr,
@@ -861,9 +862,9 @@ def _weight_gradient(
     # fmt: off
     gl.warp_specialize([
         (_multiply_pairs, (0, a, b, full, empty, offsets_ptr, experts_ptr, out_ptr,
-                           E, ADD, M, N, n_m, n_n, BN, BK, STAGES)),
+                           has_begun_ptr, E, M, N, n_m, n_n, BN, BK, STAGES)),
         (_multiply_pairs, (1, a, b, full, empty, offsets_ptr, experts_ptr, out_ptr,
-                           E, ADD, M, N, n_m, n_n, BN, BK, STAGES)),
+                           has_begun_ptr, E, M, N, n_m, n_n, BN, BK, STAGES)),
         (_fetch_and_gather_pairs, (tokens_ptr, choice_ptr, rows_desc, a, b, full, empty, offsets_ptr, experts_ptr,
                                    E, TOP_K, GATHER_A, M, N, n_m, n_n, BN, BK, STAGES)),
     ], [4, 4], [208, 88])
@@ -878,31 +879,31 @@ def weight_gradient(
     offsets_E: Tensor,
     tiles: Tiles,
     dtype: torch.dtype,
-    sum_EMN: Tensor | None = None,
+    to: GradientSum | None = None,
     *,
     rows_first: bool = False,
 ) -> Tensor:
     """[E, M, N] in `dtype`, float32 or bfloat16: the sum of token_r^T row_r over the rows of each expert; with
-    `rows_first` [E, N, M], row_r^T token_r. Added in place to `sum_EMN`, if there is one, which must be float32. Rows
-    right behind the last offset must be finite.
+    `rows_first` [E, N, M], row_r^T token_r. Added to what has begun in the sum `to`, if that is given, whose total is
+    float32. Rows right behind the last offset must be finite.
 
     2 R M N operations; R N + T M elements read, most of R M from L2, E M N written, and for a sum read.
     """
     E, M, N = offsets_E.shape[0], tokens_TM.shape[1], rows_RN.shape[1]
     if rows_first:
         M, N = N, M
-    out_EMN = tokens_TM.new_empty(E, M, N, dtype=dtype) if sum_EMN is None else sum_EMN
+    out_EMN = tokens_TM.new_empty(E, M, N, dtype=dtype) if to is None else to.total
     _weight_gradient[_blocks(E * cdiv(M, ROWS) * cdiv(N, COLUMNS), tokens_TM.device)](
         tokens_TM.contiguous(),
         choice_of_row_R,
         _blocks_of(rows_RN, DEPTH, ROWS // 2 if rows_first else COLUMNS),
         out_EMN,
+        None if to is None else to.has_begun,
         offsets_E,
         tiles.experts_E,
         E,
         top_k,
         not rows_first,
-        sum_EMN is not None,
         M,
         N,
         COLUMNS,
@@ -945,4 +946,4 @@ def _n_processors(device: torch.device) -> int:
 
 
 def _blocks(n_tiles: int, device: torch.device) -> tuple[int, int, int]:
-    return min(n_tiles, _n_processors(device) - kernels.processors_left_free), 1, 1
+    return min(n_tiles, kernels.rounds * _n_processors(device)), 1, 1
