@@ -142,6 +142,7 @@ def step_cells(found: dict[str, Any]) -> list[str]:
 def main() -> None:
     parser = measure.make_parser(__doc__, "python benchmarks/scaling.py --parts experts --variants 'limit,moelm fused'")
     parser.add_argument("--parts", default=",".join(SIZES), help=f"of {', '.join(SIZES)}")
+    parser.add_argument("--sizes", help="of them, separated by commas (default: all of each part)")
     parser.add_argument(
         "--variants",
         default="limit,moelm fused,sonicmoe",
@@ -168,6 +169,8 @@ def run(arguments: argparse.Namespace, parts: list[str], names: list[str], devic
     with tempfile.TemporaryDirectory() as folder:
         for part in parts:
             sizes = SIZES[part][1:3] if arguments.quick else SIZES[part]
+            if arguments.sizes:
+                sizes = [int(size) for size in arguments.sizes.split(",")]
             for size in sizes:
                 print(f"{part} {size:,}", file=sys.stderr, flush=True)
                 measure.free_memory()
