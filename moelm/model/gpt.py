@@ -10,7 +10,6 @@ import torch._functorch.config
 import torch._inductor.config
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor
 
 from moelm.config import ModelConfig
 from moelm.model.attention.base import Attention
@@ -97,9 +96,8 @@ class GPT(nn.Module):
         write again."""
         for block in self.all_blocks if self.cuda_graphs else []:
             for parameter in block.parameters():
-                gradient = parameter.grad  # FSDP2 makes its own outside, and experts sum theirs in one place
-                outside = isinstance(gradient, DTensor) or hasattr(parameter, "gradient_sum")
-                if gradient is not None and not outside:
+                gradient = parameter.grad  # that of FSDP2, a DTensor, is outside, and experts sum theirs in one place
+                if type(gradient) is Tensor and not hasattr(parameter, "gradient_sum"):
                     parameter.grad = gradient.clone()
 
     def init_cache(self, batch_size: int, max_len: int, dtype: torch.dtype | None = None) -> list[Any]:

@@ -87,9 +87,10 @@ def sum_gradients_in_place(weight: Any, copy: Any) -> None:
     copy.sums_for = ref(weight)
 
 
-def sum_of(copy: Any) -> GradientSum:
+def sum_of(copy: Any) -> tuple[Tensor, Tensor]:
+    """`total` and `has_begun` of the weight's `GradientSum`."""
     found: GradientSum = copy.sums_for().gradient_sum
-    return found
+    return found.total, found.has_begun
 
 
 @torch.inference_mode(False)  # a tensor of inference mode would serve no training

@@ -28,7 +28,6 @@ from moelm.moe.kernels.rows import (
     swiglu_backward_reference,
     swiglu_reference,
 )
-from moelm.moe.working_copies import GradientSum
 
 
 def forward(
@@ -68,11 +67,12 @@ def backward(
     down_EFD: Tensor,
     gate_up_R2F: Tensor,
     dtype: torch.dtype = torch.float32,
-    gate_up_sum: GradientSum | None = None,
-    down_sum: GradientSum | None = None,
+    gate_up_sum: tuple[Tensor, Tensor] | None = None,
+    down_sum: tuple[Tensor, Tensor] | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Gradients of x (in its dtype), gates (float32), gate_up and down (in `dtype`); 0 where no row took part. With
-    sums, which are float32, those of the weights are added to what has begun there, and these totals are returned.
+    sums (float32 totals, and bool scalars that say whether they have begun) those of the weights are added there or begin
+    them, and the totals are returned.
 
         grad_h_r = grad_y_t W2^eT      grad_gate_tk = <grad_h_r, h_r>      grad_(gate, up)_r = gate_tk swiglu'(grad_h_r)
         grad_W2^e = sum_r (gate_tk h_r)^T grad_y_t      grad_W1^e = sum_r x_t^T grad_(gate, up)_r
@@ -111,8 +111,11 @@ def backward(
     return gather_sum(grad_rows_RD, row_of_choice_TK, offsets_E), grad_gates_TK, grad_gate_up_EDF, grad_down_EFD
 
 
-def added(gradient: Tensor, to: GradientSum | None) -> Tensor:
-    return gradient if to is None else to.total.copy_(torch.where(to.has_begun, to.total + gradient, gradient))
+def added(gradient: Tensor, to: tuple[Tensor, Tensor] | None) -> Tensor:
+    if to is None:
+        return gradient
+    total, has_begun = to
+    return total.copy_(torch.where(has_begun, total + gradient, gradient))
 
 
 # ------------------------------------------------------------------ where some of the tokens come from other ranks

@@ -33,7 +33,6 @@ from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 from moelm.moe import kernels
 from moelm.moe.kernels.launch import Kernel, cdiv
 from moelm.moe.kernels.products import ROWS, Tiles
-from moelm.moe.working_copies import GradientSum
 
 COLUMNS = 256  # of a tile, in SwiGLU 128 of the gate and as many of up
 assert ROWS == 128  # 64 for each group of warps
@@ -879,26 +878,26 @@ def weight_gradient(
     offsets_E: Tensor,
     tiles: Tiles,
     dtype: torch.dtype,
-    to: GradientSum | None = None,
+    to: tuple[Tensor, Tensor] | None = None,
     *,
     rows_first: bool = False,
 ) -> Tensor:
     """[E, M, N] in `dtype`, float32 or bfloat16: the sum of token_r^T row_r over the rows of each expert; with
-    `rows_first` [E, N, M], row_r^T token_r. Added to what has begun in the sum `to`, if that is given, whose total is
-    float32. Rows right behind the last offset must be finite.
+    `rows_first` [E, N, M], row_r^T token_r. Added to the first of `to`, float32, if the second, bool scalar, says that
+    a sum has begun there, else in its place. Rows right behind the last offset must be finite.
 
     2 R M N operations; R N + T M elements read, most of R M from L2, E M N written, and for a sum read.
     """
     E, M, N = offsets_E.shape[0], tokens_TM.shape[1], rows_RN.shape[1]
     if rows_first:
         M, N = N, M
-    out_EMN = tokens_TM.new_empty(E, M, N, dtype=dtype) if to is None else to.total
+    out_EMN = tokens_TM.new_empty(E, M, N, dtype=dtype) if to is None else to[0]
     _weight_gradient[_blocks(E * cdiv(M, ROWS) * cdiv(N, COLUMNS), tokens_TM.device)](
         tokens_TM.contiguous(),
         choice_of_row_R,
         _blocks_of(rows_RN, DEPTH, ROWS // 2 if rows_first else COLUMNS),
         out_EMN,
-        None if to is None else to.has_begun,
+        None if to is None else to[1],
         offsets_E,
         tiles.experts_E,
         E,
