@@ -188,7 +188,8 @@ class Experts(nn.Module):
         sent, plan = (journey.packed_SD, journey.x_TD, journey.token_of_row_S), journey.plan
         batch = journey.gates_VK, plan.row_of_choice_TK, plan.choice_of_row_R, plan.offsets_E
         weights = self._weights_and_copies(journey.x_TD.dtype)
-        landing_SD: Tensor = expert_mlp_around(*sent, *batch, *weights, journey.splits, group)
+        sizes = journey.splits, journey.n_tokens, journey.n_rows
+        landing_SD: Tensor = expert_mlp_around(*sent, *batch, *weights, *sizes, group)
         return landing_SD
 
     def _weights_and_copies(self, dtype: torch.dtype) -> tuple[Tensor, ...]:

@@ -112,8 +112,7 @@ expert_mlp = _ExpertMLP.apply
 
 # ---------------------------------------------------------- between two journeys (moe/dispatch/expert_parallel.py)
 #
-# Gates and rows are those of the plan, of the tokens of all ranks; the first N and R of them, which the ops know from
-# `splits`, are of received tokens. x and what is of rows have as many from the start.
+# Gates and rows are those of the plan, of the tokens of all ranks: the first N and R of them are of received ones.
 
 
 def _others(tensor_SD: Tensor, landing_SD: Tensor, split: journeys.Split, group: str) -> kernels.Others:
@@ -127,8 +126,8 @@ def _others(tensor_SD: Tensor, landing_SD: Tensor, split: journeys.Split, group:
 
 
 def _empty_up(packed_SD: Tensor, *others: Any) -> tuple[Tensor, Tensor, Tensor]:
-    context, F2 = torch.library.get_ctx(), others[-3].shape[2]
-    N, R = context.new_dynamic_size(), context.new_dynamic_size()
+    *_, gate_up_EDF, _, N, R, _ = others
+    F2 = gate_up_EDF.shape[2]
     x_ND, gate_up_R2F, h_RF = (packed_SD.new_empty(shape) for shape in ((N, packed_SD.shape[1]), (R, F2), (R, F2 // 2)))
     return x_ND, gate_up_R2F, h_RF
 
@@ -144,17 +143,18 @@ def _arriving(
     offsets_E: Tensor,
     gate_up_EDF: Tensor,
     splits: Tensor,
+    n_tokens: int,
+    n_rows: int,
     group: str,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """(x [N, D], gate_up [R, 2F], h [R, F]) of `expert_mlp`: ends the journey of `send`."""
-    split = journeys.split_of(splits, group)
     x_ND = journeys.resume(packed_SD, x_TD, token_of_row_S, splits, group)
-    if not split.tokens:
+    if not n_tokens:
         journeys.end(packed_SD)
         return x_ND, x_ND.new_empty(0, gate_up_EDF.shape[2]), x_ND.new_empty(0, gate_up_EDF.shape[2] // 2)
-    permutation = row_of_choice_VK[: split.tokens], choice_of_row[: split.rows], offsets_E
-    others = _others(packed_SD, packed_SD, split, group)
-    return x_ND, *kernels.up(x_ND, gates_VK[: split.tokens], *permutation, gate_up_EDF, others)
+    batch = gates_VK[:n_tokens], row_of_choice_VK[:n_tokens], choice_of_row[:n_rows], offsets_E
+    others = _others(packed_SD, packed_SD, journeys.split_of(splits, group), group)
+    return x_ND, *kernels.up(x_ND, *batch, gate_up_EDF, others)
 
 
 @op(
@@ -177,7 +177,7 @@ def _leaving(
     split, landing_SD = journeys.split_of(splits, group), h_RF.new_empty(n_rows, down_EFD.shape[2])
     others = _others(landing_SD, landing_SD, split, group)
     if split.tokens:
-        permutation = row_of_choice_VK[: split.tokens], choice_of_row[: split.rows], offsets_E
+        permutation = row_of_choice_VK[: split.tokens], choice_of_row[: len(h_RF)], offsets_E
         kernels.down(h_RF, gates_VK[: split.tokens], *permutation, down_EFD, others, landing_SD[: split.stay])
     else:
         others.leave(landing_SD[:0])
@@ -212,13 +212,13 @@ def _backward_around(
     split, landing_SD = journeys.split_of(splits, group), torch.empty_like(grad_SD)
     grad_y_ND = journeys.resume(grad_SD, None, None, splits, group)
     others = _others(grad_SD, landing_SD, split, group)
-    if not split.tokens:
+    if not len(x_ND):
         others.arrive()
         others.leave(grad_y_ND)
         grad_gate_up_EDF, grad_down_EFD = (w.new_zeros(w.shape, dtype=dtype) for w in (gate_up_EDF, down_EFD))
         return landing_SD, torch.empty_like(gates_VK), grad_gate_up_EDF, grad_down_EFD
     # all gates, so that their gradients have the shape of the plan
-    batch = gates_VK, row_of_choice_VK[: split.tokens], choice_of_row[: split.rows], offsets_E
+    batch = gates_VK, row_of_choice_VK[: len(x_ND)], choice_of_row[: len(gate_up_R2F)], offsets_E
     inputs = grad_y_ND, x_ND, *batch, gate_up_EDF, down_EFD, gate_up_R2F
     return landing_SD, *kernels.backward_around(*inputs, dtype, others, landing_SD[: split.stay])
 
@@ -241,11 +241,13 @@ class _ExpertMLPAround(torch.autograd.Function):
         gate_up_copy_EDF: Tensor,
         down_copy_EFD: Tensor,
         splits: Tensor,
+        n_tokens: int,
+        n_rows: int,
         group: str,
     ) -> Tensor:
         batch = gates_VK, row_of_choice_VK, choice_of_row, offsets_E
         sent = packed_SD, x_TD, token_of_row_S
-        x_ND, gate_up_R2F, h_RF = _arriving(*sent, *batch, gate_up_copy_EDF, splits, group)
+        x_ND, gate_up_R2F, h_RF = _arriving(*sent, *batch, gate_up_copy_EDF, splits, n_tokens, n_rows, group)
         landing_SD = _leaving(h_RF, *batch, down_copy_EFD, splits, packed_SD.shape[0], group)
         ctx.save_for_backward(x_ND, *batch, gate_up_copy_EDF, down_copy_EFD, gate_up_R2F, splits)
         ctx.rest = group, gate_up_EDF.dtype
@@ -255,7 +257,8 @@ class _ExpertMLPAround(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, grad_SD: Tensor) -> tuple[Tensor | None, ...]:
         grad_packed_SD, grad_gates_VK, *grad_weights = _backward_around(grad_SD, *ctx.saved_tensors, *ctx.rest)
-        return grad_packed_SD, None, None, grad_gates_VK, None, None, None, *grad_weights, None, None, None, None
+        of_sent, of_batch = (grad_packed_SD, None, None), (grad_gates_VK, None, None, None)
+        return *of_sent, *of_batch, *grad_weights, None, None, None, None, None, None
 
 
 expert_mlp_around = _ExpertMLPAround.apply

@@ -292,7 +292,7 @@ def test_gates_have_their_gradients_from_the_ranks_of_their_experts(all_to_all, 
     def run(group):
         exchange = ExpertParallel(group, 8)
         ids_TK, gates_TK = choices(group.rank())
-        x_ND, local, plan = exchange.receive(exchange.send(torch.ones(T, D), TokenChoice(ids_TK, gates_TK)))
+        _, local, plan = exchange.receive(exchange.send(torch.ones(T, D), TokenChoice(ids_TK, gates_TK)))
         value_NK = (local.expert_ids_TK + 2 * group.rank() + 1).float()
         where_NK = torch.where(plan.valid_TK, value_NK, torch.nan)  # nobody reads what is not here
         with torch.autograd.set_multithreading_enabled(False):

@@ -19,6 +19,7 @@ ops, with products of tokens that stay in between.
 
 from __future__ import annotations
 
+from itertools import pairwise
 from typing import Any, NamedTuple
 
 import torch
@@ -50,6 +51,8 @@ class Journey(NamedTuple):
     gates_VK: Tensor  # of the tokens of all ranks: the N that this one receives come first
     plan: Permutation  # of their choices, by local ids: "none" is E / P. The first N tokens fill the first N K rows
     splits: Tensor  # int64 on the CPU, a `Split`
+    n_tokens: int  # N
+    n_rows: int  # R
 
 
 class ExpertParallel:
@@ -90,17 +93,19 @@ class ExpertParallel:
 
         n_rows_stay = here_VK.view(P, -1)[self.rank].sum(0, keepdim=True, dtype=torch.int32)
         counts = torch.cat([trips.offsets_E, order.offsets_E, n_rows_stay, plan.offsets_E[-1:]])
-        splits, token_of_row_S = read_splits(counts, trips.choice_of_row_R, P, K)
+        splits, token_of_row_S, sizes_NR0 = read_splits(counts, trips.choice_of_row_R, P, K)
         packed_SD = _Send.apply(x_TD, token_of_row_S, trips.row_of_choice_TK, trips.offsets_E, splits, self.group)
         there = packed_SD, x_TD.detach(), token_of_row_S, trips.row_of_choice_TK, trips.offsets_E
-        return Journey(*there, gates_VK, plan, splits)
+        return Journey(*there, gates_VK, plan, splits, sizes_NR0.shape[0], sizes_NR0.shape[1])
 
     def receive(self, journey: Journey) -> tuple[Tensor, TokenChoice, Permutation]:
         """(x [N, D], choices [N, K] of local experts, their rows): a batch for the local experts."""
-        packed_SD, x_TD, token_of_row_S, _, _, gates_VK, plan, splits = journey
+        plan, n_tokens = journey.plan, journey.n_tokens
         tables = plan.expert_ids_TK, plan.row_of_choice_TK, plan.choice_of_row_R
-        gates_NK, ids_NK, row_of_choice_NK, choice_of_row_R = _Trim.apply(gates_VK, *tables, splits)
-        x_ND = _Receive.apply(packed_SD, x_TD, token_of_row_S, splits, gates_NK.shape[0], self.group)
+        trimmed = _Trim.apply(journey.gates_VK, *tables, n_tokens, journey.n_rows)
+        gates_NK, ids_NK, row_of_choice_NK, choice_of_row_R = trimmed
+        sent = journey.packed_SD, journey.x_TD, journey.token_of_row_S
+        x_ND = _Receive.apply(*sent, journey.splits, n_tokens, self.group)
         plan = Permutation(ids_NK, row_of_choice_NK, choice_of_row_R, ids_NK != self.n_local, plan.offsets_E)
         return x_ND, TokenChoice(ids_NK, gates_NK), plan
 
@@ -111,8 +116,8 @@ class ExpertParallel:
 
     def bring_home(self, landing_SD: Tensor, journey: Journey) -> Tensor:
         """y [T, D]: the sum of what the ranks made of a token; 0 for one without a choice."""
-        _, _, token_of_row_S, row_of_rank_TP, ends_P, _, _, splits = journey
-        y_TD: Tensor = _GatherHome.apply(landing_SD, row_of_rank_TP, ends_P, token_of_row_S, splits, self.group)
+        rows = journey.row_of_rank_TP, journey.ends_P, journey.token_of_row_S
+        y_TD: Tensor = _GatherHome.apply(landing_SD, *rows, journey.splits, self.group)
         return y_TD
 
 
@@ -144,30 +149,30 @@ class Split(NamedTuple):
     """How many rows and tokens travel, as the host knows it."""
 
     rows_stay: int  # choices of own tokens with an expert here
-    rows: int  # R, in steps
-    tokens: int  # N, in steps
+    tokens: int  # N
     stay: int  # tokens
     sent: list[int]  # to each rank, 0 to itself
     received: list[int]
 
 
 def split_of(splits: Tensor, group: str) -> Split:
-    rows_stay, rows, tokens, stay, *others = splits.tolist()
+    rows_stay, tokens, stay, *others = splits.tolist()
     P, rank = len(others) // 2 + 1, _groups[group].rank()
     sent, received = others[: P - 1], others[P - 1 :]
-    return Split(rows_stay, rows, tokens, stay, *([*each[:rank], 0, *each[rank:]] for each in (sent, received)))
+    return Split(rows_stay, tokens, stay, *([*each[:rank], 0, *each[rank:]] for each in (sent, received)))
 
 
-def _empty_splits(counts: Tensor, choice_of_row: Tensor, n_ranks: int, _: int) -> tuple[Tensor, Tensor]:
-    n_sent = torch.library.get_ctx().new_dynamic_size()
-    return torch.empty(2 * n_ranks + 2, dtype=torch.int64, device="cpu"), choice_of_row.new_empty(n_sent)
+def _empty_splits(counts: Tensor, choice_of_row: Tensor, n_ranks: int, _: int) -> tuple[Tensor, Tensor, Tensor]:
+    S, N, R = (torch.library.get_ctx().new_dynamic_size() for _ in range(3))
+    splits = torch.empty(2 * n_ranks + 1, dtype=torch.int64, device="cpu")
+    return splits, choice_of_row.new_empty(S), splits.new_empty(N, R, 0)
 
 
 @op("moelm::read_splits", fake=_empty_splits, recordable=False)
-def read_splits(counts: Tensor, choice_of_row: Tensor, n_ranks: int, top_k: int) -> tuple[Tensor, Tensor]:
-    """(splits, token_of_row_S) of counts [2 P + 2], int32: ends of what is sent, and of what is received, by rank with
-    this one first, rows of choices that stay, and of all; and of which of T ranks' places lies in a row. The host waits
-    here, for what a copy to pinned memory brings."""
+def read_splits(counts: Tensor, choice_of_row: Tensor, n_ranks: int, top_k: int) -> tuple[Tensor, Tensor, Tensor]:
+    """(splits, token_of_row_S, nothing of shape [N, R, 0], in steps) of what the host waits for: counts [2 P + 2] int32,
+    ends of what is sent, and of what is received, by rank with this one first; rows of choices that stay, and of all.
+    `choice_of_row` says which of T P pairs of token and rank lies in a row that is sent."""
     known = counts.to("cpu", non_blocking=True)
     if counts.is_cuda:
         torch.cuda.current_stream(counts.device).synchronize()
@@ -176,8 +181,9 @@ def read_splits(counts: Tensor, choice_of_row: Tensor, n_ranks: int, top_k: int)
     n_tokens = len(choice_of_row) // n_ranks
     tokens = _in_steps(received[-1], n_tokens)
     rows = min(_in_steps(rows, n_tokens * top_k), tokens * top_k)
-    others = [end - before for each in (sent, received) for before, end in zip(each, each[1:], strict=False)]
-    return torch.tensor([rows_stay, rows, tokens, sent[0], *others]), choice_of_row[: sent[-1]] // n_ranks
+    others = [end - before for each in (sent, received) for before, end in pairwise(each)]
+    splits = torch.tensor([rows_stay, tokens, sent[0], *others])
+    return splits, choice_of_row[: sent[-1]] // n_ranks, splits.new_empty(tokens, rows, 0)
 
 
 def _in_steps(n: int, most: int) -> int:
@@ -185,24 +191,17 @@ def _in_steps(n: int, most: int) -> int:
     return -(-n // step) * step
 
 
-def _empty_trimmed(gates_VK: Tensor, ids_VK: Tensor, *rows: Tensor) -> tuple[Tensor, ...]:
-    context = torch.library.get_ctx()
-    n_tokens, n_rows, K = context.new_dynamic_size(), context.new_dynamic_size(), gates_VK.shape[1]
-    return (*(each.new_empty(n_tokens, K) for each in (gates_VK, ids_VK, rows[0])), rows[1].new_empty(n_rows))
-
-
-@op("moelm::trim", fake=_empty_trimmed, recordable=False)
+@op(
+    "moelm::trim",
+    fake=lambda *each: (*(table.new_empty(each[4], table.shape[1]) for table in each[:3]), each[3].new_empty(each[5])),
+    recordable=False,
+)
 def trim(
-    gates_VK: Tensor, ids_VK: Tensor, row_of_choice_VK: Tensor, choice_of_row: Tensor, splits: Tensor
+    gates_VK: Tensor, ids_VK: Tensor, row_of_choice_VK: Tensor, choice_of_row: Tensor, n_tokens: int, n_rows: int
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Of the first three the first N, of the last the first R."""
-    _, n_rows, n_tokens = splits[:3].tolist()
-    return (
-        gates_VK[:n_tokens].clone(),
-        ids_VK[:n_tokens].clone(),
-        row_of_choice_VK[:n_tokens].clone(),
-        choice_of_row[:n_rows].clone(),
-    )
+    gates_NK, ids_NK, row_of_choice_NK = (each[:n_tokens].clone() for each in (gates_VK, ids_VK, row_of_choice_VK))
+    return gates_NK, ids_NK, row_of_choice_NK, choice_of_row[:n_rows].clone()
 
 
 # ----------------------------------------------------------------------------------------------- tokens
@@ -267,7 +266,8 @@ def receive(
 def resume(packed_SD: Tensor, x_TD: Tensor | None, token_of_row_S: Tensor | None, splits: Tensor, group: str) -> Tensor:
     """What the journey of `send` will bring, [N, D], of which so far only what stays here is there."""
     if _key(packed_SD) not in _under_way:
-        assert x_TD is not None and token_of_row_S is not None, "nothing is computed twice in a backward pass"
+        assert x_TD is not None  # nothing is computed twice in a backward pass
+        assert token_of_row_S is not None
         _begin_sending(packed_SD, x_TD, token_of_row_S, split_of(splits, group), group)
     return _under_way[_key(packed_SD)][2]
 
@@ -349,17 +349,25 @@ class _GatherGates(torch.autograd.Function):
 
 class _Trim(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, gates_VK: Tensor, *others: Tensor) -> tuple[Tensor, ...]:
-        ctx.n_tokens = gates_VK.shape[0]
-        gates_NK, *trimmed = trim(gates_VK, *others)
+    def forward(
+        ctx: Any,
+        gates_VK: Tensor,
+        ids_VK: Tensor,
+        row_of_choice_VK: Tensor,
+        choice_of_row: Tensor,
+        n_tokens: int,
+        n_rows: int,
+    ) -> tuple[Tensor, ...]:
+        ctx.n_all = gates_VK.shape[0]
+        gates_NK, *trimmed = trim(gates_VK, ids_VK, row_of_choice_VK, choice_of_row, n_tokens, n_rows)
         ctx.mark_non_differentiable(*trimmed)
         return gates_NK, *trimmed
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad_NK: Tensor, *_: None) -> tuple[Tensor | None, ...]:
-        rest = grad_NK.new_zeros(ctx.n_tokens - grad_NK.shape[0], grad_NK.shape[1])
-        return torch.cat([grad_NK, rest]), None, None, None, None
+        rest = grad_NK.new_zeros(ctx.n_all - grad_NK.shape[0], grad_NK.shape[1])
+        return torch.cat([grad_NK, rest]), None, None, None, None, None
 
 
 class _Send(torch.autograd.Function):
