@@ -170,8 +170,8 @@ def _empty_splits(counts: Tensor, choice_of_row: Tensor, n_ranks: int, _: int) -
 
 @op("moelm::read_splits", fake=_empty_splits, recordable=False)
 def read_splits(counts: Tensor, choice_of_row: Tensor, n_ranks: int, top_k: int) -> tuple[Tensor, Tensor, Tensor]:
-    """(splits, token_of_row_S, nothing of shape [N, R, 0], in steps) of what the host waits for, int32 counts [2 P + 2]:
-    ends of what is sent, and of what is received, by rank with this one first; rows of choices that stay, and of all.
+    """(splits, token_of_row_S, nothing of shape [N, R, 0], in steps) of what the host waits for, counts [2 P + 2]:
+    ends of what is sent and of what is received, by rank with this one first; rows of choices that stay, and of all.
     `choice_of_row` says which of T P pairs of token and rank lies in a row that is sent."""
     known = counts.to("cpu", non_blocking=True)
     if counts.is_cuda:
