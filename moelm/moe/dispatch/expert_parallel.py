@@ -136,12 +136,13 @@ def gather_choices(message_T2K: Tensor, n_ranks: int, group: str) -> Tensor:
     return choices_V2K
 
 
-@op("moelm::return_gates", fake=lambda grad_VK, _: torch.empty_like(grad_VK), recordable=False)
-def return_gates(grad_VK: Tensor, group: str) -> Tensor:
-    """[V, K]: what each rank, in their order, has for the T tokens of this one. 4 T K bytes sent to each other rank."""
-    grad_VK = grad_VK.contiguous()
-    returned_VK = torch.empty_like(grad_VK)
-    dist.all_to_all_single(returned_VK, grad_VK, group=_groups[group])
+@op("moelm::return_gates", fake=lambda grad_VK, *_: grad_VK.new_empty(grad_VK.shape), recordable=False)
+def return_gates(grad_VK: Tensor, row_of_token_V: Tensor, here_VK: Tensor, group: str) -> Tensor:
+    """[V, K]: what each rank, in their order, has for the T tokens of this one, 0 for a choice that is not there. 4 T K
+    bytes sent to each of the other ranks."""
+    sent_VK = torch.where(here_VK, grad_VK.index_select(0, row_of_token_V), 0.0)  # elsewhere may be anything
+    returned_VK = torch.empty_like(sent_VK)
+    dist.all_to_all_single(returned_VK, sent_VK, group=_groups[group])
     return returned_VK
 
 
@@ -341,10 +342,9 @@ class _GatherGates(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad_VK: Tensor) -> tuple[Tensor | None, ...]:
-        row_of_token_V, here_VK = ctx.saved_tensors
-        (T, K), group = ctx.rest
-        here = torch.where(here_VK, grad_VK.index_select(0, row_of_token_V), 0.0)  # what is elsewhere may hold anything
-        return return_gates(here, group).view(-1, T, K).sum(0), None, None, None, None, None
+        shape_TK, group = ctx.rest
+        returned_VK = return_gates(grad_VK, *ctx.saved_tensors, group)
+        return returned_VK.view(-1, *shape_TK).sum(0), None, None, None, None, None
 
 
 class _Trim(torch.autograd.Function):
