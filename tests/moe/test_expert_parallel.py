@@ -279,6 +279,20 @@ def test_sizes_are_those_of_what_a_rank_receives(all_to_all, fewest):
     )
 
 
+def test_rows_in_steps_are_never_those_of_a_token_that_was_not_received(all_to_all):
+    """Of 100 tokens rows come in steps of 4, and the only token has 3."""
+
+    def run(group):
+        ids_TK = torch.full((100, 3), 8)
+        ids_TK[50] = torch.tensor([5, 6, 4])
+        exchange = ExpertParallel(group, 8)
+        routing = TokenChoice(ids_TK if group.rank() else torch.full((100, 3), 8), torch.ones(100, 3))
+        x_ND, _, plan = exchange.receive(exchange.send(torch.ones(100, D), routing))
+        return len(x_ND), plan.choice_of_row_R.tolist()
+
+    assert on_ranks(2, run)[0] == [(0, []), (1, [2, 0, 1])]
+
+
 @pytest.mark.parametrize("ids", [[8, 8], [0, 8], [6, 7], [0, 6], [6, 2], None], ids=str)
 def test_gates_have_their_gradients_from_the_ranks_of_their_experts(all_to_all, few_sizes, ids):
     """Each is the value of its expert, exactly; 0 for a dropped choice. None: different choices everywhere."""

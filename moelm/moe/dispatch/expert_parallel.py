@@ -343,7 +343,8 @@ class _GatherGates(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, grad_VK: Tensor) -> tuple[Tensor | None, ...]:
         shape_TK, group = ctx.rest
-        returned_VK = return_gates(grad_VK, *ctx.saved_tensors, group)
+        row_of_token_V, here_VK = ctx.saved_tensors
+        returned_VK = return_gates(grad_VK, row_of_token_V, here_VK, group)
         return returned_VK.view(-1, *shape_TK).sum(0), None, None, None, None, None
 
 
