@@ -23,13 +23,13 @@ WARM_UP, N_STEPS = 10, 5  # optimizer steps before the profile (kernels are comp
 
 REST = "norms and elementwise"
 CATEGORIES = (  # the first whose pattern a name has; a kernel is asked first, then the ops that it was launched by
-    ("communication", r"^(nccl|gloo:|c10d::|fsdp::)|^moelm::exchange_counts$"),
+    ("communication", r"^(nccl|gloo:|c10d::|fsdp::)|^moelm::(gather_choices|read_splits|return_gates)$"),
     ("expert products", r"^_(rows_product|up_product|down_backward|weight_gradient)|[Gg]rouped|GroupProblem"),
     (
         "row movement",
         r"^_(spread|row_tiles|gather_sum|swiglu|count|sum_blocks|place)|sort|sum_by_|^_?(Dispatch|Combine|Spread)",
     ),
-    ("row movement", r"^moelm::(send|receive|send_back|gather_home|send_choices|return_choices)$"),
+    ("row movement", r"^moelm::(send|receive|send_back|gather_home|trim)$"),
     ("row movement", r"^moelm::expert_mlp_(arriving|leaving|backward_around)$"),
     ("router", r"^_(top_k|sums|write_parts|logits|grad_x|grad_weight)|topk|TopK|router|sums_of_choices"),
     ("router", r"^moelm::(keep_choice|choose|best_ids)|^triton_.*(softmax|logsumexp|scatter)"),

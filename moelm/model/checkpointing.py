@@ -8,7 +8,7 @@ from typing import Any
 
 from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
 
-CHOICES = {"moelm::keep_choice", "moelm::choose", "moelm::exchange_counts"}
+CHOICES = {"moelm::keep_choice", "moelm::choose", "moelm::gather_choices", "moelm::read_splits"}
 EXPENSIVE = {
     "aten::mm",
     "aten::addmm",
@@ -25,7 +25,7 @@ EXPENSIVE = {
     "moelm::expert_mlp_leaving",
     "moelm::router_logits",
     "moelm::send",  # and what follows on it: a journey is made again as a whole or not at all
-    "moelm::send_choices",
+    "moelm::trim",
     "moelm::receive",
     "moelm::send_back",
     "moelm::gather_home",

@@ -111,6 +111,8 @@ def _fsdp(config: Config, counts: Counts, n_devices: int, n_ep: int) -> OnDevice
         rows = tokens * ranks_of_token(moe, n_ep) * len(config.model.routed_layers)
         again = 2 if config.trainer.activation_checkpointing == "full" else 0
         sent += n_micro_batches * (4 + again) * rows * s * config.model.d_model * (n_ep - 1) / n_ep
+        choices = tokens * moe.choices_per_token * len(config.model.routed_layers)
+        sent += n_micro_batches * 12 * choices * (n_ep - 1)  # ids and gates to all, and the gradients of gates back
         kept = tokens * (ranks_of_token(moe, n_ep) - 1) * s * config.model.d_model  # tokens of others, for backward
         row = row_bytes(config.model, mixed, config.trainer.compile is not False)
         kept += (BUSIEST - 1) * tokens * moe.choices_per_token * row

@@ -187,12 +187,11 @@ class Experts(nn.Module):
 
     def mix_journey(self, journey: Journey, group: str) -> Tensor:
         """`mix` of what the ranks of `group` send each other: [S, D], which is on its way back."""
-        plan, packed_SD = journey.plan, journey.packed_SD
-        permutation = plan.row_of_choice_TK, plan.choice_of_row_R, plan.offsets_E
-        weights = self._weights_and_copies(packed_SD.dtype)
-        landing_SD: Tensor = expert_mlp_around(
-            packed_SD, journey.local.gates_TK, *permutation, *weights, journey.splits, group
-        )
+        sent, plan = (journey.packed_SD, journey.x_TD, journey.token_of_row_S), journey.plan
+        batch = journey.gates_VK, plan.row_of_choice_TK, plan.choice_of_row_R, plan.offsets_E
+        weights = self._weights_and_copies(journey.x_TD.dtype)
+        sizes = journey.splits, journey.n_tokens, journey.n_rows
+        landing_SD: Tensor = expert_mlp_around(*sent, *batch, *weights, *sizes, group)
         return landing_SD
 
     def _weights_and_copies(self, dtype: torch.dtype) -> tuple[Tensor, ...]:

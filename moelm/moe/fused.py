@@ -130,44 +130,50 @@ expert_mlp = _ExpertMLP.apply
 
 
 # ---------------------------------------------------------- between two journeys (moe/dispatch/expert_parallel.py)
+#
+# Gates and rows are those of the plan, of the tokens of all ranks: the first N and R of them are of received ones.
 
 
-def _others(tensor_SD: Tensor, landing_SD: Tensor, splits: Tensor, group: str) -> kernels.Others:
+def _others(tensor_SD: Tensor, landing_SD: Tensor, split: journeys.Split, group: str) -> kernels.Others:
     """Those of the journey of `tensor_SD`; when they leave, that of `landing_SD` begins."""
     return kernels.Others(
-        *journeys.staying(splits, group),
+        split.stay,
+        split.rows_stay,
         partial(journeys.end, tensor_SD),
-        partial(journeys.begin_sending_back, landing_SD, splits, group),
+        partial(journeys.begin_sending_back, landing_SD, split, group),
     )
 
 
-def _empty_up(packed_SD: Tensor, gates_NJ: Tensor, *others: Any) -> tuple[Tensor, Tensor, Tensor]:
-    _, choice_of_row_R, _, gate_up_EDF, _, _ = others
-    R, F2 = choice_of_row_R.shape[0], gate_up_EDF.shape[2]
-    shapes = (gates_NJ.shape[0], packed_SD.shape[1]), (R, F2), (R, F2 // 2)
-    x_ND, gate_up_R2F, h_RF = (packed_SD.new_empty(shape) for shape in shapes)
+def _empty_up(packed_SD: Tensor, *others: Any) -> tuple[Tensor, Tensor, Tensor]:
+    *_, gate_up_EDF, _, N, R, _ = others
+    F2 = gate_up_EDF.shape[2]
+    x_ND, gate_up_R2F, h_RF = (packed_SD.new_empty(shape) for shape in ((N, packed_SD.shape[1]), (R, F2), (R, F2 // 2)))
     return x_ND, gate_up_R2F, h_RF
 
 
 @op("moelm::expert_mlp_arriving", fake=_empty_up, recordable=False)
 def _arriving(
     packed_SD: Tensor,
-    gates_NJ: Tensor,
-    row_of_choice_NJ: Tensor,
-    choice_of_row_R: Tensor,
+    x_TD: Tensor,
+    token_of_row_S: Tensor,
+    gates_VK: Tensor,
+    row_of_choice_VK: Tensor,
+    choice_of_row: Tensor,
     offsets_E: Tensor,
     gate_up_EDF: Tensor,
     splits: Tensor,
+    n_tokens: int,
+    n_rows: int,
     group: str,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """(x [N, D], gate_up [R, 2F], h [R, F]) of `expert_mlp`: ends the journey of `send`."""
-    x_ND = journeys.resume(packed_SD, splits, len(gates_NJ), group)
-    if not len(x_ND):
+    x_ND = journeys.resume(packed_SD, x_TD, token_of_row_S, splits, group)
+    if not n_tokens:
         journeys.end(packed_SD)
         return x_ND, x_ND.new_empty(0, gate_up_EDF.shape[2]), x_ND.new_empty(0, gate_up_EDF.shape[2] // 2)
-    others = _others(packed_SD, packed_SD, splits, group)
-    permutation = row_of_choice_NJ, choice_of_row_R, offsets_E
-    return x_ND, *kernels.up(x_ND, gates_NJ, *permutation, gate_up_EDF, others)
+    batch = gates_VK[:n_tokens], row_of_choice_VK[:n_tokens], choice_of_row[:n_rows], offsets_E
+    others = _others(packed_SD, packed_SD, journeys.split_of(splits, group), group)
+    return x_ND, *kernels.up(x_ND, *batch, gate_up_EDF, others)
 
 
 @op(
@@ -177,9 +183,9 @@ def _arriving(
 )
 def _leaving(
     h_RF: Tensor,
-    gates_NJ: Tensor,
-    row_of_choice_NJ: Tensor,
-    choice_of_row_R: Tensor,
+    gates_VK: Tensor,
+    row_of_choice_VK: Tensor,
+    choice_of_row: Tensor,
     offsets_E: Tensor,
     down_EFD: Tensor,
     splits: Tensor,
@@ -187,31 +193,31 @@ def _leaving(
     group: str,
 ) -> Tensor:
     """[S, D], which will hold what comes back, as of `send_back`."""
-    landing_SD = h_RF.new_empty(n_rows, down_EFD.shape[2])
-    others = _others(landing_SD, landing_SD, splits, group)
-    if len(gates_NJ):
-        permutation = row_of_choice_NJ, choice_of_row_R, offsets_E
-        landing_SD[n_rows - others.n_here :] = kernels.down(h_RF, gates_NJ, *permutation, down_EFD, others)
+    split, landing_SD = journeys.split_of(splits, group), h_RF.new_empty(n_rows, down_EFD.shape[2])
+    others = _others(landing_SD, landing_SD, split, group)
+    if split.tokens:
+        permutation = row_of_choice_VK[: split.tokens], choice_of_row[: len(h_RF)], offsets_E
+        kernels.down(h_RF, gates_VK[: split.tokens], *permutation, down_EFD, others, landing_SD[: split.stay])
     else:
         others.leave(landing_SD[:0])
     return landing_SD
 
 
 def _empty_gradients_around(
-    grad_SD: Tensor, x_ND: Tensor, gates_NJ: Tensor, *others: Any
+    grad_SD: Tensor, x_ND: Tensor, gates_VK: Tensor, *others: Any
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     *_, gate_up_EDF, down_EFD, _, _, _, dtype = others
     weights = [w.new_empty(w.shape, dtype=dtype) for w in (gate_up_EDF, down_EFD)]
-    return grad_SD.new_empty(grad_SD.shape), gates_NJ.new_empty(gates_NJ.shape), weights[0], weights[1]
+    return grad_SD.new_empty(grad_SD.shape), gates_VK.new_empty(gates_VK.shape), weights[0], weights[1]
 
 
 @op("moelm::expert_mlp_backward_around", fake=_empty_gradients_around, recordable=False)
 def _backward_around(
     grad_SD: Tensor,
     x_ND: Tensor,
-    gates_NJ: Tensor,
-    row_of_choice_NJ: Tensor,
-    choice_of_row_R: Tensor,
+    gates_VK: Tensor,
+    row_of_choice_VK: Tensor,
+    choice_of_row: Tensor,
     offsets_E: Tensor,
     gate_up_EDF: Tensor,
     down_EFD: Tensor,
@@ -220,42 +226,47 @@ def _backward_around(
     group: str,
     dtype: torch.dtype,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Gradients of `packed_SD`, which are on their way, of gates, and of both weights in `dtype`. Ends the journey of
-    `grad_SD`."""
-    grad_y_ND = journeys.resume(grad_SD, splits, len(x_ND), group)
-    landing_SD = torch.empty_like(grad_SD)
-    others = _others(grad_SD, landing_SD, splits, group)
+    """Gradients of `packed_SD`, which are on their way, of gates, anything for those without a row, and of both weights
+    in `dtype`. Ends the journey of `grad_SD`."""
+    split, landing_SD = journeys.split_of(splits, group), torch.empty_like(grad_SD)
+    grad_y_ND = journeys.resume(grad_SD, None, None, splits, group)
+    others = _others(grad_SD, landing_SD, split, group)
     if not len(x_ND):
         others.arrive()
         others.leave(grad_y_ND)
         grad_gate_up_EDF, grad_down_EFD = (w.new_zeros(w.shape, dtype=dtype) for w in (gate_up_EDF, down_EFD))
-        return landing_SD, torch.empty_like(gates_NJ), grad_gate_up_EDF, grad_down_EFD
-    inputs = x_ND, gates_NJ, row_of_choice_NJ, choice_of_row_R, offsets_E, gate_up_EDF, down_EFD, gate_up_R2F
-    grad_x_XD, grad_gates_NJ, *grads = kernels.backward_around(grad_y_ND, *inputs, dtype, others)
-    landing_SD[len(landing_SD) - others.n_here :] = grad_x_XD
-    return landing_SD, grad_gates_NJ, grads[0], grads[1]
+        return landing_SD, torch.empty_like(gates_VK), grad_gate_up_EDF, grad_down_EFD
+    # all gates, so that their gradients have the shape of the plan
+    batch = gates_VK, row_of_choice_VK[: len(x_ND)], choice_of_row[: len(gate_up_R2F)], offsets_E
+    inputs = grad_y_ND, x_ND, *batch, gate_up_EDF, down_EFD, gate_up_R2F
+    return landing_SD, *kernels.backward_around(*inputs, dtype, others, landing_SD[: split.stay])
 
 
 class _ExpertMLPAround(torch.autograd.Function):
-    """landing [S, D], for `gather_home`, of packed [S, D], from `send`; else as `_ExpertMLP`."""
+    """landing [S, D], for `gather_home`, of packed [S, D], from `send` with the two after it; else as `_ExpertMLP`."""
 
     @staticmethod
     def forward(
         ctx: Any,
         packed_SD: Tensor,
-        gates_NJ: Tensor,
-        row_of_choice_NJ: Tensor,
-        choice_of_row_R: Tensor,
+        x_TD: Tensor,
+        token_of_row_S: Tensor,
+        gates_VK: Tensor,
+        row_of_choice_VK: Tensor,
+        choice_of_row: Tensor,
         offsets_E: Tensor,
         gate_up_EDF: Tensor,
         down_EFD: Tensor,
         gate_up_copy_EDF: Tensor,
         down_copy_EFD: Tensor,
         splits: Tensor,
+        n_tokens: int,
+        n_rows: int,
         group: str,
     ) -> Tensor:
-        batch = gates_NJ, row_of_choice_NJ, choice_of_row_R, offsets_E
-        x_ND, gate_up_R2F, h_RF = _arriving(packed_SD, *batch, gate_up_copy_EDF, splits, group)
+        batch = gates_VK, row_of_choice_VK, choice_of_row, offsets_E
+        sent = packed_SD, x_TD, token_of_row_S
+        x_ND, gate_up_R2F, h_RF = _arriving(*sent, *batch, gate_up_copy_EDF, splits, n_tokens, n_rows, group)
         landing_SD = _leaving(h_RF, *batch, down_copy_EFD, splits, packed_SD.shape[0], group)
         ctx.save_for_backward(x_ND, *batch, gate_up_copy_EDF, down_copy_EFD, gate_up_R2F, splits)
         ctx.rest = group, gate_up_EDF.dtype
@@ -264,8 +275,9 @@ class _ExpertMLPAround(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad_SD: Tensor) -> tuple[Tensor | None, ...]:
-        grad_packed_SD, grad_gates_NJ, *grad_weights = _backward_around(grad_SD, *ctx.saved_tensors, *ctx.rest)
-        return grad_packed_SD, grad_gates_NJ, None, None, None, *grad_weights, None, None, None, None
+        grad_packed_SD, grad_gates_VK, *grad_weights = _backward_around(grad_SD, *ctx.saved_tensors, *ctx.rest)
+        of_sent, of_batch = (grad_packed_SD, None, None), (grad_gates_VK, None, None, None)
+        return *of_sent, *of_batch, *grad_weights, None, None, None, None, None, None
 
 
 expert_mlp_around = _ExpertMLPAround.apply

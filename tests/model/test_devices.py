@@ -46,7 +46,8 @@ def test_what_is_sent_is_what_the_formulas_of_the_docs_say(tiny_config):
     short.optim.batch_tokens = 2 * 64  # one micro-batch on each: gradients of fused experts in bfloat16
     assert on_devices(short, 2)[0].sent == (8 * n.total - 4 * n.experts) / 2
     rows = 64 * ranks_of_token(config.model.moe, 2) * 2
-    assert shared.sent == int((2 * (12 * n.blocks + 8 * n.rest) + 8 * n.routers + 2 * 4 * rows * 4 * 32) / 2)
+    tokens, choices = 2 * 4 * rows * 4 * 32, 2 * 12 * 64 * config.model.moe.top_k * 2
+    assert shared.sent == int((2 * (12 * n.blocks + 8 * n.rest) + 8 * n.routers + tokens) / 2 + choices)
     once = make(tiny_config, accumulate_unreduced=True)
     assert fsdp.sent - on_devices(once, 2)[1].sent == (4 * (n.blocks + n.experts + n.rest)) / 2
     kept = on_devices(make(tiny_config, strategy="fsdp", reshard_after_forward=False), 2)[1]

@@ -120,10 +120,11 @@ def meanwhile(grad_y_TD, arguments, n_here):
     batch = gates_TK, row_of_choice_TK, choice_of_row_R, offsets_E
     there_TD, about = others(x_TD)
     gate_up_R2F, h_RF = expert_mlp.up(there_TD, *batch, weights[0], about)
-    here_XD = expert_mlp.down(h_RF, *batch, weights[1], about)
+    here_XD, grad_x_XD = torch.full((2, n_here, x_TD.shape[1]), torch.nan, dtype=x_TD.dtype, device=x_TD.device)
+    expert_mlp.down(h_RF, *batch, weights[1], about, here_XD)
     grad_there_TD, about = others(grad_y_TD)
-    inputs = there_TD, *batch, *weights, gate_up_R2F, torch.float32, about
-    grad_x_XD, *grads = expert_mlp.backward_around(grad_there_TD, *inputs)
+    inputs = there_TD, *batch, *weights, gate_up_R2F, torch.float32, about, grad_x_XD
+    grads = expert_mlp.backward_around(grad_there_TD, *inputs)
     used_R2F = gate_up_R2F[: int(offsets_E[-1])]
     return [torch.cat([here_XD, left[0]]), used_R2F, torch.cat([grad_x_XD, left[1]]), *grads]
 

@@ -18,7 +18,7 @@ from moelm.moe.dispatch import expert_parallel
 from moelm.moe.dispatch.dropless import sort_by_expert
 from moelm.moe.dispatch.expert_parallel import ExpertParallel
 from moelm.moe.kernels import HAS_TRITON
-from moelm.moe.types import RouteContext
+from moelm.moe.types import RouteContext, TokenChoice
 
 T, D = 24, 32
 NEEDS_TRITON = pytest.mark.skipif(not HAS_TRITON, reason="needs Triton")
@@ -32,7 +32,7 @@ class Rank:
         self.group_name = f"thread-{rank}"
         self.parts: list[torch.Tensor] = []
         self.sent = 0  # bytes, for other ranks
-        self.n_counts = 0  # exchanges of counts
+        self.n_gathered = 0  # exchanges of choices
 
     def rank(self) -> int:
         return self.number
@@ -43,13 +43,16 @@ class Rank:
     def exchange(self, result, message, received=None, sent=None):
         self.parts = list(message.detach().split(sent or [len(message) // self.size()] * self.size()))
         self.sent += sum(part.nbytes for rank, part in enumerate(self.parts) if rank != self.number)
-        self.n_counts += message.dtype == torch.int64
         self.wait_for_all()
         parts = [rank.parts[self.number] for rank in self.ranks]
         assert [len(part) for part in parts] == (received or [len(part) for part in self.parts])
         with torch.no_grad():
             result.copy_(torch.cat(parts))
         self.wait_for_all()
+
+    def gather(self, result, message):
+        self.n_gathered += 1
+        return self.exchange(result, torch.cat([message] * self.size()))
 
     def wait_for_all(self):
         self.turn.release()
@@ -79,7 +82,11 @@ def all_to_all(monkeypatch):
             return Landing(group, result, message, received, sent)
         return group.exchange(result, message, received, sent)
 
+    def all_gather_into_tensor(result, message, group=None):
+        group.gather(result, message)
+
     monkeypatch.setattr(dist, "all_to_all_single", all_to_all_single)
+    monkeypatch.setattr(dist, "all_gather_into_tensor", all_gather_into_tensor)
     torch.use_deterministic_algorithms(True, warn_only=True)  # fills what is not initialised
     yield
     torch.use_deterministic_algorithms(False)
@@ -225,7 +232,7 @@ def test_a_token_travels_once_to_each_of_its_ranks_and_back_and_no_rank_gets_row
 
     def run(group):
         exchange = ExpertParallel(group, 8)
-        routing = expert_parallel.TokenChoice(ids_TK, gates_TK)
+        routing = TokenChoice(ids_TK, gates_TK)
         journey = exchange.send(x_TD, routing)
         x_ND, local, plan = exchange.receive(journey)
         seen = group.sent
@@ -235,10 +242,10 @@ def test_a_token_travels_once_to_each_of_its_ranks_and_back_and_no_rank_gets_row
     (first, second), _ = on_ranks(2, run)
     assert first[0][:, 0].tolist() == [0, 1, 3] * 2
     assert second[0][:, 0].tolist() == [1, 3] * 2
-    assert first[1].expert_ids_TK[:3].tolist() == [[0, 1, 2, 3], [0, 1, 4, 4], [0, 4, 4, 4]]
-    assert second[1].expert_ids_TK[:2].tolist() == [[0, 1, 4, 4], [3, 2, 4, 4]]
-    assert first[1].gates_TK[:2].tolist() == [[0, 1, 2, 3], [4, 6, 0, 0]]
-    assert second[1].gates_TK[:2].tolist() == [[5, 7, 0, 0], [12, 13, 0, 0]]
+    assert first[1].expert_ids_TK[:3].tolist() == [[0, 1, 2, 3], [0, 4, 1, 4], [4, 4, 0, 4]]
+    assert second[1].expert_ids_TK[:2].tolist() == [[4, 0, 4, 1], [3, 2, 4, 4]]
+    assert first[1].gates_TK[:2].tolist() == [[0, 1, 2, 3], [4, 5, 6, 7]]
+    assert second[1].gates_TK[:2].tolist() == [[4, 5, 6, 7], [12, 13, 14, 15]]
     assert [len(each[2].choice_of_row_R) for each in (first, second)] == [14, 8]
     assert first[3][:, 0].tolist() == [0, 1 + 2, 0, 3 + 6]
     assert first[4] == 3 * D * 4  # what it had received of the other
@@ -248,24 +255,70 @@ def test_two_journeys_at_once_of_a_rank_that_sends_nothing_are_told_apart(all_to
     def run(group):
         exchange = ExpertParallel(group, 8)
         ids_TK = torch.full((3, 2), 8 if group.rank() else 5)
-        routing = expert_parallel.TokenChoice(ids_TK, torch.ones(3, 2))
+        routing = TokenChoice(ids_TK, torch.ones(3, 2))
         journeys = [exchange.send(torch.full((3, D), value), routing) for value in (1.0, 2.0)]
         return [exchange.receive(journey)[0].unique().tolist() for journey in journeys]
 
     assert on_ranks(2, run)[0] == [[[], []], [[1.0], [2.0]]]
 
 
-def test_a_received_token_has_no_more_choices_than_there_are_local_experts(all_to_all):
+@pytest.mark.parametrize("fewest", [True, False], ids=["one_rank_gets_all", "one_in_three"])
+def test_sizes_are_those_of_what_a_rank_receives(all_to_all, fewest):
+    """Not of what all ranks choose: rows for each of 4 x 3 tokens with 2 choices would be 24."""
+
     def run(group):
+        ids_TK = torch.tensor([[4, 5]] * 3 if fewest else [[0, 1], [4, 8], [8, 8]])
         exchange = ExpertParallel(group, 8)
-        ids_TK = torch.randperm(8).expand(3, 8)
-        _, local, plan = exchange.receive(
-            exchange.send(torch.ones(3, D), expert_parallel.TokenChoice(ids_TK, ids_TK / 8))
-        )
-        return local.expert_ids_TK.shape, len(plan.choice_of_row_R)
+        x_ND, local, plan = exchange.receive(exchange.send(torch.ones(3, D), TokenChoice(ids_TK, ids_TK / 8)))
+        assert len(x_ND) == len(local.gates_TK) == len(plan.row_of_choice_TK) == len(plan.valid_TK)
+        return len(x_ND), len(plan.choice_of_row_R), int(plan.offsets_E[-1])
 
     found, _ = on_ranks(4, run)
-    assert found == [((12, 2), 24)] * 4
+    assert found == (
+        [(0, 0, 0), (0, 0, 0), (12, 24, 24), (0, 0, 0)] if fewest else [(4, 8, 8), (0, 0, 0), (4, 4, 4), (0, 0, 0)]
+    )
+
+
+def test_rows_in_steps_are_never_those_of_a_token_that_was_not_received(all_to_all):
+    """Of 100 tokens rows come in steps of 4, and the only token has 3."""
+
+    def run(group):
+        ids_TK = torch.full((100, 3), 8)
+        ids_TK[50] = torch.tensor([5, 6, 4])
+        exchange = ExpertParallel(group, 8)
+        routing = TokenChoice(ids_TK if group.rank() else torch.full((100, 3), 8), torch.ones(100, 3))
+        x_ND, _, plan = exchange.receive(exchange.send(torch.ones(100, D), routing))
+        return len(x_ND), plan.choice_of_row_R.tolist()
+
+    assert on_ranks(2, run)[0] == [(0, []), (1, [2, 0, 1])]
+
+
+@pytest.mark.parametrize("ids", [[8, 8], [0, 8], [6, 7], [0, 6], [6, 2], None], ids=str)
+def test_gates_have_their_gradients_from_the_ranks_of_their_experts(all_to_all, few_sizes, ids):
+    """Each is the value of its expert, exactly; 0 for a dropped choice. None: different choices everywhere."""
+    T, P = 7, 4
+
+    def choices(rank):
+        generator = torch.Generator().manual_seed(rank)
+        ids_TK = torch.randint(9, (T, 2), generator=generator) if ids is None else torch.tensor([ids] * T)
+        return ids_TK, torch.rand(T, 2, generator=generator).requires_grad_()
+
+    def run(group):
+        exchange = ExpertParallel(group, 8)
+        ids_TK, gates_TK = choices(group.rank())
+        _, local, plan = exchange.receive(exchange.send(torch.ones(T, D), TokenChoice(ids_TK, gates_TK)))
+        value_NK = (local.expert_ids_TK + 2 * group.rank() + 1).float()
+        where_NK = torch.where(plan.valid_TK, value_NK, torch.nan)  # nobody reads what is not here
+        with torch.autograd.set_multithreading_enabled(False):
+            local.gates_TK.backward(where_NK)
+        return local.gates_TK[plan.valid_TK].tolist(), gates_TK.grad
+
+    found, _ = on_ranks(P, run)
+    for rank in range(P):
+        ids_TK, _ = choices(rank)
+        assert torch.equal(found[rank][1], torch.where(ids_TK < 8, ids_TK + 1.0, 0.0))
+    sent = [gate for i in range(P) for gate in choices(i)[1][choices(i)[0] < 8].tolist()]
+    assert sorted(gate for gates, _ in found for gate in gates) == sorted(sent)
 
 
 @NEEDS_TRITON
@@ -321,6 +374,6 @@ def test_a_block_compiles_whole_and_once_for_any_number_of_tokens(all_to_all, mo
     (found,), (group,) = on_ranks(1, steps)
     assert counters["stats"]["unique_graphs"] == 1
     assert not counters["graph_break"]
-    assert group.n_counts == 3  # recomputation asks nobody again
+    assert group.n_gathered == 3  # recomputation asks nobody again
     for name, wanted in steps().items():
         assert torch.equal(found[name], wanted), name

@@ -82,7 +82,13 @@ def test_tiles_of_which_all_rows_are_of_the_first_tokens_and_the_rest_are_all_ti
 @pytest.mark.parametrize("gated", [False, True])
 def test_gather_sum_adds_the_used_rows_of_each_token(case, dtype, gated):
     arguments = case.rows(case.D, dtype), case.row_of_choice_TK, case.offsets_E, case.gates_TK if gated else None
-    torch.testing.assert_close(rows.gather_sum(*arguments), rows.gather_sum_reference(*arguments), **TOLERANCE[dtype])
+    found_TD, wanted_TD = rows.gather_sum(*arguments), rows.gather_sum_reference(*arguments)
+    torch.testing.assert_close(found_TD, wanted_TD, **TOLERANCE[dtype])
+    for function, values_TD in ((rows.gather_sum, found_TD), (rows.gather_sum_reference, wanted_TD)):
+        buffer = torch.full((case.T + 2, case.D), torch.nan, dtype=dtype, device=case.device)
+        function(*arguments, out_TD=buffer[1:-1])
+        assert torch.equal(buffer[1:-1], values_TD)
+        assert buffer[[0, -1]].isnan().all()
 
 
 @pytest.mark.parametrize("dtype", DTYPES)

@@ -7,7 +7,6 @@ they are added in a fixed order (`sum_by_token`).
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, ClassVar, NamedTuple
 
@@ -40,12 +39,9 @@ class Permutation(NamedTuple):
 
 
 def sort_by_expert(expert_ids_TK: Tensor, n_experts: int) -> Permutation:
-    row_of_choice_TK, choice_of_row_R, offsets_E = sort_method(expert_ids_TK)(expert_ids_TK, n_experts)
+    sort = counting_sort if HAS_TRITON and expert_ids_TK.is_cuda else stable_argsort
+    row_of_choice_TK, choice_of_row_R, offsets_E = sort(expert_ids_TK, n_experts)
     return Permutation(expert_ids_TK, row_of_choice_TK, choice_of_row_R, expert_ids_TK != n_experts, offsets_E)
-
-
-def sort_method(expert_ids_TK: Tensor) -> Callable[[Tensor, int], tuple[Tensor, Tensor, Tensor]]:
-    return counting_sort if HAS_TRITON and expert_ids_TK.is_cuda else stable_argsort
 
 
 def stable_argsort(expert_ids_TK: Tensor, n_experts: int) -> tuple[Tensor, Tensor, Tensor]:

@@ -2,24 +2,24 @@
 
 Beside the suffixes of `moe/types.py`:
 
-    P ranks that share the experts    N tokens received by this rank    J = min(K, E / P) choices of a received token
-    S tokens sent by it, one for each of a token's ranks: the other ranks' in their order, then those that stay
+    P ranks that share the experts    V = P T tokens of all of them
+    S tokens sent by this rank, one for each of a token's ranks    N received by it    R of their choices with rows
 
-Received tokens begin with those that stayed, which never wait for a link. S and N depend on the data. The host learns
-them in one exchange of counts a layer, and waits for it: the only wait here, once for the forward and the backward
-pass. Shapes inside what is compiled are unbacked symbols, so no number of tokens compiles anything anew.
+Sent and received tokens begin with those that stay, which never wait for a link; then come those for or from the other
+ranks, in their order. Every rank is told all choices and makes of them a plan of static shapes. S, N and R depend on
+the data: the host waits for them, the only wait here, once for the forward and the backward pass. Shapes inside what is
+compiled are unbacked symbols, so no number of tokens compiles anything anew.
 
 On [S, D] tensors a journey is under way between two of the four ops below: `send` (T to S) begins one that `receive`
 (S to N) ends, `send_back` (N to S) begins one that `gather_home` (S to T) ends. What the layer does between the two
 overlaps it. The gradient goes the same ways back: the derivative of each op is the one that begins or ends the
 opposite journey. Rows are added in the order of ranks. `fused.py` ends one journey and begins the other inside of its
 ops, with products of tokens that stay in between.
-
-Messages of a group travel one after the other, so the small one about choices goes ahead of the tokens.
 """
 
 from __future__ import annotations
 
+from itertools import pairwise
 from typing import Any, NamedTuple
 
 import torch
@@ -27,7 +27,7 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from moelm.moe.dispatch.dropless import Permutation, sort_by_expert, sort_method
+from moelm.moe.dispatch.dropless import Permutation, sort_by_expert
 from moelm.moe.kernels import HAS_TRITON
 from moelm.moe.ops import op
 from moelm.moe.types import TokenChoice
@@ -43,19 +43,23 @@ _under_way: dict[int, tuple[Any, Tensor, Tensor]] = {}  # storage of the [S, D] 
 class Journey(NamedTuple):
     """Where a layer's tokens go, and the first of them on their way."""
 
-    packed_SD: Tensor  # under way to the ranks
-    row_of_rank_TP: Tensor  # int32 row among S of what token t sends to rank p; past the last one if nothing
-    ends_P: Tensor  # int32 ends of the ranks' rows
+    packed_SD: Tensor  # under way to the ranks; those that stay are not written
+    x_TD: Tensor  # what it was made of; no gradient
     token_of_row_S: Tensor  # int32
-    local: TokenChoice  # what this rank receives: gates [N, J], local ids [N, J]; its "none" is E / P
-    plan: Permutation  # of the local choices; hardly any "none" has a row
-    splits: Tensor  # int64 on the CPU [sent or received, P, tokens or choices]
+    row_of_rank_TP: Tensor  # int32 row among S of what token t sends to rank p; past the last one if nothing
+    ends_P: Tensor  # int32 ends of the rows, those that stay first
+    gates_VK: Tensor  # of the tokens of all ranks: the N that this one receives come first
+    plan: Permutation  # of their choices, by local ids: "none" is E / P. The first N tokens fill the first N K rows
+    splits: Tensor  # int64 on the CPU, a `Split`
+    n_tokens: int  # N
+    n_rows: int  # R
 
 
 class ExpertParallel:
     """What a layer sends to the ranks of `group` and gets back. Rank p holds the experts p E/P ... (p + 1) E/P - 1.
 
-    Holds no parameters. All ranks call its methods equally often, in one order, with any number of tokens, 0 too.
+    Holds no parameters. All ranks call its methods equally often, in one order, with equally many tokens: of what
+    choices have another shape on another rank, collectives make nonsense or an error of the backend's.
     """
 
     def __init__(self, group: dist.ProcessGroup, n_experts: int) -> None:
@@ -68,36 +72,42 @@ class ExpertParallel:
 
     def send(self, x_TD: Tensor, routing: TokenChoice) -> Journey:
         """Begins the journey of x, in its dtype. `routing` names experts by their global ids."""
-        P, (ids_TK, gates_TK) = self.n_ranks, routing
-        n_slots = min(ids_TK.shape[1], self.n_local)
+        P, (ids_TK, gates_TK) = self.n_ranks, (routing.expert_ids_TK, routing.gates_TK.float())
+        T, K = ids_TK.shape
+        message_T2K = torch.cat([ids_TK.int(), gates_TK.detach().view(torch.int32)], 1)
+        ids_VK, bits_VK = gather_choices(message_T2K, P, self.group).chunk(2, 1)
         ranks_P = torch.arange(P, device=ids_TK.device)
-        seats_P = torch.where(ranks_P == self.rank, P - 1, ranks_P - (ranks_P > self.rank).long())  # own rows are last
-        rank_TK = ids_TK // self.n_local  # P for "none"
-        on_rank_TKP = rank_TK.unsqueeze(-1) == ranks_P
-        goes_TP = on_rank_TKP.any(1)
+        seats_P = torch.where(ranks_P == self.rank, 0, ranks_P + (ranks_P < self.rank))  # its own tokens are first
+
+        goes_TP = (ids_TK.unsqueeze(-1) // self.n_local == ranks_P).any(1)
         trips = sort_by_expert(torch.where(goes_TP, seats_P, P), P)
-        counts_P2 = torch.stack([goes_TP.sum(0), on_rank_TKP.sum((0, 1))], 1)
-        known_TK = rank_TK.clamp(max=P - 1)
-        row_TK = trips.row_of_choice_TK.gather(1, known_TK)
-        slot_TK = on_rank_TKP.cumsum(1).gather(2, known_TK.unsqueeze(-1)).squeeze(-1) - 1  # k-th of those on its rank
-        place_TK = torch.where(rank_TK < P, row_TK * n_slots + slot_TK, -1)  # among the S * J of what is sent
-        # all that can be is queued before the host waits
-        message_MX = _message(ids_TK % self.n_local, gates_TK.detach().float(), place_TK, P, n_slots, self.n_local)
-        splits, token_of_row_S = exchange_counts(counts_P2, trips.choice_of_row_R, self.group)
-        gates_NJ, ids_NJ, *rows = _SendChoices.apply(
-            gates_TK.float(), message_MX, place_TK, splits, self.n_local, self.group
-        )
-        row_of_choice_NJ, choice_of_row_R, offsets_E = rows
-        plan = Permutation(ids_NJ, row_of_choice_NJ, choice_of_row_R, ids_NJ != self.n_local, offsets_E)
+
+        ids_VK = ids_VK.long() - self.rank * self.n_local
+        here_VK = (ids_VK >= 0) & (ids_VK < self.n_local)
+        seats_PT = torch.where(here_VK.any(1).view(P, T), seats_P.unsqueeze(1), P)
+        order = sort_by_expert(seats_PT.view(-1, 1), P)
+        local_VK = torch.where(here_VK, ids_VK, self.n_local).index_select(0, order.choice_of_row_R)
+        plan = sort_by_expert(local_VK, self.n_local)
+        arranged = order.choice_of_row_R, order.row_of_choice_TK.flatten(), here_VK
+        gates_VK = _GatherGates.apply(gates_TK, bits_VK.view(torch.float32), *arranged, self.group)
+
+        n_rows_stay = here_VK.view(P, -1)[self.rank].sum(0, keepdim=True, dtype=torch.int32)
+        counts = torch.cat([trips.offsets_E, order.offsets_E, n_rows_stay, plan.offsets_E[-1:]])
+        splits, token_of_row_S, sizes_NR0 = read_splits(counts, trips.choice_of_row_R, P, K)
         packed_SD = _Send.apply(x_TD, token_of_row_S, trips.row_of_choice_TK, trips.offsets_E, splits, self.group)
-        here = trips.row_of_choice_TK, trips.offsets_E, token_of_row_S
-        return Journey(packed_SD, *here, TokenChoice(ids_NJ, gates_NJ), plan, splits)
+        there = packed_SD, x_TD.detach(), token_of_row_S, trips.row_of_choice_TK, trips.offsets_E
+        return Journey(*there, gates_VK, plan, splits, sizes_NR0.shape[0], sizes_NR0.shape[1])
 
     def receive(self, journey: Journey) -> tuple[Tensor, TokenChoice, Permutation]:
-        """(x [N, D], choices [N, J] of local experts, their rows): a batch for the local experts."""
-        n_rows = journey.local.gates_TK.shape[0]
-        x_ND = _Receive.apply(journey.packed_SD, journey.splits, n_rows, self.group)
-        return x_ND, journey.local, journey.plan
+        """(x [N, D], choices [N, K] of local experts, their rows): a batch for the local experts."""
+        plan, n_tokens = journey.plan, journey.n_tokens
+        tables = plan.expert_ids_TK, plan.row_of_choice_TK, plan.choice_of_row_R
+        trimmed = _Trim.apply(journey.gates_VK, *tables, n_tokens, journey.n_rows)
+        gates_NK, ids_NK, row_of_choice_NK, choice_of_row_R = trimmed
+        sent = journey.packed_SD, journey.x_TD, journey.token_of_row_S
+        x_ND = _Receive.apply(*sent, journey.splits, n_tokens, self.group)
+        plan = Permutation(ids_NK, row_of_choice_NK, choice_of_row_R, ids_NK != self.n_local, plan.offsets_E)
+        return x_ND, TokenChoice(ids_NK, gates_NK), plan
 
     def send_back(self, y_ND: Tensor, journey: Journey) -> Tensor:
         """Begins the journey home of y: [S, D], for `bring_home`."""
@@ -106,60 +116,96 @@ class ExpertParallel:
 
     def bring_home(self, landing_SD: Tensor, journey: Journey) -> Tensor:
         """y [T, D]: the sum of what the ranks made of a token; 0 for one without a choice."""
-        _, row_of_rank_TP, ends_P, token_of_row_S, _, _, splits = journey
-        y_TD: Tensor = _GatherHome.apply(landing_SD, row_of_rank_TP, ends_P, token_of_row_S, splits, self.group)
+        rows = journey.row_of_rank_TP, journey.ends_P, journey.token_of_row_S
+        y_TD: Tensor = _GatherHome.apply(landing_SD, *rows, journey.splits, self.group)
         return y_TD
 
 
-# ------------------------------------------------------------------------------------------------- ops
+# ---------------------------------------------------------------------------------------------- choices
+
+
+@op(
+    "moelm::gather_choices",
+    fake=lambda message, n_ranks, _: message.new_empty(n_ranks * message.shape[0], message.shape[1]),
+    recordable=False,
+)
+def gather_choices(message_T2K: Tensor, n_ranks: int, group: str) -> Tensor:
+    """[V, 2 K], in the order of ranks. 8 T K bytes sent to each of the other ranks."""
+    choices_V2K = message_T2K.new_empty(n_ranks * len(message_T2K), message_T2K.shape[1])
+    dist.all_gather_into_tensor(choices_V2K, message_T2K, group=_groups[group])
+    return choices_V2K
+
+
+@op("moelm::return_gates", fake=lambda grad_VK, *_: grad_VK.new_empty(grad_VK.shape), recordable=False)
+def return_gates(grad_VK: Tensor, row_of_token_V: Tensor, here_VK: Tensor, group: str) -> Tensor:
+    """[V, K]: what each rank, in their order, has for the T tokens of this one, 0 for a choice that is not there. 4 T K
+    bytes sent to each of the other ranks."""
+    sent_VK = torch.where(here_VK, grad_VK.index_select(0, row_of_token_V), 0.0)  # elsewhere may be anything
+    returned_VK = torch.empty_like(sent_VK)
+    dist.all_to_all_single(returned_VK, sent_VK, group=_groups[group])
+    return returned_VK
 
 
 class Split(NamedTuple):
-    """How many tokens stay on this rank; are sent to each, and come from each, 0 for itself."""
+    """How many rows and tokens travel, as the host knows it."""
 
-    stay: int
-    sent: list[int]
+    rows_stay: int  # choices of own tokens with an expert here
+    tokens: int  # N
+    stay: int  # tokens
+    sent: list[int]  # to each rank, 0 to itself
     received: list[int]
 
 
-def _split(splits: Tensor, group: str) -> Split:
-    sent, received = splits[..., 0].tolist()
-    rank = _groups[group].rank()
-    stay, sent[rank], received[rank] = sent[rank], 0, 0
-    return Split(stay, sent, received)
+def split_of(splits: Tensor, group: str) -> Split:
+    rows_stay, tokens, stay, *others = splits.tolist()
+    P, rank = len(others) // 2 + 1, _groups[group].rank()
+    sent, received = others[: P - 1], others[P - 1 :]
+    return Split(rows_stay, tokens, stay, *([*each[:rank], 0, *each[rank:]] for each in (sent, received)))
 
 
-def _go(message_SX: Tensor, result_NX: Tensor, split: Split, group: str, **options: Any) -> Any:
-    """Each row to its rank: S rows to the first N of `result_NX`."""
-    stay, n_sent, n_received = split
-    n = sum(n_sent)
-    there_NX = result_NX[stay : stay + sum(n_received)]
-    handle = dist.all_to_all_single(there_NX, message_SX[:n], n_received, n_sent, group=_groups[group], **options)
-    result_NX[:stay] = message_SX[n:]
-    return handle
+def _empty_splits(counts: Tensor, choice_of_row: Tensor, n_ranks: int, _: int) -> tuple[Tensor, Tensor, Tensor]:
+    S, N, R = (torch.library.get_ctx().new_dynamic_size() for _ in range(3))
+    splits = torch.empty(2 * n_ranks + 1, dtype=torch.int64, device="cpu")
+    return splits, choice_of_row.new_empty(S), splits.new_empty(N, R, 0)
 
 
-def _go_back(message_NX: Tensor, result_SX: Tensor, split: Split, group: str, **options: Any) -> Any:
-    """The opposite, of what does not stay."""
-    n_sent, n_received = split.sent, split.received
-    here_SX = result_SX[: sum(n_sent)]
-    return dist.all_to_all_single(here_SX, message_NX, n_sent, n_received, group=_groups[group], **options)
+@op("moelm::read_splits", fake=_empty_splits, recordable=False)
+def read_splits(counts: Tensor, choice_of_row: Tensor, n_ranks: int, top_k: int) -> tuple[Tensor, Tensor, Tensor]:
+    """(splits, token_of_row_S, nothing of shape [N, R, 0], in steps) of what the host waits for, counts [2 P + 2]:
+    ends of what is sent and of what is received, by rank with this one first; rows of choices that stay, and of all.
+    `choice_of_row` says which of T P pairs of token and rank lies in a row that is sent."""
+    known = counts.to("cpu", non_blocking=True)
+    if counts.is_cuda:
+        torch.cuda.current_stream(counts.device).synchronize()
+    *ends, rows_stay, rows = known.tolist()
+    sent, received = ends[:n_ranks], ends[n_ranks:]
+    n_tokens = len(choice_of_row) // n_ranks
+    tokens = _in_steps(received[-1], n_tokens)
+    rows = min(_in_steps(rows, n_tokens * top_k), tokens * top_k)
+    others = [end - before for each in (sent, received) for before, end in pairwise(each)]
+    splits = torch.tensor([rows_stay, tokens, sent[0], *others])
+    return splits, choice_of_row[: sent[-1]] // n_ranks, splits.new_empty(tokens, rows, 0)
 
 
-def _empty_counts(sent_P2: Tensor, choice_of_row_R: Tensor, group: str) -> tuple[Tensor, Tensor]:
-    n_sent = torch.library.get_ctx().new_dynamic_size()
-    return torch.empty(2, *sent_P2.shape, dtype=torch.int64, device="cpu"), choice_of_row_R.new_empty(n_sent)
+def _in_steps(n: int, most: int) -> int:
+    step = max(1, most // STEPS)
+    return -(-n // step) * step
 
 
-@op("moelm::exchange_counts", fake=_empty_counts, recordable=False)
-def exchange_counts(sent_P2: Tensor, choice_of_row_R: Tensor, group: str) -> tuple[Tensor, Tensor]:
-    """(splits, token_of_row_S): `sent_P2` with what each rank sends here, on the CPU, so that the host waits; and which
-    token lies in each row that is sent."""
-    sent_P2 = sent_P2.contiguous()
-    received_P2 = torch.empty_like(sent_P2)
-    dist.all_to_all_single(received_P2, sent_P2, group=_groups[group])
-    splits = torch.stack([sent_P2, received_P2]).cpu()
-    return splits, choice_of_row_R[: int(splits[0, :, 0].sum())] // len(sent_P2)
+@op(
+    "moelm::trim",
+    fake=lambda *each: (*(table.new_empty(each[4], table.shape[1]) for table in each[:3]), each[3].new_empty(each[5])),
+    recordable=False,
+)
+def trim(
+    gates_VK: Tensor, ids_VK: Tensor, row_of_choice_VK: Tensor, choice_of_row: Tensor, n_tokens: int, n_rows: int
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Of the first three the first N, of the last the first R."""
+    gates_NK, ids_NK, row_of_choice_NK = (each[:n_tokens].clone() for each in (gates_VK, ids_VK, row_of_choice_VK))
+    return gates_NK, ids_NK, row_of_choice_NK, choice_of_row[:n_rows].clone()
+
+
+# ----------------------------------------------------------------------------------------------- tokens
 
 
 def _key(tensor_SD: Tensor) -> int:
@@ -180,43 +226,50 @@ def end(tensor_SD: Tensor) -> Tensor:
     recordable=False,
 )
 def send(x_TD: Tensor, token_of_row_S: Tensor, splits: Tensor, group: str) -> Tensor:
-    """What begins its journey, [S, D]: S D elements read, written and sent, but for those that stay on this rank."""
-    packed_SD = x_TD.index_select(0, token_of_row_S)
-    _begin_sending(packed_SD, splits, _n_received(splits, len(x_TD)), group)
+    """What begins its journey, [S, D]: S D elements read and written, those that stay where they are received at once,
+    the others sent."""
+    split = split_of(splits, group)
+    packed_SD = x_TD.new_empty(len(token_of_row_S), x_TD.shape[1])
+    torch.index_select(x_TD, 0, token_of_row_S[split.stay :], out=packed_SD[split.stay :])
+    _begin_sending(packed_SD, x_TD, token_of_row_S, split, group)
     return packed_SD
 
 
-def _n_received(splits: Tensor, n_tokens: int) -> int:
-    """N, in steps."""
-    return _in_steps(int(splits[1, :, 0].sum()), n_tokens)
-
-
-def _in_steps(n: int, most: int) -> int:
-    step = max(1, most // STEPS)
-    return -(-n // step) * step
-
-
-def _begin_sending(packed_SD: Tensor, splits: Tensor, n_rows: int, group: str) -> None:
-    result_ND = packed_SD.new_empty(n_rows, packed_SD.shape[1])
-    handle = _go(packed_SD, result_ND, _split(splits, group), group, async_op=True)
+def _begin_sending(packed_SD: Tensor, x_TD: Tensor, token_of_row_S: Tensor, split: Split, group: str) -> None:
+    stay, n_received = split.stay, sum(split.received)
+    result_ND = x_TD.new_empty(split.tokens, x_TD.shape[1])
+    handle = dist.all_to_all_single(
+        result_ND[stay : stay + n_received],
+        packed_SD[stay:],
+        split.received,
+        split.sent,
+        group=_groups[group],
+        async_op=True,
+    )
+    torch.index_select(x_TD, 0, token_of_row_S[:stay], out=result_ND[:stay])
     _under_way[_key(packed_SD)] = handle, packed_SD, result_ND
 
 
 @op(
     "moelm::receive",
-    fake=lambda packed_SD, _, n_rows, __: packed_SD.new_empty(n_rows, packed_SD.shape[1]),
+    fake=lambda packed_SD, *others: packed_SD.new_empty(others[3], packed_SD.shape[1]),
     recordable=False,
 )
-def receive(packed_SD: Tensor, splits: Tensor, n_rows: int, group: str) -> Tensor:
-    """[N, D]: ends the journey of `send`, or makes all of it where a compiler kept `packed_SD` to do this again."""
-    resume(packed_SD, splits, n_rows, group)
+def receive(
+    packed_SD: Tensor, x_TD: Tensor | None, token_of_row_S: Tensor | None, splits: Tensor, n_rows: int, group: str
+) -> Tensor:
+    """[N, D]: ends the journey of `send`, or makes all of it where a compiler kept `packed_SD` to do this again, for
+    which it is given what `send` was."""
+    resume(packed_SD, x_TD, token_of_row_S, splits, group)
     return end(packed_SD)
 
 
-def resume(packed_SD: Tensor, splits: Tensor, n_rows: int, group: str) -> Tensor:
+def resume(packed_SD: Tensor, x_TD: Tensor | None, token_of_row_S: Tensor | None, splits: Tensor, group: str) -> Tensor:
     """What the journey of `send` will bring, [N, D], of which so far only what stays here is there."""
     if _key(packed_SD) not in _under_way:
-        _begin_sending(packed_SD, splits, n_rows, group)
+        assert x_TD is not None  # nothing is computed twice in a backward pass
+        assert token_of_row_S is not None
+        _begin_sending(packed_SD, x_TD, token_of_row_S, split_of(splits, group), group)
     return _under_way[_key(packed_SD)][2]
 
 
@@ -224,23 +277,23 @@ def resume(packed_SD: Tensor, splits: Tensor, n_rows: int, group: str) -> Tensor
 def send_back(y_ND: Tensor, splits: Tensor, n_rows: int, group: str) -> Tensor:
     """[S, D], which will hold what comes back: N D elements sent. `y_ND` must stay as it is until `gather_home`;
     compilers give its memory only to tensors of N rows, of which there are no others."""
-    landing_SD = y_ND.new_empty(n_rows, y_ND.shape[1])
-    stay, _ = staying(splits, group)
-    begin_sending_back(landing_SD, splits, group, y_ND[stay:])
-    landing_SD[n_rows - stay :] = y_ND[:stay]
+    split, landing_SD = split_of(splits, group), y_ND.new_empty(n_rows, y_ND.shape[1])
+    begin_sending_back(landing_SD, split, group, y_ND[split.stay :])
+    landing_SD[: split.stay] = y_ND[: split.stay]
     return landing_SD
 
 
-def staying(splits: Tensor, group: str) -> tuple[int, int]:
-    """How many tokens stay on this rank, and how many of their choices."""
-    n_tokens, n_choices = splits[0, _groups[group].rank()].tolist()
-    return n_tokens, n_choices
-
-
-def begin_sending_back(landing_SD: Tensor, splits: Tensor, group: str, y_XD: Tensor) -> None:
+def begin_sending_back(landing_SD: Tensor, split: Split, group: str, y_XD: Tensor) -> None:
     """Of received tokens those that came from other ranks, and whatever follows them."""
-    split, y_XD = _split(splits, group), y_XD.contiguous()
-    handle = _go_back(y_XD[: sum(split.received)], landing_SD, split, group, async_op=True)
+    y_XD = y_XD.contiguous()
+    handle = dist.all_to_all_single(
+        landing_SD[split.stay :],
+        y_XD[: sum(split.received)],
+        split.sent,
+        split.received,
+        group=_groups[group],
+        async_op=True,
+    )
     _under_way[_key(landing_SD)] = handle, y_XD, landing_SD
 
 
@@ -265,59 +318,57 @@ def gather_home(landing_SD: Tensor, row_of_rank_TP: Tensor, ends_P: Tensor) -> T
     return y_TD.to(landing_SD.dtype)
 
 
-def _message(ids_TK: Tensor, gates_TK: Tensor, place_TK: Tensor, P: int, J: int, none: int) -> Tensor:
-    """int32 [T P, 2 J], of which the first S rows are sent: ids, and the bits of gates, in their places."""
-    end = place_TK.shape[0] * P * J  # of the places; what is not sent goes behind it
-    place_R = torch.where(place_TK < 0, end, place_TK).flatten()
-    pairs = (ids_TK.int(), none), (gates_TK, 0.0)
-    placed = [values.new_full((end + 1,), rest).scatter(0, place_R, values.flatten())[:end] for values, rest in pairs]
-    return torch.cat([placed[0].view(-1, J), placed[1].view(torch.int32).view(-1, J)], 1)
-
-
-def _empty_choices(
-    message_MX: Tensor, n_choices: int, splits: Tensor, n_local: int, group: str
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    context = torch.library.get_ctx()
-    rows_NJ = message_MX.new_empty(context.new_dynamic_size(), message_MX.shape[1] // 2)
-    gates_NJ, ids_NJ = (torch.empty_like(rows_NJ, dtype=dtype) for dtype in (torch.float32, torch.int64))
-    return gates_NJ, ids_NJ, rows_NJ, rows_NJ.new_empty(context.new_dynamic_size()), rows_NJ.new_empty(n_local)
-
-
-@op("moelm::send_choices", fake=_empty_choices, recordable=False)
-def send_choices(
-    message_MX: Tensor, n_choices: int, splits: Tensor, n_local: int, group: str
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """(gates [N, J] float32, local ids [N, J], row of choice [N, J], choice of row [R], ends [E / P]) of what this rank
-    receives, of T K = `n_choices` on each. N and R in steps: choices of tokens past the last are "none". 2 J S
-    four-byte elements sent."""
-    split, J = _split(splits, group), message_MX.shape[1] // 2
-    n = split.stay + sum(split.received)
-    n_tokens = len(message_MX) // len(split.sent)
-    message_NX = message_MX.new_empty(_in_steps(n, n_tokens), 2 * J)
-    message_NX[n:, :J], message_NX[n:, J:] = n_local, 0
-    _go(message_MX[: split.stay + sum(split.sent)], message_NX, split, group)
-    ids_NJ, gates_NJ = message_NX[:, :J].long(), message_NX[:, J:].contiguous().view(torch.float32)
-    row_of_choice_NJ, choice_of_row_R, offsets_E = sort_method(ids_NJ)(ids_NJ, n_local)
-    n_rows = _in_steps(int(splits[1, :, 1].sum()), n_choices)
-    return gates_NJ, ids_NJ, row_of_choice_NJ, choice_of_row_R[:n_rows], offsets_E
-
-
-@op("moelm::return_choices", fake=lambda grad_NJ, place_TK, *_: grad_NJ.new_empty(place_TK.shape), recordable=False)
-def return_choices(grad_NJ: Tensor, place_TK: Tensor, splits: Tensor, group: str) -> Tensor:
-    """[T, K], 0 for "none": each choice's value of a received [N, J] tensor, from the rank that has it. J N elements
-    sent; what is in a slot without a choice goes unread."""
-    split, grad_NJ = _split(splits, group), grad_NJ.contiguous()
-    n = sum(split.sent)
-    grad_SJ = grad_NJ.new_empty(n + split.stay, grad_NJ.shape[1])
-    grad_SJ[n:] = grad_NJ[: split.stay]
-    _go_back(grad_NJ[split.stay : split.stay + sum(split.received)], grad_SJ, split, group)
-    if not len(grad_SJ):
-        return grad_SJ.new_zeros(place_TK.shape)
-    found_TK = grad_SJ.flatten().index_select(0, place_TK.flatten().clamp(min=0)).view(place_TK.shape)
-    return torch.where(place_TK < 0, 0.0, found_TK)
-
-
 # ---------------------------------------------------------------------------------------- derivatives
+
+
+class _GatherGates(torch.autograd.Function):
+    """gates [V, K] in the order of rows, of those that all ranks sent, in the order of ranks. A choice has its gradient
+    on the one rank with its expert, so that the sum over ranks is exact."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        gates_TK: Tensor,
+        sent_VK: Tensor,
+        token_of_row_V: Tensor,
+        row_of_token_V: Tensor,
+        here_VK: Tensor,
+        group: str,
+    ) -> Tensor:
+        ctx.save_for_backward(row_of_token_V, here_VK)
+        ctx.rest = gates_TK.shape, group
+        return sent_VK.index_select(0, token_of_row_V)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad_VK: Tensor) -> tuple[Tensor | None, ...]:
+        shape_TK, group = ctx.rest
+        row_of_token_V, here_VK = ctx.saved_tensors
+        returned_VK = return_gates(grad_VK, row_of_token_V, here_VK, group)
+        return returned_VK.view(-1, *shape_TK).sum(0), None, None, None, None, None
+
+
+class _Trim(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any,
+        gates_VK: Tensor,
+        ids_VK: Tensor,
+        row_of_choice_VK: Tensor,
+        choice_of_row: Tensor,
+        n_tokens: int,
+        n_rows: int,
+    ) -> tuple[Tensor, ...]:
+        ctx.n_all = gates_VK.shape[0]
+        gates_NK, *trimmed = trim(gates_VK, ids_VK, row_of_choice_VK, choice_of_row, n_tokens, n_rows)
+        ctx.mark_non_differentiable(*trimmed)
+        return gates_NK, *trimmed
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad_NK: Tensor, *_: None) -> tuple[Tensor | None, ...]:
+        rest = grad_NK.new_zeros(ctx.n_all - grad_NK.shape[0], grad_NK.shape[1])
+        return torch.cat([grad_NK, rest]), None, None, None, None, None
 
 
 class _Send(torch.autograd.Function):
@@ -342,15 +393,17 @@ class _Send(torch.autograd.Function):
 
 class _Receive(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, packed_SD: Tensor, splits: Tensor, n_rows: int, group: str) -> Tensor:
+    def forward(
+        ctx: Any, packed_SD: Tensor, x_TD: Tensor, token_of_row_S: Tensor, splits: Tensor, n_rows: int, group: str
+    ) -> Tensor:
         ctx.save_for_backward(splits)
         ctx.rest = packed_SD.shape[0], group
-        return receive(packed_SD, splits, n_rows, group)
+        return receive(packed_SD, x_TD, token_of_row_S, splits, n_rows, group)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad_ND: Tensor) -> tuple[Tensor | None, ...]:
-        return send_back(grad_ND, *ctx.saved_tensors, *ctx.rest), None, None, None
+        return send_back(grad_ND, *ctx.saved_tensors, *ctx.rest), None, None, None, None, None
 
 
 class _SendBack(torch.autograd.Function):
@@ -363,7 +416,7 @@ class _SendBack(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad_SD: Tensor) -> tuple[Tensor | None, ...]:
-        return receive(grad_SD, *ctx.saved_tensors, *ctx.rest), None, None, None
+        return receive(grad_SD, None, None, *ctx.saved_tensors, *ctx.rest), None, None, None
 
 
 class _GatherHome(torch.autograd.Function):
@@ -386,21 +439,3 @@ class _GatherHome(torch.autograd.Function):
     def backward(ctx: Any, grad_TD: Tensor) -> tuple[Tensor | None, ...]:
         token_of_row_S, splits = ctx.saved_tensors
         return send(grad_TD, token_of_row_S, splits, ctx.group), None, None, None, None, None
-
-
-class _SendChoices(torch.autograd.Function):
-    @staticmethod
-    def forward(
-        ctx: Any, gates_TK: Tensor, message_MX: Tensor, place_TK: Tensor, splits: Tensor, n_local: int, group: str
-    ) -> tuple[Tensor, ...]:
-        ctx.save_for_backward(place_TK, splits)
-        ctx.group = group
-        gates_NJ, *others = send_choices(message_MX, place_TK.numel(), splits, n_local, group)
-        ctx.mark_non_differentiable(*others)
-        return gates_NJ, *others
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, grad_NJ: Tensor, *_: None) -> tuple[Tensor | None, ...]:
-        place_TK, splits = ctx.saved_tensors
-        return return_choices(grad_NJ, place_TK, splits, ctx.group), None, None, None, None, None

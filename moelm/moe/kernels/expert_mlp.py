@@ -160,18 +160,21 @@ def down(
     offsets_E: Tensor,
     down_EFD: Tensor,
     others: Others,
-) -> Tensor:
-    """y [n_here, D]: the rest of `forward`. The others leave before those that are here are worked on."""
+    out_XD: Tensor,
+) -> None:
+    """The rest of `forward`; `out_XD` [n_here, D] gets y of the tokens that are here. The others leave before those are
+    worked on."""
     like_TD = h_RF.new_empty(()).expand(len(gates_TK), down_EFD.shape[2])
     tiles = _tiles_around(like_TD, gates_TK, choice_of_row_R, offsets_E, h_RF.shape[1], None, others)
+    n_here = others.n_here
     if tiles is not None:
         rows_RD = hopper().product(h_RF, down_EFD, tiles[1])
-        others.leave(_sums(rows_RD, row_of_choice_TK[others.n_here :], offsets_E, gates_TK[others.n_here :]))
+        others.leave(gather_sum(rows_RD, row_of_choice_TK[n_here:], offsets_E, gates_TK[n_here:]))
         hopper().product(h_RF, down_EFD, tiles[0], out_RN=rows_RD)
     else:
         rows_RD = F.grouped_mm(h_RF, down_EFD, offs=offsets_E)
-        others.leave(_sums(rows_RD, row_of_choice_TK[others.n_here :], offsets_E, gates_TK[others.n_here :]))
-    return _sums(rows_RD, row_of_choice_TK[: others.n_here], offsets_E, gates_TK[: others.n_here])
+        others.leave(gather_sum(rows_RD, row_of_choice_TK[n_here:], offsets_E, gates_TK[n_here:]))
+    gather_sum(rows_RD, row_of_choice_TK[:n_here], offsets_E, gates_TK[:n_here], out_XD)
 
 
 def backward_around(
@@ -186,9 +189,10 @@ def backward_around(
     gate_up_R2F: Tensor,
     dtype: torch.dtype,
     others: Others,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    out_XD: Tensor,
+) -> tuple[Tensor, Tensor, Tensor]:
     """`backward`, with grad_y whose others arrive meanwhile, and leave with their gradients of x before those of the
-    weights are computed. Returns that of x for the tokens that are here."""
+    weights are computed. That of x for the tokens that are here is written to `out_XD`, the rest returned."""
     arguments = grad_y_TD, x_TD, gates_TK, row_of_choice_TK, choice_of_row_R, offsets_E, gate_up_EDF, down_EFD
     d_expert = down_EFD.shape[1]
     tiles = _tiles_around(x_TD, gates_TK, choice_of_row_R, offsets_E, d_expert, dtype, others)
@@ -196,19 +200,20 @@ def backward_around(
         others.arrive()
         grad_x_TD, *grads = backward(*arguments, gate_up_R2F, dtype)
         others.leave(grad_x_TD[others.n_here :])
-        return grad_x_TD[: others.n_here], grads[0], grads[1], grads[2]
+        out_XD.copy_(grad_x_TD[: others.n_here])
+        return grads[0], grads[1], grads[2]
     grad_gate_up_R2F, gated_h_RF, grad_gates_TK = hopper().down_backward(
         grad_y_TD, gates_TK, choice_of_row_R, offsets_E, down_EFD, gate_up_R2F, _as_they_arrive(tiles, others)
     )
     rows_RD = hopper().product(grad_gate_up_R2F, gate_up_EDF, tiles[1], transposed=True)
-    others.leave(_sums(rows_RD, row_of_choice_TK[others.n_here :], offsets_E))
+    others.leave(gather_sum(rows_RD, row_of_choice_TK[others.n_here :], offsets_E))
     by_token = choice_of_row_R, gates_TK.shape[1], offsets_E, tiles[0], dtype
     grad_down_EFD = hopper().weight_gradient(grad_y_TD, gated_h_RF, *by_token, rows_first=True)
     del gated_h_RF
     grad_gate_up_EDF = hopper().weight_gradient(x_TD, grad_gate_up_R2F, *by_token)
     hopper().product(grad_gate_up_R2F, gate_up_EDF, tiles[0], transposed=True, out_RN=rows_RD)
-    grad_x_TD = _sums(rows_RD, row_of_choice_TK[: others.n_here], offsets_E)
-    return grad_x_TD, grad_gates_TK, grad_gate_up_EDF, grad_down_EFD
+    gather_sum(rows_RD, row_of_choice_TK[: others.n_here], offsets_E, out_TD=out_XD)
+    return grad_gates_TK, grad_gate_up_EDF, grad_down_EFD
 
 
 def _tiles_around(
@@ -229,13 +234,6 @@ def _as_they_arrive(tiles: list[Tiles], others: Others) -> Iterator[Tiles]:
     yield tiles[0]
     others.arrive()
     yield tiles[1]
-
-
-def _sums(rows_RD: Tensor, row_of_choice_TK: Tensor, *others: Tensor) -> Tensor:
-    """`gather_sum`, of no token too."""
-    if not len(row_of_choice_TK):
-        return rows_RD.new_empty(0, rows_RD.shape[1])
-    return gather_sum(rows_RD, row_of_choice_TK, *others)
 
 
 def forward_reference(

@@ -57,13 +57,22 @@ def _spread(
         tl.store(rows_RD + row[:, None] * D + d[None, :], x, mask=inside)
 
 
-def gather_sum(rows_RD: Tensor, row_of_choice_TK: Tensor, offsets_E: Tensor, gates_TK: Tensor | None = None) -> Tensor:
-    """y [T, D] in the type of the rows: y_t = sum_k gate_tk rows[row(t, k)], added in the order of k.
+def gather_sum(
+    rows_RD: Tensor,
+    row_of_choice_TK: Tensor,
+    offsets_E: Tensor,
+    gates_TK: Tensor | None = None,
+    out_TD: Tensor | None = None,
+) -> Tensor:
+    """y [T, D] in the type of the rows: y_t = sum_k gate_tk rows[row(t, k)], added in the order of k. Written to
+    `out_TD`, contiguous, if it is given.
 
     No gates means 1. (K + 1) T D s bytes.
     """
     (T, K), D = row_of_choice_TK.shape, rows_RD.shape[1]
-    y_TD = rows_RD.new_empty(T, D)
+    y_TD = rows_RD.new_empty(T, D) if out_TD is None else out_TD
+    if not T:
+        return y_TD
     block_d = min(BLOCK // 2, next_power_of_2(D))
     block_t = BLOCK // 2 // block_d
     grid = cdiv(T, block_t), cdiv(D, block_d), 1
@@ -84,13 +93,18 @@ def gather_sum(rows_RD: Tensor, row_of_choice_TK: Tensor, offsets_E: Tensor, gat
 
 
 def gather_sum_reference(
-    rows_RD: Tensor, row_of_choice_TK: Tensor, offsets_E: Tensor, gates_TK: Tensor | None = None
+    rows_RD: Tensor,
+    row_of_choice_TK: Tensor,
+    offsets_E: Tensor,
+    gates_TK: Tensor | None = None,
+    out_TD: Tensor | None = None,
 ) -> Tensor:
     chosen_TKD = rows_RD.float()[row_of_choice_TK]
     if gates_TK is not None:
         chosen_TKD = chosen_TKD * gates_TK.unsqueeze(-1)
     used_TK = row_of_choice_TK < offsets_E[-1]
-    return torch.where(used_TK.unsqueeze(-1), chosen_TKD, 0.0).sum(1).to(rows_RD.dtype)
+    y_TD = torch.where(used_TK.unsqueeze(-1), chosen_TKD, 0.0).sum(1).to(rows_RD.dtype)
+    return y_TD if out_TD is None else out_TD.copy_(y_TD)
 
 
 @Kernel
