@@ -114,6 +114,7 @@ def _fsdp(config: Config, counts: Counts, n_devices: int, n_ep: int) -> OnDevice
         choices = tokens * moe.choices_per_token * len(config.model.routed_layers)
         sent += n_micro_batches * 12 * choices * (n_ep - 1)  # ids and gates to all, and the gradients of gates back
         kept = tokens * (ranks_of_token(moe, n_ep) - 1) * s * config.model.d_model  # tokens of others, for backward
+        kept += 13 * tokens * moe.choices_per_token * n_ep  # the plan: gates, rows, choices
         row = row_bytes(config.model, mixed, config.trainer.compile is not False)
         kept += (BUSIEST - 1) * tokens * moe.choices_per_token * row
         both += int(kept * (1 if again else len(config.model.routed_layers)))
