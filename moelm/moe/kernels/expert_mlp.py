@@ -71,8 +71,8 @@ def backward(
     down_sum: tuple[Tensor, Tensor] | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Gradients of x (in its dtype), gates (float32), gate_up and down (in `dtype`); 0 where no row took part. With
-    sums (a float32 total, and a bool scalar that says whether it has begun) those of the weights are added there or begin
-    it, and the totals are returned.
+    sums (a float32 total, and a bool scalar: has it begun?) those of the weights are added there or begin it, and the
+    totals are returned.
 
         grad_h_r = grad_y_t W2^eT      grad_gate_tk = <grad_h_r, h_r>      grad_(gate, up)_r = gate_tk swiglu'(grad_h_r)
         grad_W2^e = sum_r (gate_tk h_r)^T grad_y_t      grad_W1^e = sum_r x_t^T grad_(gate, up)_r
