@@ -351,13 +351,16 @@ def gather_with(block: Block, experts: Any) -> None:
     block.register_forward_hook(state._post_forward)
 
 
-def why_no_cuda_graphs(trainer: pl.Trainer) -> str:
-    """Of compiled blocks; empty if they can be recorded."""
+def why_no_cuda_graphs(trainer: pl.Trainer) -> tuple[str, str] | None:
+    """Why compiled blocks cannot be recorded, and what would change that; None if they can."""
     if trainer.strategy.root_device.type != "cuda":
-        return "there is no CUDA device"
+        return "there is no CUDA device", ""
     if isinstance(trainer.strategy, ShardedStrategy):
-        if trainer.strategy.options.reshard_after_forward:
-            return "weights that are gathered for a block lie elsewhere each time (trainer.reshard_after_forward)"
-        if trainer.strategy.options.accumulate_unreduced and trainer.accumulate_grad_batches > 1:
-            return "gradients that FSDP2 has not sent lie where the next micro-batch writes (accumulate_unreduced)"
-    return ""
+        options = trainer.strategy.options
+        if options.reshard_after_forward:
+            problem = "weights that are gathered for a block lie elsewhere each time"
+            return problem, "set trainer.reshard_after_forward=false"
+        if options.accumulate_unreduced and trainer.accumulate_grad_batches > 1:
+            problem = "gradients that are not sent yet lie where the next micro-batch writes its own"
+            return problem, "set trainer.accumulate_unreduced=false"
+    return None

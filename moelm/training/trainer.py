@@ -129,9 +129,12 @@ def _set_intervals(trainer: pl.Trainer, config: Config) -> None:
 
 
 def _check_cuda_graphs(trainer: pl.Trainer, config: Config) -> None:
-    problem = why_no_cuda_graphs(trainer)
-    if config.trainer.compile == "cuda_graphs" and problem:
-        raise ConfigError("trainer.compile", f"cuda_graphs: {problem}", "use auto")
+    why_not = why_no_cuda_graphs(trainer)
+    if config.trainer.compile == "cuda_graphs" and why_not:
+        problem, remedy = why_not
+        raise ConfigError(
+            "trainer.compile", f"cuda_graphs: {problem}", f"{remedy}, or use auto" if remedy else "use auto"
+        )
 
 
 def _replace_signals(trainer: pl.Trainer, signals: StopSignals) -> None:

@@ -60,11 +60,15 @@ def test_cuda_graphs_want_gathered_weights_and_unsent_gradients_to_stay(
 ) -> None:
     monkeypatch.setattr(ShardedStrategy, "root_device", property(lambda strategy: torch.device("cuda", 0)))
     fsdp = {"trainer.compile": "cuda_graphs", "trainer.devices": 2, "trainer.strategy": "fsdp"}
-    with pytest.raises(ConfigError, match=r"cuda_graphs: weights that .* \(trainer.reshard_after_forward\)"):
+    with pytest.raises(
+        ConfigError, match=r"cuda_graphs: weights that .*\n.*set trainer.reshard_after_forward=false, or use auto"
+    ):
         build_trainer(tiny({**fsdp, "optim.micro_batch_size": 8}))
     kept = {**fsdp, "optim.micro_batch_size": 4, "trainer.reshard_after_forward": False}
     build_trainer(tiny(kept))
-    with pytest.raises(ConfigError, match=r"cuda_graphs: gradients that .* \(accumulate_unreduced\)"):
+    with pytest.raises(
+        ConfigError, match=r"cuda_graphs: gradients that .*\n.*set trainer.accumulate_unreduced=false, or use auto"
+    ):
         build_trainer(tiny({**kept, "trainer.accumulate_unreduced": True}))
 
 
