@@ -17,6 +17,7 @@ pytest.importorskip("triton")
 
 from moelm.model.gpt import GPT
 from moelm.model.init import initialize
+from moelm.moe import kernels
 from moelm.moe.kernels import expert_mlp, products
 from moelm.moe.kernels.sorting import sort_by_expert_reference
 from moelm.moe.types import TokenChoice
@@ -224,6 +225,27 @@ def test_many_tiles_and_steps_are_the_reference_too(hopper, monkeypatch):
     for value, true in pairs:
         assert (value - true).float().norm() <= 2**-6 * true.float().norm()
         assert (value - true).float().abs().max() <= 2**-6 * true.float().abs().max()
+
+
+@pytest.mark.gpu
+def test_neither_rounds_of_blocks_nor_a_sum_that_begins_change_a_bit(monkeypatch):
+    grad_y_TD, arguments = make_case(ids(4100, 3), "cuda", torch.bfloat16, D=584, F=328)
+    n_used = int(arguments[4][-1])
+
+    def results(*sums):
+        y_TD, gate_up_R2F = expert_mlp.forward(*arguments)
+        grads = expert_mlp.backward(grad_y_TD, *arguments, gate_up_R2F, torch.float32, *sums)
+        return [y_TD, gate_up_R2F[:n_used], *(grad.clone() for grad in grads)]
+
+    wanted = results()
+    monkeypatch.setattr(kernels, "rounds", 3)
+    begun = torch.zeros((), dtype=torch.bool, device="cuda")
+    sums = [(torch.full(weight.shape, torch.nan, device="cuda"), begun) for weight in arguments[5:]]
+    for one, other in zip(results(*sums), wanted, strict=True):
+        assert torch.equal(one, other)
+    begun.fill_(True)
+    for one, other in zip(results(*sums)[-2:], wanted[-2:], strict=True):
+        assert torch.equal(one, 2 * other)
 
 
 def test_gradients_of_weights_are_written_in_the_type_of_the_parameter(kernel_device):
