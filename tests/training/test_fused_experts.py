@@ -88,7 +88,7 @@ SWITCH = {
     "one_micro_batch": (ONE, "fused", "bfloat16"),
     "two_micro_batches": ({}, "fused", "in place"),
     "two_devices": ({"trainer.devices": 2}, "fused", "bfloat16"),
-    "nine_devices": ({"trainer.devices": 9, "optim.batch_tokens": 9 * 16}, "fused", "in place"),
+    "nine_devices": ({"trainer.devices": 9, "optim.batch_tokens": 9 * 16}, "fused", ""),
     "fsdp": ({"trainer.devices": 2, "trainer.strategy": "fsdp"}, "fused", ""),
     "muon": ({**ONE, "optim.optimizer": "muon"}, "fused", ""),
     "float32": ({**ONE, "trainer.precision": "32-true"}, "fused", ""),
