@@ -7,6 +7,7 @@ import argparse
 import gzip
 import json
 import math
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -107,14 +108,20 @@ LANES = {
 }
 
 
+def updates_of(events: list[dict[str, Any]]) -> list[float]:
+    """When the last kernel of each update by AdamW began, in microseconds."""
+    kernels = [each for each in events if each.get("cat") == "kernel" and "adam" in each["name"].lower()]
+    starts = sorted(each["ts"] for each in kernels)
+    gaps = [end - begin for begin, end in pairwise(starts)]  # between kernels of one update, or of two
+    return [start for start, gap in zip(starts, gaps, strict=False) if gap > 0.2 * max(gaps)] + starts[-1:]
+
+
 def lanes(events: list[dict[str, Any]]) -> tuple[dict[str, list[tuple[float, float]]], float]:
     """By lane the kernels of a trace's middle step as (start, length) in ms; and how long that took. A step on the GPU
     is from the end of one update by AdamW to that of the next; `the rest` is of all other categories."""
     kernels = sorted((each for each in events if each.get("cat") == "kernel"), key=lambda each: each["ts"])
     known = {each["name"]: category_of([each["name"]]) for each in kernels}
-    updates = [each["ts"] for each in kernels if "adam" in each["name"].lower()]
-    gaps = sorted(range(1, len(updates)), key=lambda i: updates[i] - updates[i - 1])[1 - n_steps(events) :]
-    ends = [updates[i - 1] for i in sorted(gaps)] + [updates[-1]]
+    ends = updates_of(events)
     begin, end = ends[len(ends) // 2 - 1], ends[len(ends) // 2]
     found: dict[str, list[tuple[float, float]]] = {name: [] for name in [*LANES, "the rest"]}
     for each in kernels:
@@ -122,10 +129,6 @@ def lanes(events: list[dict[str, Any]]) -> tuple[dict[str, list[tuple[float, flo
             name = known[each["name"]]
             found[name if name in LANES else "the rest"].append(((each["ts"] - begin) / 1e3, each["dur"] / 1e3))
     return found, (end - begin) / 1e3
-
-
-def n_steps(events: list[dict[str, Any]]) -> int:
-    return sum(each.get("cat") == "user_annotation" and "ProfilerStep#" in each["name"] for each in events)
 
 
 def draw_lanes(events: list[dict[str, Any]], name: str, out: Path) -> None:
@@ -163,8 +166,7 @@ def main() -> None:
     if arguments.result.suffix == ".gz":
         with gzip.open(arguments.result, "rt", encoding="utf-8") as stream:
             events = json.load(stream)["traceEvents"]
-        updated = any(each.get("cat") == "kernel" and "adam" in each["name"].lower() for each in events)
-        if not updated or n_steps(events) < 2:
+        if len(updates_of(events)) < 2:
             parser.error(f"{arguments.result}: needs two optimizer steps or more, with AdamW on a GPU")
         draw_lanes(events, arguments.result.name.removesuffix(".json.gz"), arguments.out)
         return

@@ -95,7 +95,6 @@ def test_the_lanes_of_a_trace_are_those_of_the_step_in_its_middle():
     events: list[dict[str, Any]] = []
     for step in range(3):
         begin = 1000.0 * step
-        events.append({"cat": "user_annotation", "name": f"ProfilerStep#{step}", "ts": begin, "dur": 900.0})
         kernels = {"_up_product": 100, "ncclAllReduce": 150, "odd": 300, "_adamw": 500, "_adamw ": 510}
         events += [{"cat": "kernel", "name": n, "ts": begin + at, "dur": 10.0 + step} for n, at in kernels.items()]
     found, length = plot.lanes(events)
