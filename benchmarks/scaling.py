@@ -142,7 +142,7 @@ def step_cells(found: dict[str, Any]) -> list[str]:
 def main() -> None:
     parser = measure.make_parser(__doc__, "python benchmarks/scaling.py --parts experts --variants 'limit,moelm fused'")
     parser.add_argument("--parts", default=",".join(SIZES), help=f"of {', '.join(SIZES)}")
-    parser.add_argument("--sizes", help="of them, separated by commas (default: all of each part)")
+    parser.add_argument("--sizes", nargs="+", type=int, help="of one part (default: all)")
     parser.add_argument(
         "--variants",
         default="limit,moelm fused,sonicmoe",
@@ -153,6 +153,8 @@ def main() -> None:
     arguments = parser.parse_args()
     parts = measure.chosen(parser, arguments.parts, SIZES)
     names = measure.chosen(parser, arguments.variants, moe_layer.VARIANTS)
+    if arguments.sizes and len(parts) > 1:
+        parser.error("--sizes goes with one of --parts")
     measure.require_cuda()
     run(arguments, parts, names, "cuda")
 
@@ -169,9 +171,7 @@ def run(arguments: argparse.Namespace, parts: list[str], names: list[str], devic
     with tempfile.TemporaryDirectory() as folder:
         for part in parts:
             sizes = SIZES[part][1:3] if arguments.quick else SIZES[part]
-            if arguments.sizes:
-                sizes = [int(size) for size in arguments.sizes.split(",")]
-            for size in sizes:
+            for size in arguments.sizes or sizes:
                 print(f"{part} {size:,}", file=sys.stderr, flush=True)
                 measure.free_memory()
                 result.setdefault(part, {})[str(size)] = (

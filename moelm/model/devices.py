@@ -118,6 +118,7 @@ def _fsdp(config: Config, counts: Counts, n_devices: int, n_ep: int) -> OnDevice
         row = row_bytes(config.model, mixed, config.trainer.compile is not False)
         kept += (BUSIEST - 1) * tokens * moe.choices_per_token * row
         both += int(kept * (1 if again else len(config.model.routed_layers)))
+        both += 8 * choices * n_ep if again else 0  # what all ranks chose is kept
     name = "fsdp" + (f", replicas={n_replicas}" if n_replicas > 1 else "")
     name += f", expert_parallel={n_ep}" if n_ep > 1 else ""
     name += ", reshard_after_forward=false" if keeps else ""

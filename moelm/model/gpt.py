@@ -93,12 +93,11 @@ class GPT(nn.Module):
 
     def own_gradients(self) -> None:
         """After the first micro-batch of a step, to which those of others are added: out of memory that CUDA graphs
-        write again."""
+        write again. Those of experts that are summed in one place lie outside of it."""
         for block in self.all_blocks if self.cuda_graphs else []:
             for parameter in block.parameters():
-                gradient = parameter.grad  # that of FSDP2, a DTensor, is outside, and experts sum theirs in one place
-                if type(gradient) is Tensor and not hasattr(parameter, "gradient_sum"):
-                    parameter.grad = gradient.clone()
+                if parameter.grad is not None and not hasattr(parameter, "gradient_sum"):
+                    parameter.grad = parameter.grad.clone()
 
     def init_cache(self, batch_size: int, max_len: int, dtype: torch.dtype | None = None) -> list[Any]:
         """An empty cache for generation: one entry a layer, opaque, filled in place by `forward`."""

@@ -38,16 +38,27 @@ class GradientSum:
     """Where the gradients of a weight from the micro-batches of a step are added up, always in the same place, so that
     CUDA graphs may write there. The device knows whether there is one to add to: a graph asks no host."""
 
+    @torch.inference_mode(False)  # a tensor of inference mode would serve no training
     def __init__(self, weight: Tensor) -> None:
-        self.total = torch.empty_like(weight)  # float32, the weight's gradient once there is one
+        self.total = torch.empty_like(weight, requires_grad=False)  # float32, the weight's gradient once there is one
         self.has_begun = torch.zeros((), dtype=torch.bool, device=weight.device)
-        self._is_to_add = False  # the same, as the host set it last
+        self._gradient: Tensor | None = None  # of the weight, as the device knows it
 
     def expect(self, gradient: Tensor | None) -> None:
-        """Before the backward pass whose gradient is to be added to this one, which is None or `total`."""
-        if self._is_to_add != (gradient is not None):
-            self._is_to_add = gradient is not None
-            self.has_begun.fill_(self._is_to_add)
+        """What the weight's gradient is, None or `total`, when the next is added."""
+        if (gradient is None) != (self._gradient is None):
+            self.has_begun.fill_(gradient is not None)
+        self._gradient = gradient
+
+    def added(self, weight: Tensor) -> None:
+        """A gradient has been: the sum is that of `weight` now, and what comes next is added to it."""
+        if weight.grad is not self._gradient:
+            raise RuntimeError(
+                "gradients of experts were removed or replaced between a forward pass and its backward pass, which "
+                "adds to what there was before both; call zero_grad before the forward pass"
+            )
+        weight.grad = self.total
+        self.expect(self.total)
 
 
 class _StandIn(torch.autograd.Function):
@@ -68,7 +79,7 @@ class _StandIn(torch.autograd.Function):
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, None, None]:
         if not ctx.in_place:
             return gradient, None, None
-        ctx.weight.grad = ctx.weight.gradient_sum.total
+        ctx.weight.gradient_sum.added(ctx.weight)
         return None, None, None
 
 

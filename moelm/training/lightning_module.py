@@ -159,6 +159,7 @@ class MoELightningModule(pl.LightningModule):
 
     def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
         self._step_before_batch = self.step
+        self._is_first_micro_batch = batch_idx % self.trainer.accumulate_grad_batches == 0
         if self._rng_to_restore is not None:  # last of all, since building loaders and models draws numbers
             set_rng_state(self._rng_to_restore)
             self._rng_to_restore = None
@@ -179,10 +180,9 @@ class MoELightningModule(pl.LightningModule):
 
     def backward(self, loss: Tensor, *args: Any, **kwargs: Any) -> None:
         """On this thread: on one of autograd's, kernels launched from Python would wait for the interpreter's lock."""
-        is_first = next(self.model.blocks[0].parameters()).grad is None
         with torch.autograd.set_multithreading_enabled(False):
             super().backward(loss, *args, **kwargs)
-        if is_first and self.trainer.accumulate_grad_batches > 1:
+        if self._is_first_micro_batch and self.trainer.accumulate_grad_batches > 1:
             self.model.own_gradients()
 
     def optimizer_step(self, epoch: int, batch_idx: int, optimizer: Any, optimizer_closure: Any = None) -> None:

@@ -43,6 +43,7 @@ def build_strategy(config: Config) -> Strategy | None:
     options = config.trainer
     single = options.num_nodes == 1 and options.devices in (1, "1", "auto") and options.strategy == "auto"
     if single and (options.devices != "auto" or options.accelerator == "cpu" or torch.cuda.device_count() <= 1):
+        kernels.rounds = 1
         return None
     end_with_launcher()
     backend = "gloo" if options.accelerator == "cpu" or not torch.cuda.is_available() else "nccl"

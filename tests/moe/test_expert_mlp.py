@@ -543,6 +543,28 @@ def test_gradients_of_experts_are_summed_where_they_always_lie(tiny_config, kern
             assert (value - found[name]).norm() <= 1e-6 * value.norm(), name
 
 
+def test_sums_hold_whatever_the_order_of_passes_or_say_that_they_do_not(tiny_config, kernel_device):
+    """The first forward pass is one of a validation."""
+    found = []
+    for in_place in (False, True):
+        model = make_model(tiny_config, kernel_device, "fused")
+        for layer in model.moe_layers:
+            layer.experts.sums_in_place = in_place
+        with torch.inference_mode():
+            loss_of(model)
+        first, second = loss_of(model), loss_of(model)
+        first.backward()
+        (2 * second).backward()
+        (loss_of(model) + 3 * loss_of(model)).backward()
+        found.append({name: parameter.grad for name, parameter in model.named_parameters()})
+    for name, value in found[0].items():
+        assert (value - found[1][name]).norm() <= 1e-6 * value.norm(), name
+    loss = loss_of(model)
+    model.zero_grad()
+    with pytest.raises(RuntimeError, match="call zero_grad before the forward pass"):
+        loss.backward()
+
+
 def test_weights_may_themselves_be_computed(tiny_config, kernel_device):
     model = make_model(tiny_config, kernel_device, "fused")
     computed = {name: 1 * parameter for name, parameter in model.named_parameters()}

@@ -160,12 +160,13 @@ CASES: dict[str, dict[str, Any]] = {
 }
 
 
-def shared_and_alone(moe, n_ranks, idle=False, mixed=False, device="cpu"):
+def shared_and_alone(moe, n_ranks, idle=False, mixed=False, device="cpu", n_tokens=T, masked=True):
     """What ranks that share the experts find, each with tokens of its own, some of them masked, and one rank with none
     that counts; and what each would find with all experts. With `idle` the last rank's experts are not chosen."""
-    x_PBLD = torch.randn(n_ranks, 2, T // 2, D, generator=torch.Generator().manual_seed(1)).to(device)
-    mask_PBL = torch.rand(n_ranks, 2, T // 2, generator=torch.Generator().manual_seed(2)) < 0.8
+    x_PBLD = torch.randn(n_ranks, 2, n_tokens // 2, D, generator=torch.Generator().manual_seed(1)).to(device)
+    mask_PBL = torch.rand(n_ranks, 2, n_tokens // 2, generator=torch.Generator().manual_seed(2)) < 0.8
     mask_PBL[-1] = False
+    mask_PBL |= not masked
     n_local = 8 // n_ranks
 
     def make(first=0, count=8):
@@ -221,6 +222,19 @@ def test_fused_experts_take_what_other_ranks_send(all_to_all, few_sizes, kernel_
 
     def close(found, wanted):
         assert (found.float() - wanted.float()).norm() <= 0.01 * wanted.float().norm()
+
+    assert_same(shared, alone, close)
+
+
+@NEEDS_TRITON
+@pytest.mark.parametrize("backend", ["loop", "fused"])
+def test_steps_end_with_the_tokens_of_all_ranks(all_to_all, few_sizes, kernel_device, backend):
+    """Each of 2 x 26 goes to both ranks, and steps are 5."""
+    moe, mixed = {"top_k": 7, "experts": {"backend": backend}}, backend == "fused"
+    shared, alone = shared_and_alone(moe, 2, mixed=mixed, device=kernel_device, n_tokens=26, masked=False)
+
+    def close(found, wanted):
+        assert (found.float() - wanted.float()).norm() <= (0.01 if mixed else 1e-5) * wanted.float().norm()
 
     assert_same(shared, alone, close)
 

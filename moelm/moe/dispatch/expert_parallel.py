@@ -180,7 +180,7 @@ def read_splits(counts: Tensor, choice_of_row: Tensor, n_ranks: int, top_k: int)
     *ends, rows_stay, rows = known.tolist()
     sent, received = ends[:n_ranks], ends[n_ranks:]
     n_tokens = len(choice_of_row) // n_ranks
-    tokens = _in_steps(received[-1], n_tokens)
+    tokens = min(_in_steps(received[-1], n_tokens), len(choice_of_row))  # no more than V
     rows = min(_in_steps(rows, n_tokens * top_k), tokens * top_k)
     others = [end - before for each in (sent, received) for before, end in pairwise(each)]
     splits = torch.tensor([rows_stay, tokens, sent[0], *others])
