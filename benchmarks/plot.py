@@ -113,7 +113,8 @@ def updates_of(events: list[dict[str, Any]]) -> list[float]:
     kernels = [each for each in events if each.get("cat") == "kernel" and "adam" in each["name"].lower()]
     starts = sorted(each["ts"] for each in kernels)
     gaps = [end - begin for begin, end in pairwise(starts)]  # between kernels of one update, or of two
-    return [start for start, gap in zip(starts, gaps, strict=False) if gap > 0.2 * max(gaps)] + starts[-1:]
+    step = 0.2 * max(gaps, default=0.0)
+    return [start for start, gap in zip(starts, gaps, strict=False) if gap > step] + starts[-1:]
 
 
 def lanes(events: list[dict[str, Any]]) -> tuple[dict[str, list[tuple[float, float]]], float]:
@@ -166,7 +167,10 @@ def main() -> None:
     if arguments.result.suffix == ".gz":
         with gzip.open(arguments.result, "rt", encoding="utf-8") as stream:
             events = json.load(stream)["traceEvents"]
-        if len(updates_of(events)) < 2:
+        n_steps = sum(
+            "ProfilerStep#" in str(each.get("name")) for each in events if each.get("cat") == "user_annotation"
+        )
+        if n_steps < 2 or len(updates_of(events)) < 2:
             parser.error(f"{arguments.result}: needs two optimizer steps or more, with AdamW on a GPU")
         draw_lanes(events, arguments.result.name.removesuffix(".json.gz"), arguments.out)
         return

@@ -69,6 +69,7 @@ class MoELightningModule(pl.LightningModule):
         self.flops_per_token = flops_per_token(config.model, config.data.seq_len)
         self._rng_to_restore: dict[str, Any] | None = None
         self._step_before_batch = 0
+        self._is_first_micro_batch = True  # of its optimizer step
         self.must_stop = False  # one rank was told to end, and all know: this step is saved, and the run ends
         self.n_skipped = 0  # steps left out in this run
         self._recent_losses = RecentLosses()

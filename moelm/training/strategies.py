@@ -355,13 +355,13 @@ def gather_with(block: Block, experts: Any) -> None:
 def why_no_cuda_graphs(trainer: pl.Trainer) -> tuple[str, str] | None:
     """Why compiled blocks cannot be recorded, and what would change that; None if they can."""
     if trainer.strategy.root_device.type != "cuda":
-        return "there is no CUDA device", ""
+        return "there is no CUDA device", "use auto"
     if isinstance(trainer.strategy, ShardedStrategy):
         options = trainer.strategy.options
         if options.reshard_after_forward:
             problem = "weights that are gathered for a block lie elsewhere each time"
-            return problem, "set trainer.reshard_after_forward=false"
+            return problem, "set trainer.reshard_after_forward=false, or use auto"
         if options.accumulate_unreduced and trainer.accumulate_grad_batches > 1:
             problem = "gradients that are not sent yet lie where the next micro-batch writes its own"
-            return problem, "set trainer.accumulate_unreduced=false"
+            return problem, "set trainer.accumulate_unreduced=false, or use auto"
     return None

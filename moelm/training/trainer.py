@@ -132,9 +132,7 @@ def _check_cuda_graphs(trainer: pl.Trainer, config: Config) -> None:
     why_not = why_no_cuda_graphs(trainer)
     if config.trainer.compile == "cuda_graphs" and why_not:
         problem, remedy = why_not
-        raise ConfigError(
-            "trainer.compile", f"cuda_graphs: {problem}", f"{remedy}, or use auto" if remedy else "use auto"
-        )
+        raise ConfigError("trainer.compile", f"cuda_graphs: {problem}", remedy)
 
 
 def _replace_signals(trainer: pl.Trainer, signals: StopSignals) -> None:
