@@ -54,7 +54,10 @@ def strategies(n: int) -> dict[str, list[str]]:
     found |= {"ddp": [f"trainer.devices={n}", "trainer.strategy=ddp"]}
     degrees = [degree for degree in range(2, n + 1) if n % degree == 0]
     sharded = {"fsdp": fsdp}
-    sharded |= {f"fsdp, expert_parallel={each}": [*fsdp, f"trainer.expert_parallel={each}"] for each in degrees}
+    for degree in degrees:
+        shared = [*fsdp, f"trainer.expert_parallel={degree}"]
+        sharded |= {f"fsdp, expert_parallel={degree}": shared}
+        sharded |= {f"fsdp, expert_parallel={degree}, static_exchange=true": [*shared, "trainer.static_exchange=true"]}
     for name, overrides in sharded.items():
         found |= {name: overrides}
         found |= {f"{name}, reshard_after_forward=false": [*overrides, "trainer.reshard_after_forward=false"]}

@@ -229,6 +229,7 @@ WRONG = [
     ("trainer: {reshard_after_forward: false}", "trainer.reshard_after_forward", ["no effect", "strategy=fsdp"]),
     ("trainer: {accumulate_unreduced: true}", "trainer.accumulate_unreduced", ["no effect", "trainer.strategy=fsdp"]),
     ("trainer: {expert_parallel: 2}", "trainer.expert_parallel", ["strategy = auto", "trainer.strategy=fsdp"]),
+    ("trainer: {static_exchange: true}", "trainer.static_exchange", ["no effect", "trainer.expert_parallel to 2"]),
     ("trainer: {replicas: 2, strategy: ddp}", "trainer.replicas", ["strategy = ddp", "trainer.strategy=fsdp"]),
     (
         "model: {moe: null}\ntrainer: {expert_parallel: 2, strategy: fsdp}",

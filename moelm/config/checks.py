@@ -207,6 +207,9 @@ def _check_replicas(trainer: TrainerConfig) -> None:
 def _check_expert_parallel(config: Config) -> None:
     key, n_ranks, moe = "trainer.expert_parallel", config.trainer.expert_parallel, config.model.moe
     if n_ranks == 1:
+        if config.trainer.static_exchange:
+            problem = "true has no effect where no ranks share the experts"
+            raise ConfigError("trainer.static_exchange", problem, f"remove it, or set {key} to 2 or more")
         return
     if config.trainer.strategy != "fsdp":
         problem = f"{n_ranks} cannot be with trainer.strategy = {config.trainer.strategy}"

@@ -269,6 +269,9 @@ class TrainerConfig:
     compile: bool | str = setting("auto", allowed=("auto", True, False, "cuda_graphs"))
     float32_matmul_precision: str = setting("highest", allowed=("highest", "high", "medium"))
     expert_parallel: int = setting(1, ge=1)  # fsdp: ranks that share the experts, each holding some whole ones
+    # with expert_parallel: all tokens go to all ranks that share the experts, with room for all their choices; the host
+    # never waits for their number
+    static_exchange: bool = False
     replicas: int = setting(1, ge=1)  # fsdp: groups of ranks of which each holds a whole model, sharded inside it
     reshard_after_forward: bool = True  # fsdp; false: blocks stay whole until the backward pass, and are sent once
     accumulate_unreduced: bool = False  # fsdp: a device sums its own gradients of all weights, sent once a step
@@ -285,7 +288,7 @@ class TrainerConfig:
 OWN_TRAINER_KEYS = (
     *("activation_checkpointing", "compile", "float32_matmul_precision", "expert_parallel", "accumulate_unreduced"),
     *("replicas", "reshard_after_forward", "stop_within_s", "max_skipped_steps", "max_loss_spike", "profile"),
-    "stall_timeout_s",
+    *("stall_timeout_s", "static_exchange"),
 )
 MANAGED_TRAINER_ARGUMENTS = {
     "accumulate_grad_batches": "it follows from optim.batch_tokens and optim.micro_batch_size; set those",

@@ -108,18 +108,21 @@ def _fsdp(config: Config, counts: Counts, n_devices: int, n_ep: int) -> OnDevice
     sent = others * (W - 1) / W + experts * (n_fsdp - 1) / n_fsdp + 8 * counts.routers * (n_devices - 1) / n_devices
     sent += 8 * reduced * (counts.total - counts.routers) / W * (n_replicas - 1) / n_replicas
     if n_ep > 1 and moe is not None:
-        rows = tokens * ranks_of_token(moe, n_ep) * len(config.model.routed_layers)
+        static = config.trainer.static_exchange
+        n_sent = n_ep if static else ranks_of_token(moe, n_ep)
+        rows = tokens * n_sent * len(config.model.routed_layers)
         again = 2 if config.trainer.activation_checkpointing == "full" else 0
         sent += n_micro_batches * (4 + again) * rows * s * config.model.d_model * (n_ep - 1) / n_ep
         choices = tokens * moe.choices_per_token * len(config.model.routed_layers)
         sent += n_micro_batches * 12 * choices * (n_ep - 1)  # ids and gates to all, and the gradients of gates back
-        kept = tokens * (ranks_of_token(moe, n_ep) - 1) * s * config.model.d_model  # tokens of others, for backward
+        kept = tokens * (n_sent - 1) * s * config.model.d_model  # tokens of others, for backward
         kept += 13 * tokens * moe.choices_per_token * n_ep  # the plan: gates, rows, choices
         row = row_bytes(config.model, mixed, config.trainer.compile is not False)
-        kept += (BUSIEST - 1) * tokens * moe.choices_per_token * row
+        kept += ((n_ep if static else BUSIEST) - 1) * tokens * moe.choices_per_token * row
         both += int(kept * (1 if again else len(config.model.routed_layers)))
         both += 8 * choices * n_ep if again else 0  # what all ranks chose is kept
     name = "fsdp" + (f", replicas={n_replicas}" if n_replicas > 1 else "")
     name += f", expert_parallel={n_ep}" if n_ep > 1 else ""
+    name += ", static_exchange=true" if n_ep > 1 and config.trainer.static_exchange else ""
     name += ", reshard_after_forward=false" if keeps else ""
     return OnDevices(name, states + both + memory.working - copies + whole, int(sent))

@@ -181,7 +181,7 @@ class Experts(nn.Module):
         x_TD = x_TD.to(compute_dtype(x_TD))
         permutation = plan.row_of_choice_TK, plan.choice_of_row_R, plan.offsets_E
         weights = self._weights_and_copies(x_TD.dtype)
-        in_place = self.sums_in_place and bool(self.stand_ins)
+        in_place = self.sums_in_place and len(self.stand_ins) > 0  # torch 2.11 compiles no bool(tuple)
         y_TD: Tensor = expert_mlp(x_TD, gates_TK.float(), *permutation, *weights, in_place)
         return y_TD
 

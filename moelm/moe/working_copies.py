@@ -25,11 +25,13 @@ def refreshed(weight: Any, copy: Tensor | None, dtype: torch.dtype) -> Tensor:
     """A copy of the parameter `weight` as it now is: `copy`, the one that was made last, or a new one if there is none
     or it does not fit."""
     latest: Tensor | None = getattr(weight, "working_copy", None)
-    held = weight.to_local() if hasattr(weight, "to_local") else weight
-    if copy is None or (copy.shape, copy.dtype, copy.device) != (held.shape, dtype, held.device):
+    if copy is not None and (copy.dtype, copy.device) != (dtype, weight.device):
         copy = None
-    elif copy is latest and weight.working_version == weight._version:
+    if copy is not None and copy is latest and weight.working_version == weight._version:
         return copy
+    held = weight.to_local() if hasattr(weight, "to_local") else weight
+    if copy is not None and copy.shape != held.shape:
+        copy = None
     recast: Tensor = _recast(weight, held, copy, dtype)
     return recast
 

@@ -179,7 +179,7 @@ class ShardedStrategy(ModelParallelStrategy):
         experts.keeps_copies = False  # what is sent has the dtype that is multiplied
         if ep.size() == 1:
             return set()
-        moe.exchange = ExpertParallel(ep.get_group(), experts.gate_up.shape[0])
+        moe.exchange = ExpertParallel(ep.get_group(), experts.gate_up.shape[0], self.options.static_exchange)
         deal_out(experts, ep)
         block.register_forward_pre_hook(hold_experts)  # after those of FSDP2, which go first
         if fsdp.size() == self.options.replicas == 1:

@@ -20,6 +20,7 @@ SPREADS: dict[str, tuple[int, tuple[str, ...]]] = {
     "DDP": (2, ()),
     "FSDP2": (2, FSDP),
     "experts shared by 2": (2, (*FSDP, "trainer.expert_parallel=2")),
+    "experts shared by 2, static exchange": (2, (*FSDP, "trainer.expert_parallel=2", "trainer.static_exchange=true")),
     "FSDP2 2 x experts 2": (4, (*FSDP, "trainer.expert_parallel=2")),
     "experts shared by 4": (4, (*FSDP, "trainer.expert_parallel=4")),
     "2 replicas x FSDP2 2": (4, (*FSDP, "trainer.replicas=2")),

@@ -76,6 +76,17 @@ def test_a_rank_has_room_for_half_as_many_choices_again(tiny_config, monkeypatch
     assert roomy[2].memory - even[2].memory == 2 * 64 * config.model.moe.top_k * row / 2
 
 
+def test_a_static_exchange_sends_all_tokens_to_all_ranks_and_has_room_for_all_their_choices(tiny_config, monkeypatch):
+    monkeypatch.setattr("moelm.model.devices.BUSIEST", 1.0)
+    exact, config = on_devices(make(tiny_config), 4)[3], make(tiny_config, static_exchange=True)
+    static, moe = on_devices(config, 4)[3], config.model.moe
+    assert static.strategy == "fsdp, expert_parallel=4, static_exchange=true"
+    needless, layers = 64 * (4 - ranks_of_token(moe, 4)) * 4 * 32, 2  # bytes of a layer's tokens
+    assert static.sent - exact.sent == pytest.approx(4 * needless * layers * 3 / 4, abs=1)
+    row = 4 * (2 * 32 + 3 * moe.d_expert)
+    assert static.memory - exact.memory == pytest.approx(layers * (needless + 3 * 64 * moe.top_k * row), abs=1)
+
+
 def test_replicas_hold_more_and_send_their_gradients_to_each_other(tiny_config):
     config = make(tiny_config, strategy="fsdp")
     config.optim.batch_tokens = 512  # two micro-batches on each of four devices

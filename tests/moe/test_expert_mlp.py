@@ -130,6 +130,7 @@ def meanwhile(grad_y_TD, arguments, n_here):
     return [torch.cat([here_XD, left[0]]), used_R2F, torch.cat([grad_x_XD, left[1]]), *grads]
 
 
+@pytest.mark.skipif(not INTERPRETED, reason="in Triton's interpreter, on CPU tensors")
 @pytest.mark.parametrize("tiled", [True, False])
 @pytest.mark.parametrize("n_here", [0, 11, 37])
 def test_tokens_that_arrive_meanwhile_are_not_touched_before_and_leave_first(monkeypatch, n_here, tiled):

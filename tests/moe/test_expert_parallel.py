@@ -160,7 +160,7 @@ CASES: dict[str, dict[str, Any]] = {
 }
 
 
-def shared_and_alone(moe, n_ranks, idle=False, mixed=False, device="cpu", n_tokens=T, masked=True):
+def shared_and_alone(moe, n_ranks, idle=False, mixed=False, device="cpu", n_tokens=T, masked=True, static=False):
     """What ranks that share the experts find, each with tokens of its own, some of them masked, and one rank with none
     that counts; and what each would find with all experts. With `idle` the last rank's experts are not chosen."""
     x_PBLD = torch.randn(n_ranks, 2, n_tokens // 2, D, generator=torch.Generator().manual_seed(1)).to(device)
@@ -179,7 +179,7 @@ def shared_and_alone(moe, n_ranks, idle=False, mixed=False, device="cpu", n_toke
 
     def run(group):
         layer = make(group.rank() * n_local, n_local)
-        layer.exchange = ExpertParallel(group, 8)
+        layer.exchange = ExpertParallel(group, 8, static)
         return run_layer(layer, x_PBLD[group.rank()], mask_PBL[group.rank()].to(device), mixed)
 
     shared, groups = on_ranks(n_ranks, run)
@@ -204,11 +204,21 @@ def few_sizes(monkeypatch):
     monkeypatch.setattr(expert_parallel, "STEPS", 5)
 
 
+@pytest.fixture(params=[False, True], ids=["", "static"])
+def static(request, monkeypatch):
+    """Whether the exchange is, for which the host waits for no number."""
+    if request.param:
+        monkeypatch.setattr(expert_parallel, "read_splits", None)
+    return request.param
+
+
 @pytest.mark.parametrize("n_ranks", [2, 4])
 @pytest.mark.parametrize("name", CASES)
-def test_ranks_that_share_the_experts_compute_what_one_does_that_has_them_all(all_to_all, few_sizes, name, n_ranks):
+def test_ranks_that_share_the_experts_compute_what_one_does_that_has_them_all(
+    all_to_all, few_sizes, name, n_ranks, static
+):
     idle = name == "one_rank_idle"
-    shared, alone = shared_and_alone(CASES[name], n_ranks, idle)
+    shared, alone = shared_and_alone(CASES[name], n_ranks, idle, static=static)
     assert_same(shared, alone, partial(torch.testing.assert_close, rtol=1e-5, atol=1e-6))
     if idle:
         assert not shared[-1]["experts.down"].any()
@@ -216,9 +226,9 @@ def test_ranks_that_share_the_experts_compute_what_one_does_that_has_them_all(al
 
 @NEEDS_TRITON
 @pytest.mark.parametrize("idle", [False, True], ids=["", "one_rank_idle"])
-def test_fused_experts_take_what_other_ranks_send(all_to_all, few_sizes, kernel_device, idle):
+def test_fused_experts_take_what_other_ranks_send(all_to_all, few_sizes, kernel_device, idle, static):
     moe = {"experts": {"backend": "fused"}, "router": {"name": "top_k", "selection_bias": True}}
-    shared, alone = shared_and_alone(moe, 2, idle, mixed=True, device=kernel_device)
+    shared, alone = shared_and_alone(moe, 2, idle, mixed=True, device=kernel_device, static=static)
 
     def close(found, wanted):
         assert (found.float() - wanted.float()).norm() <= 0.01 * wanted.float().norm()
@@ -263,6 +273,24 @@ def test_a_token_travels_once_to_each_of_its_ranks_and_back_and_no_rank_gets_row
     assert [len(each[2].choice_of_row_R) for each in (first, second)] == [14, 8]
     assert first[3][:, 0].tolist() == [0, 1 + 2, 0, 3 + 6]
     assert first[4] == 3 * D * 4  # what it had received of the other
+
+
+def test_in_a_static_exchange_all_tokens_travel_and_sizes_are_known(all_to_all):
+    ids_TK = torch.tensor([[0, 1], [8, 8], [5, 8]])  # on 4 ranks of 2 experts; 8: none
+
+    def run(group):
+        exchange = ExpertParallel(group, 8, static=True)
+        x_TD = torch.arange(3.0).unsqueeze(1) + 10 * group.rank() * torch.ones(3, D)
+        x_ND, local, plan = exchange.receive(exchange.send(x_TD, TokenChoice(ids_TK, ids_TK / 8)))
+        return x_ND[:, 0].tolist(), group.sent, local, plan
+
+    found, _ = on_ranks(4, run)
+    for rank, (x_N, sent, local, plan) in enumerate(found):
+        seated = sorted(range(4), key=lambda each: (each != rank, each))
+        assert x_N == [t + 10 * each for each in seated for t in range(3)]
+        assert sent == 3 * 3 * (D + 2 * 2) * 4  # tokens; choices and gates
+        assert (len(local.gates_TK), len(plan.choice_of_row_R)) == (12, 24)
+        assert plan.offsets_E.tolist() == [[4, 8], [0, 0], [0, 4], [0, 0]][rank]
 
 
 def test_two_journeys_at_once_of_a_rank_that_sends_nothing_are_told_apart(all_to_all):
@@ -365,12 +393,12 @@ FUSED = {"experts": {"backend": "fused"}}
 
 @pytest.mark.parametrize("moe", [{}, pytest.param(FUSED, marks=NEEDS_TRITON)], ids=["", "fused"])
 @pytest.mark.parametrize("mode", [pytest.param("none", marks=pytest.mark.slow), "full"])
-def test_a_block_compiles_whole_and_once_for_any_number_of_tokens(all_to_all, mode, moe):
+def test_a_block_compiles_whole_and_once_for_any_number_of_tokens(all_to_all, mode, moe, static):
     def steps(group=None):
         model = make_model({"n_shared_experts": 1, **moe})
         model.activation_checkpointing = mode
         if group is not None:
-            model.blocks[0].moe.exchange = ExpertParallel(group, 8)
+            model.blocks[0].moe.exchange = ExpertParallel(group, 8, static)
             model.compile_blocks(backend="aot_eager")  # fullgraph would allow what is asked here
         for seed in range(3):
             generator = torch.Generator().manual_seed(seed)

@@ -76,6 +76,7 @@ def test_two_processes_with_half_of_the_experts_each_equal_one(make: Make, tmp_p
     """
     short = {"trainer.max_steps": 2, "trainer.limit_val_batches": None}
     one, two, ddp = make("one", IDLE, short), make("two", EP2, IDLE, short), make("ddp", DDP, IDLE, short)
+    static = make("static", EP2, IDLE, short, {"trainer.static_exchange": True})
     straight = make("straight", PARTS, {"trainer.max_steps": 4})
     train(one)
     train(straight)
@@ -84,7 +85,7 @@ def test_two_processes_with_half_of_the_experts_each_equal_one(make: Make, tmp_p
     shutil.copytree(step_folder(straight.run_folder, 2), step_folder(back.run_folder, 2))
     make_format_2(step_folder(back.run_folder, 2))
     full = [make(f"full-{i}", EP2, PARTS, mode, FULL_DISK) for i, mode in enumerate(({}, ASYNCHRONOUS))]
-    run_all([two, ddp, *there, back, *full], tmp_path, n_ranks=2)
+    run_all([two, static, ddp, *there, back, *full], tmp_path, n_ranks=2)
     alone = make("alone", PARTS, {"trainer.max_steps": 4})
     train(alone, resume=str(step_folder(there[0].run_folder, 2)))
 
@@ -97,7 +98,7 @@ def test_two_processes_with_half_of_the_experts_each_equal_one(make: Make, tmp_p
         for rank in range(2):
             error = (config.run_folder / f"error-{rank}.txt").read_text()
             assert re.search(r"step-00000002: the checkpoint could not be written: .*No space left", error)
-    for many in (two, ddp):
+    for many in (two, static, ddp):
         assert_same_steps(*tapes(one), tapes(many, 2))
     assert min(step["load"].min() for step in tapes(one)[0]["steps"]) == 0
     assert [tape["val_ce"] for tape in tapes(two, 2)] == pytest.approx([tapes(one)[0]["val_ce"]] * 2)

@@ -8,7 +8,8 @@ Beside the suffixes of `moe/types.py`:
 Sent and received tokens begin with those that stay, which never wait for a link; then come those for or from the other
 ranks, in their order. Every rank is told all choices and makes of them a plan of static shapes. S, N and R depend on
 the data: the host waits for them, the only wait here, once for the forward and the backward pass. Shapes inside what is
-compiled are unbacked symbols, so no number of tokens compiles anything anew.
+compiled are unbacked symbols, so no number of tokens compiles anything anew. A `static` exchange waits for nothing:
+every token travels to every rank, and there is room for all choices, S = N = V and R = V K.
 
 On [S, D] tensors a journey is under way between two of the four ops below: `send` (T to S) begins one that `receive`
 (S to N) ends, `send_back` (N to S) begins one that `gather_home` (S to T) ends. What the layer does between the two
@@ -40,17 +41,28 @@ _groups: dict[str, dist.ProcessGroup] = {}  # by the name that the ops are given
 _under_way: dict[int, tuple[Any, Tensor, Tensor]] = {}  # storage of the [S, D] tensor -> handle, what was sent, result
 
 
-class Journey(NamedTuple):
-    """Where a layer's tokens go, and the first of them on their way."""
+class Departure(NamedTuple):
+    """A layer's tokens on their way."""
 
     packed_SD: Tensor  # under way to the ranks; those that stay are not written
     x_TD: Tensor  # what it was made of; no gradient
     token_of_row_S: Tensor  # int32
     row_of_rank_TP: Tensor  # int32 row among S of what token t sends to rank p; past the last one if nothing
     ends_P: Tensor  # int32 ends of the rows, those that stay first
+    splits: Tensor  # int64 on the CPU, a `Split`
+
+
+class Journey(NamedTuple):
+    """A `Departure`, and what becomes of what arrives."""
+
+    packed_SD: Tensor
+    x_TD: Tensor
+    token_of_row_S: Tensor
+    row_of_rank_TP: Tensor
+    ends_P: Tensor
+    splits: Tensor
     gates_VK: Tensor  # of the tokens of all ranks: the N that this one receives come first
     plan: Permutation  # of their choices, by local ids: "none" is E / P. The first N tokens fill the first N K rows
-    splits: Tensor  # int64 on the CPU, a `Split`
     n_tokens: int  # N
     n_rows: int  # R
 
@@ -62,12 +74,13 @@ class ExpertParallel:
     choices have another shape on another rank, collectives make nonsense or an error of the backend's.
     """
 
-    def __init__(self, group: dist.ProcessGroup, n_experts: int) -> None:
+    def __init__(self, group: dist.ProcessGroup, n_experts: int, static: bool = False) -> None:
         self.group = group.group_name
         self.n_ranks = group.size()
         self.n_experts = n_experts
         self.n_local = n_experts // self.n_ranks
         self.rank = group.rank()
+        self.static = static
         _groups[self.group] = group
 
     def send(self, x_TD: Tensor, routing: TokenChoice) -> Journey:
@@ -78,25 +91,41 @@ class ExpertParallel:
         ids_VK, bits_VK = gather_choices(message_T2K, P, self.group).chunk(2, 1)
         ranks_P = torch.arange(P, device=ids_TK.device)
         seats_P = torch.where(ranks_P == self.rank, 0, ranks_P + (ranks_P < self.rank))  # its own tokens are first
-
-        goes_TP = (ids_TK.unsqueeze(-1) // self.n_local == ranks_P).any(1)
-        trips = sort_by_expert(torch.where(goes_TP, seats_P, P), P)
+        departure = self._depart_whole(x_TD, seats_P, K) if self.static else None
 
         ids_VK = ids_VK.long() - self.rank * self.n_local
         here_VK = (ids_VK >= 0) & (ids_VK < self.n_local)
-        seats_PT = torch.where(here_VK.any(1).view(P, T), seats_P.unsqueeze(1), P)
-        order = sort_by_expert(seats_PT.view(-1, 1), P)
-        local_VK = torch.where(here_VK, ids_VK, self.n_local).index_select(0, order.choice_of_row_R)
-        plan = sort_by_expert(local_VK, self.n_local)
-        arranged = order.choice_of_row_R, order.row_of_choice_TK.flatten(), here_VK
+        if departure is not None:
+            row_of_token_V = departure.row_of_rank_TP.T.flatten()
+            token_of_row_V = (T * seats_P.argsort().unsqueeze(1) + departure.token_of_row_S[:T]).flatten()
+        else:
+            seats_PT = torch.where(here_VK.any(1).view(P, T), seats_P.unsqueeze(1), P)
+            order = sort_by_expert(seats_PT.view(-1, 1), P)
+            row_of_token_V, token_of_row_V = order.row_of_choice_TK.flatten(), order.choice_of_row_R
+        plan = sort_by_expert(torch.where(here_VK, ids_VK, self.n_local).index_select(0, token_of_row_V), self.n_local)
+        arranged = token_of_row_V, row_of_token_V, here_VK
         gates_VK = _GatherGates.apply(gates_TK, bits_VK.view(torch.float32), *arranged, self.group)
+        if departure is not None:
+            return Journey(*departure, gates_VK, plan, P * T, P * T * K)
 
+        goes_TP = (ids_TK.unsqueeze(-1) // self.n_local == ranks_P).any(1)
+        trips = sort_by_expert(torch.where(goes_TP, seats_P, P), P)
         n_rows_stay = here_VK.view(P, -1)[self.rank].sum(0, keepdim=True, dtype=torch.int32)
         counts = torch.cat([trips.offsets_E, order.offsets_E, n_rows_stay, plan.offsets_E[-1:]])
         splits, token_of_row_S, sizes_NR0 = read_splits(counts, trips.choice_of_row_R, P, K)
-        packed_SD = _Send.apply(x_TD, token_of_row_S, trips.row_of_choice_TK, trips.offsets_E, splits, self.group)
-        there = packed_SD, x_TD.detach(), token_of_row_S, trips.row_of_choice_TK, trips.offsets_E
-        return Journey(*there, gates_VK, plan, splits, sizes_NR0.shape[0], sizes_NR0.shape[1])
+        departure = self._depart(x_TD, token_of_row_S, trips.row_of_choice_TK, trips.offsets_E, splits)
+        return Journey(*departure, gates_VK, plan, sizes_NR0.shape[0], sizes_NR0.shape[1])
+
+    def _depart_whole(self, x_TD: Tensor, seats_P: Tensor, top_k: int) -> Departure:
+        """All tokens to all ranks."""
+        T, P = len(x_TD), self.n_ranks
+        token_T, place_P = (torch.arange(n, dtype=torch.int32, device=x_TD.device) for n in (T, P))
+        row_of_rank_TP = token_T.unsqueeze(1) + T * seats_P.int()
+        return self._depart(x_TD, token_T.repeat(P), row_of_rank_TP, T * (place_P + 1), whole_splits(x_TD, P, top_k))
+
+    def _depart(self, x_TD: Tensor, token_of_row_S: Tensor, *rows: Tensor) -> Departure:
+        packed_SD = _Send.apply(x_TD, token_of_row_S, *rows, self.group)
+        return Departure(packed_SD, x_TD.detach(), token_of_row_S, *rows)
 
     def receive(self, journey: Journey) -> tuple[Tensor, TokenChoice, Permutation]:
         """(x [N, D], choices [N, K] of local experts, their rows): a batch for the local experts."""
@@ -149,7 +178,7 @@ def return_gates(grad_VK: Tensor, row_of_token_V: Tensor, here_VK: Tensor, group
 class Split(NamedTuple):
     """How many rows and tokens travel, as the host knows it."""
 
-    rows_stay: int  # choices of own tokens with an expert here
+    rows_stay: int  # choices of own tokens with an expert here; of a static exchange the most that there can be
     tokens: int  # N
     stay: int  # tokens
     sent: list[int]  # to each rank, 0 to itself
@@ -161,6 +190,17 @@ def split_of(splits: Tensor, group: str) -> Split:
     P, rank = len(others) // 2 + 1, _groups[group].rank()
     sent, received = others[: P - 1], others[P - 1 :]
     return Split(rows_stay, tokens, stay, *([*each[:rank], 0, *each[rank:]] for each in (sent, received)))
+
+
+@op(
+    "moelm::whole_splits",
+    fake=lambda _, n_ranks, __: torch.empty(2 * n_ranks + 1, dtype=torch.int64, device="cpu"),
+    recordable=False,
+)
+def whole_splits(x_TD: Tensor, n_ranks: int, top_k: int) -> Tensor:
+    """A `Split`: every rank sends every token to every other; at most `top_k` of a token's choices are here."""
+    T = len(x_TD)
+    return torch.tensor([T * top_k, n_ranks * T, T] + [T] * (2 * n_ranks - 2))
 
 
 def _empty_splits(counts: Tensor, choice_of_row: Tensor, n_ranks: int, _: int) -> tuple[Tensor, Tensor, Tensor]:
