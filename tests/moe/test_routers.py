@@ -46,6 +46,33 @@ def logits_for(probabilities: list[list[float]]) -> Tensor:
     return torch.tensor([probabilities]).log()
 
 
+@pytest.mark.parametrize("score", ["softmax", "sigmoid"])
+def test_the_gradient_of_log_z_is_that_of_logsumexp(score):
+    router = make_router("top_k", 8, 2, score=score)
+    x_BLD = torch.randn(2, 5, 8, generator=torch.Generator().manual_seed(3)).mul(4).requires_grad_()
+    found = router(x_BLD, context_for(x_BLD))[1].log_z_sq
+    wanted = x_BLD.logsumexp(-1).square().mean()
+    torch.testing.assert_close(found, wanted)
+    torch.testing.assert_close(*(torch.autograd.grad(each, x_BLD)[0] for each in (found, wanted)))
+
+
+def test_backward_keeps_probabilities_and_not_the_logits_too():
+    """Of all that has a number for each token and expert; gates, z-loss and balance need one of them."""
+    router, kept = make_router("top_k", 8, 2, 16), set()
+
+    def pack(tensor: Tensor) -> Tensor:
+        if tensor.is_floating_point() and tensor.numel() == 2 * 5 * 8:
+            kept.add(tensor.untyped_storage().data_ptr())
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        x_BLD = torch.randn(2, 5, 16)
+        routing, stats = router(x_BLD, context_for(x_BLD))
+        loss = routing.gates_TK.square().sum() + stats.log_z_sq + stats.prob_BE.square().sum()
+    assert len(kept) == 1
+    loss.backward()
+
+
 # ------------------------------------------------------------------------------------------ switch, gshard
 
 

@@ -87,27 +87,30 @@ class ExpertParallel:
         """Begins the journey of x, in its dtype. `routing` names experts by their global ids."""
         P, (ids_TK, gates_TK) = self.n_ranks, (routing.expert_ids_TK, routing.gates_TK.float())
         T, K = ids_TK.shape
-        message_T2K = torch.cat([ids_TK.int(), gates_TK.detach().view(torch.int32)], 1)
-        ids_VK, bits_VK = gather_choices(message_T2K, P, self.group).chunk(2, 1)
         ranks_P = torch.arange(P, device=ids_TK.device)
         seats_P = torch.where(ranks_P == self.rank, 0, ranks_P + (ranks_P < self.rank))  # its own tokens are first
-        departure = self._depart_whole(x_TD, seats_P, K) if self.static else None
-
+        if self.static:
+            token_T = torch.arange(T, dtype=torch.int32, device=ids_TK.device)
+            row_of_rank_TP, ends_P = token_T.unsqueeze(1) + T * seats_P.int(), T * (ranks_P.int() + 1)
+            rank_of_seat_P = torch.where(ranks_P == 0, self.rank, ranks_P - (ranks_P <= self.rank).long())
+            row_of_token_V = row_of_rank_TP.T.flatten()
+            token_of_row_V = (token_T + T * rank_of_seat_P.int().unsqueeze(1)).flatten()
+        message_T2K = torch.cat([ids_TK.int(), gates_TK.detach().view(torch.int32)], 1)
+        ids_VK, bits_VK = gather_choices(message_T2K, P, self.group).chunk(2, 1)
+        if self.static:
+            there = row_of_rank_TP, ends_P, whole_splits(x_TD, P, K)
+            departure = self._depart(x_TD, token_T.repeat(P), *there)
         ids_VK = ids_VK.long() - self.rank * self.n_local
         here_VK = (ids_VK >= 0) & (ids_VK < self.n_local)
-        if departure is not None:
-            row_of_token_V = departure.row_of_rank_TP.T.flatten()
-            token_of_row_V = (T * seats_P.argsort().unsqueeze(1) + departure.token_of_row_S[:T]).flatten()
-        else:
+        if not self.static:
             seats_PT = torch.where(here_VK.any(1).view(P, T), seats_P.unsqueeze(1), P)
             order = sort_by_expert(seats_PT.view(-1, 1), P)
             row_of_token_V, token_of_row_V = order.row_of_choice_TK.flatten(), order.choice_of_row_R
         plan = sort_by_expert(torch.where(here_VK, ids_VK, self.n_local).index_select(0, token_of_row_V), self.n_local)
         arranged = token_of_row_V, row_of_token_V, here_VK
         gates_VK = _GatherGates.apply(gates_TK, bits_VK.view(torch.float32), *arranged, self.group)
-        if departure is not None:
+        if self.static:
             return Journey(*departure, gates_VK, plan, P * T, P * T * K)
-
         goes_TP = (ids_TK.unsqueeze(-1) // self.n_local == ranks_P).any(1)
         trips = sort_by_expert(torch.where(goes_TP, seats_P, P), P)
         n_rows_stay = here_VK.view(P, -1)[self.rank].sum(0, keepdim=True, dtype=torch.int32)
@@ -115,13 +118,6 @@ class ExpertParallel:
         splits, token_of_row_S, sizes_NR0 = read_splits(counts, trips.choice_of_row_R, P, K)
         departure = self._depart(x_TD, token_of_row_S, trips.row_of_choice_TK, trips.offsets_E, splits)
         return Journey(*departure, gates_VK, plan, sizes_NR0.shape[0], sizes_NR0.shape[1])
-
-    def _depart_whole(self, x_TD: Tensor, seats_P: Tensor, top_k: int) -> Departure:
-        """All tokens to all ranks."""
-        T, P = len(x_TD), self.n_ranks
-        token_T, place_P = (torch.arange(n, dtype=torch.int32, device=x_TD.device) for n in (T, P))
-        row_of_rank_TP = token_T.unsqueeze(1) + T * seats_P.int()
-        return self._depart(x_TD, token_T.repeat(P), row_of_rank_TP, T * (place_P + 1), whole_splits(x_TD, P, top_k))
 
     def _depart(self, x_TD: Tensor, token_of_row_S: Tensor, *rows: Tensor) -> Departure:
         packed_SD = _Send.apply(x_TD, token_of_row_S, *rows, self.group)

@@ -135,14 +135,16 @@ def token_choice_with_stats(
     context: RouteContext,
     *,
     logits_TE: Tensor | None = None,
+    is_softmax: bool = True,
     unbiased_ids_TK: Tensor | None = None,
     extra: dict[str, Tensor] | None = None,
 ) -> tuple[TokenChoice, RouterStats]:
     """Masked tokens get the id "none" and a gate of 0 and are counted nowhere; the rest is counted per sequence.
 
     `expert_ids_TK` int64, best first, may hold "none". `prob_TE` are probabilities over experts (rows sum to 1), for
-    the balancers. `logits_TE`: None for a router without. `unbiased_ids_TK`: what would have been chosen without
-    expert_bias, None if the same. `extra`: more statistics, already summed over counted tokens.
+    the balancers. `logits_TE`: None for a router without; `is_softmax`: `prob_TE` is theirs. `unbiased_ids_TK`: what
+    would have been chosen without expert_bias, None if the same. `extra`: more statistics, already summed over counted
+    tokens.
     """
     B, n_experts = context.token_ids_BL.shape[0], prob_TE.shape[1]
     if context.token_mask_BL is not None:
@@ -156,7 +158,7 @@ def token_choice_with_stats(
     load_BE, first_choice_BE, gate_BE = sums_of_choices(expert_ids_TK, gates_TK, B, n_experts)
     log_z_sq, extra = n_tokens_B.new_zeros(()), {**(extra or {})}
     if logits_TE is not None:
-        log_z_sq, observed = means_of_tokens(prob_TE, logits_TE, context)
+        log_z_sq, observed = means_of_tokens(prob_TE, logits_TE, context, is_softmax)
         extra |= observed
     if not context.training:
         extra["expert_ids_BLK"] = expert_ids_TK.unflatten(0, context.token_ids_BL.shape)
@@ -190,10 +192,16 @@ def sums_of_choices(
     )
 
 
-def means_of_tokens(prob_TE: Tensor, logits_TE: Tensor, context: RouteContext) -> tuple[Tensor, dict[str, Tensor]]:
+def means_of_tokens(
+    prob_TE: Tensor, logits_TE: Tensor, context: RouteContext, is_softmax: bool = True
+) -> tuple[Tensor, dict[str, Tensor]]:
     """Means over the counted tokens: logsumexp(logits)^2, with gradient, and the OBSERVED scalars of a router with
     logits, all in one reduction; in training `logit_max` too."""
     prob, logits = prob_TE.detach(), logits_TE.detach()
+    log_z_T = logits_TE.logsumexp(-1)
+    if is_softmax:  # is the gradient, too: so the backward pass, which needs it anyway, keeps nothing else of [T, E]
+        linear_T = (prob * logits_TE).sum(-1)
+        log_z_T = log_z_T.detach() + (linear_T - linear_T.detach())
     experts_E = torch.arange(prob.shape[1], device=prob.device)
     second_T = torch.where(experts_E == prob.argmax(-1, keepdim=True), 0.0, prob).amax(-1)
     observed = {
@@ -201,7 +209,7 @@ def means_of_tokens(prob_TE: Tensor, logits_TE: Tensor, context: RouteContext) -
         "top1_margin": prob.amax(-1) - second_T,
         "logit_sq": logits.square().mean(-1),
     }
-    means = mean_over_tokens(torch.stack([logits_TE.logsumexp(-1).square(), *observed.values()]), context)
+    means = mean_over_tokens(torch.stack([log_z_T.square(), *observed.values()]), context)
     extra = dict(zip(observed, means[1:].detach(), strict=True))
     if context.training:
         largest_T = logits.abs().amax(-1)

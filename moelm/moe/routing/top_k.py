@@ -101,6 +101,7 @@ class TopKRouter(LearnedRouter):
             prob_TE,
             context,
             logits_TE=logits_TE,
+            is_softmax=self.config.score == "softmax",
             unbiased_ids_TK=unbiased_ids_TK,
             extra=self._group_stats(expert_ids_TK, context),
         )
