@@ -198,10 +198,11 @@ def means_of_tokens(
     """Means over the counted tokens: logsumexp(logits)^2, with gradient, and the OBSERVED scalars of a router with
     logits, all in one reduction; in training `logit_max` too."""
     prob, logits = prob_TE.detach(), logits_TE.detach()
-    log_z_T = logits_TE.logsumexp(-1)
     if is_softmax:  # is the gradient, too: so the backward pass, which needs it anyway, keeps nothing else of [T, E]
         linear_T = (prob * logits_TE).sum(-1)
-        log_z_T = log_z_T.detach() + (linear_T - linear_T.detach())
+        log_z_T = logits.logsumexp(-1) + (linear_T - linear_T.detach())
+    else:
+        log_z_T = logits_TE.logsumexp(-1)
     experts_E = torch.arange(prob.shape[1], device=prob.device)
     second_T = torch.where(experts_E == prob.argmax(-1, keepdim=True), 0.0, prob).amax(-1)
     observed = {
