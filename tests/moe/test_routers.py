@@ -56,9 +56,12 @@ def test_the_gradient_of_log_z_is_that_of_logsumexp(score):
     torch.testing.assert_close(*(torch.autograd.grad(each, x_BLD)[0] for each in (found, wanted)))
 
 
-def test_backward_keeps_probabilities_and_not_the_logits_too():
+@pytest.mark.parametrize("compiled", [False, pytest.param(True, marks=pytest.mark.slow)])
+def test_backward_keeps_probabilities_and_not_the_logits_too(compiled):
     """Of all that has a number for each token and expert; gates, z-loss and balance need one of them."""
     router, kept = make_router("top_k", 8, 2, 16), set()
+    if compiled:
+        router.compile()
 
     def pack(tensor: Tensor) -> Tensor:
         if tensor.is_floating_point() and tensor.numel() == 2 * 5 * 8:

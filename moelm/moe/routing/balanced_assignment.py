@@ -10,7 +10,13 @@ from torch import Tensor
 
 from moelm.config import MoEConfig, register, setting
 from moelm.moe.choice import best_ids, choose
-from moelm.moe.routing.base import LearnedRouter, LearnedRouterConfig, count_tokens, token_choice_with_stats
+from moelm.moe.routing.base import (
+    LearnedRouter,
+    LearnedRouterConfig,
+    count_tokens,
+    probabilities,
+    token_choice_with_stats,
+)
 from moelm.moe.types import RouteContext, RouterStats, TokenChoice, count_per_sequence
 
 FIRST_STEP, LAST_STEP = 1.0, 0.01  # of the prices, in standard deviations of the logits
@@ -46,7 +52,7 @@ class BalancedAssignmentRouter(LearnedRouter):
             choice_TE = choice_TE - auction_prices(choice_TE, self.top_k, self.n_iterations, context)
         expert_ids_TK = choose(choice_TE, self.top_k)
         gates_TK = logits_TE.gather(-1, expert_ids_TK).sigmoid() * self.route_scale
-        return token_choice_with_stats(expert_ids_TK, gates_TK, logits_TE.softmax(-1), context, logits_TE=logits_TE)
+        return token_choice_with_stats(expert_ids_TK, gates_TK, probabilities(logits_TE), context, logits_TE=logits_TE)
 
 
 @torch.no_grad()

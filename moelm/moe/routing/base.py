@@ -8,6 +8,7 @@ from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
 
 from moelm.config import MoEConfig, RouterConfig, setting
 from moelm.moe.kernels import HAS_TRITON
@@ -126,6 +127,26 @@ class FixedRouter(Router):
         gates_TK = x_TD.new_full(expert_ids_TK.shape, 1 / self.top_k)
         prob_TE = x_TD.new_zeros(x_TD.shape[0], self.n_experts).scatter(1, expert_ids_TK, gates_TK)
         return token_choice_with_stats(expert_ids_TK, gates_TK * self.route_scale, prob_TE, context)
+
+
+class _Softmax(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, logits_TE: Tensor) -> Tensor:
+        prob_TE = logits_TE.softmax(-1)
+        ctx.save_for_backward(prob_TE)
+        return prob_TE
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad_TE: Tensor) -> Tensor:
+        prob_TE: Tensor = ctx.saved_tensors[0]
+        return prob_TE * (grad_TE - (grad_TE * prob_TE).sum(-1, keepdim=True))
+
+
+def probabilities(logits_TE: Tensor) -> Tensor:
+    """softmax(logits). Of torch's own a compiled forward pass keeps the negative result, too."""
+    prob_TE: Tensor = _Softmax.apply(logits_TE)
+    return prob_TE
 
 
 def token_choice_with_stats(

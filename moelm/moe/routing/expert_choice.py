@@ -16,6 +16,7 @@ from moelm.moe.routing.base import (
     count_tokens,
     mean_over_tokens,
     means_of_tokens,
+    probabilities,
     sum_per_sequence,
 )
 from moelm.moe.types import ExpertChoice, RouteContext, RouterStats
@@ -48,7 +49,7 @@ class ExpertChoiceRouter(LearnedRouter):
         E = self.n_experts
         capacity = min(L, max(1, L * self.top_k // E))
         logits_TE = self.logits(x_TD)
-        prob_TE = logits_TE.softmax(-1)
+        prob_TE = probabilities(logits_TE)
         prob_BEL = prob_TE.unflatten(0, (B, L)).transpose(1, 2)
         preference_BEL = prob_BEL.detach()
         if context.token_mask_BL is not None:

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from moelm.config import ConfigError, MoEConfig, register, setting
 from moelm.moe.choice import choose, keep_choice
-from moelm.moe.routing.base import LearnedRouter, LearnedRouterConfig, token_choice_with_stats
+from moelm.moe.routing.base import LearnedRouter, LearnedRouterConfig, probabilities, token_choice_with_stats
 from moelm.moe.types import RouteContext, RouterStats, TokenChoice
 
 
@@ -37,7 +37,7 @@ class GShardRouter(LearnedRouter):
 
     def route(self, x_TD: Tensor, context: RouteContext) -> tuple[TokenChoice, RouterStats]:
         logits_TE = self.logits(x_TD)
-        prob_TE = logits_TE.softmax(-1)
+        prob_TE = probabilities(logits_TE)
         expert_ids_TK = choose(prob_TE, 2)
         gates_TK = prob_TE.gather(-1, expert_ids_TK)
         gates_TK = gates_TK / (gates_TK.sum(-1, keepdim=True) + 1e-20)

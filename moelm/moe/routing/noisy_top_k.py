@@ -11,7 +11,13 @@ from torch import Tensor, nn
 
 from moelm.config import ConfigError, MoEConfig, register
 from moelm.moe.choice import keep_choice
-from moelm.moe.routing.base import LearnedRouter, LearnedRouterConfig, sum_per_sequence, token_choice_with_stats
+from moelm.moe.routing.base import (
+    LearnedRouter,
+    LearnedRouterConfig,
+    probabilities,
+    sum_per_sequence,
+    token_choice_with_stats,
+)
 from moelm.moe.routing.product import float32_linear
 from moelm.moe.types import RouteContext, RouterStats, TokenChoice
 
@@ -64,7 +70,7 @@ class NoisyTopKRouter(LearnedRouter):
         return token_choice_with_stats(
             expert_ids_TK,
             gates_TK,
-            logits_TE.softmax(-1),
+            probabilities(logits_TE),
             context,
             logits_TE=logits_TE,
             extra={"smooth_load_BE": sum_per_sequence(smooth_TE, context)},

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from moelm.config import MoEConfig, register, setting
 from moelm.moe.choice import choose
-from moelm.moe.routing.base import LearnedRouter, LearnedRouterConfig, token_choice_with_stats
+from moelm.moe.routing.base import LearnedRouter, LearnedRouterConfig, probabilities, token_choice_with_stats
 from moelm.moe.types import RouteContext, RouterStats, TokenChoice
 
 
@@ -58,7 +58,7 @@ class ReinforceRouter(LearnedRouter):
         return token_choice_with_stats(
             expert_ids_TK,
             logits_TE.new_full(expert_ids_TK.shape, self.route_scale / self.top_k),
-            logits_TE.softmax(-1),
+            probabilities(logits_TE),
             context,
             logits_TE=logits_TE,
             extra={"log_prob_BL": log_prob_T.view(shape), "baseline_BL": baseline_T.view(shape)},

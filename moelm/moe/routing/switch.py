@@ -8,7 +8,7 @@ from torch import Tensor
 
 from moelm.config import ConfigError, MoEConfig, register, setting
 from moelm.moe.choice import keep_choice
-from moelm.moe.routing.base import LearnedRouter, LearnedRouterConfig, token_choice_with_stats
+from moelm.moe.routing.base import LearnedRouter, LearnedRouterConfig, probabilities, token_choice_with_stats
 from moelm.moe.types import RouteContext, RouterStats, TokenChoice
 
 
@@ -31,7 +31,7 @@ class SwitchRouter(LearnedRouter):
 
     def route(self, x_TD: Tensor, context: RouteContext) -> tuple[TokenChoice, RouterStats]:
         logits_TE = self.logits(x_TD)
-        prob_TE = logits_TE.softmax(-1)
+        prob_TE = probabilities(logits_TE)
         expert_ids_T1 = keep_choice(prob_TE.detach().argmax(-1, keepdim=True))
         gates_T1 = prob_TE.gather(-1, expert_ids_T1) * self.route_scale
         return token_choice_with_stats(expert_ids_T1, gates_T1, prob_TE, context, logits_TE=logits_TE)

@@ -12,7 +12,13 @@ from torch import Tensor
 
 from moelm.config import ConfigError, MoEConfig, register, setting
 from moelm.moe.choice import best_ids, choose
-from moelm.moe.routing.base import LearnedRouter, LearnedRouterConfig, sum_per_sequence, token_choice_with_stats
+from moelm.moe.routing.base import (
+    LearnedRouter,
+    LearnedRouterConfig,
+    probabilities,
+    sum_per_sequence,
+    token_choice_with_stats,
+)
 from moelm.moe.types import RouteContext, RouterStats, TokenChoice
 
 
@@ -85,7 +91,7 @@ class TopKRouter(LearnedRouter):
     def route(self, x_TD: Tensor, context: RouteContext) -> tuple[TokenChoice, RouterStats]:
         logits_TE = self.logits(x_TD)
         if self.config.score == "softmax":
-            scores_TE = prob_TE = logits_TE.softmax(-1)
+            scores_TE = prob_TE = probabilities(logits_TE)
         else:
             scores_TE = logits_TE.sigmoid()
             prob_TE = scores_TE / (scores_TE.sum(-1, keepdim=True) + 1e-20)
