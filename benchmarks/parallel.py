@@ -140,7 +140,8 @@ def measure_run(name: str, arguments: argparse.Namespace, folder: str) -> dict[s
     ranks = [json.loads(each.read_text()) for each in sorted(config.run_folder.glob("rank-*.json"))]
     compiled_at = json.loads((config.run_folder / "compiled.json").read_text())
     found |= {
-        "tokens_per_s": [event.value for event in intervals[WARM_INTERVALS:]],
+        # the profile lies in the first of the others
+        "tokens_per_s": [event.value for event in intervals[WARM_INTERVALS + config.trainer.profile :]],
         "batch_tokens": config.optim.batch_tokens,
         "flops_per_token": flops_per_token(config.model, config.data.seq_len),
         "precision": config.trainer.precision,
