@@ -227,6 +227,12 @@ WRONG = [
     ("trainer: {strategy: fsdp1}", "trainer.strategy", ["'fsdp1'", "fsdp is FSDP2"]),
     ("trainer: {strategy: fsdp_cpu_offload}", "trainer.strategy", ["FSDP1 is not offered"]),
     ("trainer: {reshard_after_forward: false}", "trainer.reshard_after_forward", ["no effect", "strategy=fsdp"]),
+    (
+        "trainer: {reduce_dtype: bfloat16, strategy: fsdp}",
+        "trainer.reduce_dtype",
+        ["no effect", "precision=bf16-mixed"],
+    ),
+    ("trainer: {reduce_dtype: float16}", "trainer.reduce_dtype", ["'float16'", "bfloat16"]),
     ("trainer: {accumulate_unreduced: true}", "trainer.accumulate_unreduced", ["no effect", "trainer.strategy=fsdp"]),
     ("trainer: {expert_parallel: 2}", "trainer.expert_parallel", ["strategy = auto", "trainer.strategy=fsdp"]),
     ("trainer: {static_exchange: true}", "trainer.static_exchange", ["no effect", "trainer.expert_parallel to 2"]),

@@ -243,6 +243,10 @@ def _check_trainer(trainer: TrainerConfig) -> None:
     if not trainer.reshard_after_forward and trainer.strategy != "fsdp":
         problem = f"false has no effect with strategy = {trainer.strategy}, where nothing is gathered"
         raise ConfigError("trainer.reshard_after_forward", problem, "remove it, or set trainer.strategy=fsdp")
+    if trainer.reduce_dtype == "bfloat16" and (trainer.strategy, trainer.precision) != ("fsdp", "bf16-mixed"):
+        problem = f"bfloat16 has no effect with strategy = {trainer.strategy}, precision = {trainer.precision}"
+        remedy = "remove it, or set trainer.strategy=fsdp and trainer.precision=bf16-mixed"
+        raise ConfigError("trainer.reduce_dtype", problem, remedy)
     if trainer.accumulate_unreduced and trainer.strategy != "fsdp":
         problem = f"has no effect with strategy = {trainer.strategy}, which always sends gradients once a step"
         raise ConfigError("trainer.accumulate_unreduced", problem, "remove it, or set trainer.strategy=fsdp")

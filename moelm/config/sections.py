@@ -274,6 +274,9 @@ class TrainerConfig:
     static_exchange: bool = False
     replicas: int = setting(1, ge=1)  # fsdp: groups of ranks of which each holds a whole model, sharded inside it
     reshard_after_forward: bool = True  # fsdp; false: blocks stay whole until the backward pass, and are sent once
+    # fsdp with bf16-mixed: in which the gradients of blocks are sent and summed; bfloat16: half the bytes, rounded once
+    # more for each rank on their way
+    reduce_dtype: str = setting("float32", allowed=("float32", "bfloat16"))
     accumulate_unreduced: bool = False  # fsdp: a device sums its own gradients of all weights, sent once a step
     stop_within_s: float = setting(600.0, gt=0, le=10**6)  # after SIGTERM, SIGINT or SIGUSR1; then it ends anyhow
     # without the end of a batch; then the run ends; null: never
@@ -288,7 +291,7 @@ class TrainerConfig:
 OWN_TRAINER_KEYS = (
     *("activation_checkpointing", "compile", "float32_matmul_precision", "expert_parallel", "accumulate_unreduced"),
     *("replicas", "reshard_after_forward", "stop_within_s", "max_skipped_steps", "max_loss_spike", "profile"),
-    *("stall_timeout_s", "static_exchange"),
+    *("stall_timeout_s", "static_exchange", "reduce_dtype"),
 )
 MANAGED_TRAINER_ARGUMENTS = {
     "accumulate_grad_batches": "it follows from optim.batch_tokens and optim.micro_batch_size; set those",

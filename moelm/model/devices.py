@@ -103,10 +103,12 @@ def _fsdp(config: Config, counts: Counts, n_devices: int, n_ep: int) -> OnDevice
     both = gradients + activations if n_micro_batches > 1 else max(gradients, activations)
     gathered, reduced = n_micro_batches, 1 if config.trainer.accumulate_unreduced else n_micro_batches
     times = 1 if keeps else 2  # that a block is gathered
-    others = (times * s * gathered + 4 * reduced) * counts.blocks + 4 * (gathered + reduced) * counts.rest
-    experts = (times * s * gathered + 4 * reduced) * (counts.experts // n_ep)
+    r = 2 if config.trainer.reduce_dtype == "bfloat16" else 4
+    others = (times * s * gathered + r * reduced) * counts.blocks + 4 * (gathered + reduced) * counts.rest
+    experts = (times * s * gathered + r * reduced) * (counts.experts // n_ep)
     sent = others * (W - 1) / W + experts * (n_fsdp - 1) / n_fsdp + 8 * counts.routers * (n_devices - 1) / n_devices
-    sent += 8 * reduced * (counts.total - counts.routers) / W * (n_replicas - 1) / n_replicas
+    of_replica = r * (counts.blocks + counts.experts) + 4 * counts.rest
+    sent += 2 * reduced * of_replica / W * (n_replicas - 1) / n_replicas
     if n_ep > 1 and moe is not None:
         static = config.trainer.static_exchange
         n_sent = n_ep if static else ranks_of_token(moe, n_ep)

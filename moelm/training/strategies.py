@@ -141,12 +141,13 @@ class ShardedStrategy(ModelParallelStrategy):
         Routers stay whole on every rank: small (experts x d_model a layer), and float32 however the rest is sent.
         Under bf16-mixed the weights of blocks are sent as bfloat16; those of the rest, where the residual stream
         begins and ends, as float32. Autocast chooses what is computed in which dtype, as on one device, so no unit
-        casts its inputs. Gradients are summed in float32.
+        casts its inputs. Gradients are summed in float32, or those of blocks in `reduce_dtype`.
         """
         float32 = MixedPrecisionPolicy(reduce_dtype=torch.float32, cast_forward_inputs=False)
         mixed = float32
         if self.options.precision == "bf16-mixed":
-            mixed = MixedPrecisionPolicy(torch.bfloat16, torch.float32, cast_forward_inputs=False)
+            reduce_dtype = getattr(torch, self.options.reduce_dtype)
+            mixed = MixedPrecisionPolicy(torch.bfloat16, reduce_dtype, cast_forward_inputs=False)
         shard = self.device_mesh["fsdp", "ep"]._flatten("shard")
         mesh = self._with_replicas(shard)
         placement = partial(placement_of, n_ranks=shard.size())

@@ -52,6 +52,8 @@ def test_what_is_sent_is_what_the_formulas_of_the_docs_say(tiny_config):
     assert fsdp.sent - on_devices(once, 2)[1].sent == (4 * (n.blocks + n.experts + n.rest)) / 2
     kept = on_devices(make(tiny_config, strategy="fsdp", reshard_after_forward=False), 2)[1]
     assert fsdp.sent - kept.sent == 2 * 4 * (n.blocks + n.experts) / 2
+    halved = on_devices(make(tiny_config, reduce_dtype="bfloat16"), 2)[1]
+    assert fsdp.sent - halved.sent == 2 * 2 * (n.blocks + n.experts) / 2
     again = make(tiny_config, activation_checkpointing="full")
     assert on_devices(again, 2)[2].sent - shared.sent == int(2 * 2 * rows * 4 * 32 / 2)
 

@@ -98,11 +98,20 @@ def test_two_processes_equal_one(make: Make, tmp_path: Path) -> None:
     fsdp = {name: make(f"fsdp-{i}", FSDP, changes) for i, (name, changes) in enumerate(VARIANTS.items())}
     ddp, unreduced = make("ddp", DDP), make("unreduced", FSDP, {"trainer.accumulate_unreduced": True})
     kept = make("kept", FSDP, {"trainer.reshard_after_forward": False})
+    short_sums = make("short-sums", FSDP, VARIANTS["bf16"], {"trainer.reduce_dtype": "bfloat16"})
     straight, short = make("straight", ADAMW), {"trainer.max_steps": 3}
     train(straight)
     train(make("back", ADAMW, short))
     run_all(
-        [*fsdp.values(), ddp, unreduced, kept, make("there", ADAMW, FSDP, short), make("back", ADAMW, FSDP)],
+        [
+            *fsdp.values(),
+            ddp,
+            unreduced,
+            kept,
+            short_sums,
+            make("there", ADAMW, FSDP, short),
+            make("back", ADAMW, FSDP),
+        ],
         tmp_path,
         n_ranks=2,
     )
@@ -126,6 +135,10 @@ def test_two_processes_equal_one(make: Make, tmp_path: Path) -> None:
     assert [tape["val_ce"] for tape in tapes(fsdp["plain"], 2)] == pytest.approx([tapes(one["plain"])[0]["val_ce"]] * 2)
 
     assert_close_steps(tapes(one["bf16"])[0], tapes(fsdp["bf16"], 2)[1])
+    assert_close_steps(tapes(one["bf16"])[0], tapes(short_sums, 2)[1])
+    first, summed_short = (tapes(each, 2)[1]["steps"][0]["gradients"] for each in (fsdp["bf16"], short_sums))
+    rounded = {name for name in first if not torch.equal(first[name], summed_short[name])}
+    assert rounded == {name for name in first if name.startswith("blocks.") and ".router." not in name}
 
     (_, a), (before, b) = tapes(one["muon"])[0]["steps"], tapes(fsdp["muon"], 2)[1]["steps"]
     moved = {name: b["weights"][name] - before["weights"][name] for name in b["weights"]}
