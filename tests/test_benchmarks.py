@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import math
 from collections.abc import Callable
 from functools import partial
@@ -22,6 +23,7 @@ from torch.optim import Optimizer
 from moelm import command_line
 from moelm.config import Config
 from moelm.model.gpt import GPT
+from moelm.moe.kernels import INTERPRETED
 from moelm.training.optim import build_optimizer
 
 command_line.import_builtins()
@@ -89,6 +91,22 @@ def test_a_variant_that_cannot_be_built_or_is_wrong_is_reported_and_not_timed(mo
     assert "| wrong | - |" in text
     assert "| ours | fp32, bf16 compute |" in text
     assert plot.layer_bars({"layer": {"tiny": found}}) == (["tiny"], {"ours": [found["ours"]["of_limit"]["median"]]})
+
+
+@pytest.mark.skipif(not INTERPRETED, reason="needs Triton's interpreter")
+def test_products_are_timed_if_they_are_right(monkeypatch: pytest.MonkeyPatch) -> None:
+    import products
+
+    monkeypatch.setitem(moe_layer.SHAPES, "tiny", SHAPE)
+    quick = argparse.Namespace(quick=True, out=None)
+    found = products.run(quick, ["tiny"], "cpu")["products"]["tiny"]
+    assert sum(part["operations"] for part in found.values()) == SHAPE.flops
+    assert all(part["variants"]["torch"]["ms"]["n"] >= 4 for part in found.values())
+    assert all(1e-4 < part["variants"]["torch"]["relative_error"] < products.MOST for part in found.values())
+    monkeypatch.setattr(products, "MOST", 1e-4)
+    wrong = products.run(quick, ["tiny"], "cpu")
+    assert all("ms" not in part["variants"]["torch"] for part in wrong["products"]["tiny"].values())
+    assert "| down | - | relative error 1." in products.markdown(wrong)
 
 
 def test_the_lanes_of_a_trace_are_those_of_the_step_in_its_middle():
