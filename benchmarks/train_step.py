@@ -83,7 +83,8 @@ def bare_loop(config: Config, device: str) -> list[Interval]:
     model.to_empty(device=device)
     initialize_once(model, config.run.seed)
     accumulation = config.optim.batch_tokens // (config.optim.micro_batch_size * config.data.seq_len)
-    model.compile_blocks(cuda_graphs=device == "cuda" and accumulation == 1)  # as `auto` does
+    graphs = accumulation == 1 or config.trainer.compile == "cuda_graphs"  # as the trainer does
+    model.compile_blocks(cuda_graphs=device == "cuda" and graphs)
     model.activation_checkpointing = config.trainer.activation_checkpointing
     module.model = model
     optimizer = build_optimizer(model, config.optim)
@@ -102,7 +103,7 @@ def bare_loop(config: Config, device: str) -> list[Interval]:
         optimizer.zero_grad()
 
     with torch.autograd.set_multithreading_enabled(False):  # as the trainer does
-        return loop(config, device, loss, step)
+        return loop(config, device, loss, step, model.own_gradients)
 
 
 def peer_loop(build: Callable[..., peers.Model]) -> Run:
@@ -125,16 +126,25 @@ def peer_loop(build: Callable[..., peers.Model]) -> Run:
     return run
 
 
-def loop(config: Config, device: str, loss: Callable[[Batch], Tensor], step: Callable[[], None]) -> list[Interval]:
-    """Of `log_every_n_steps` optimizer steps; the device is waited for only between them."""
+def loop(
+    config: Config,
+    device: str,
+    loss: Callable[[Batch], Tensor],
+    step: Callable[[], None],
+    before_sums: Callable[[], None] = lambda: None,
+) -> list[Interval]:
+    """Of `log_every_n_steps` optimizer steps; the device is waited for only between them. `before_sums` comes after the
+    first of several micro-batches."""
     micro_tokens = config.optim.micro_batch_size * config.data.seq_len
     accumulation = config.optim.batch_tokens // micro_tokens
     batches = batches_of(config, device)
     intervals, every = [], config.trainer.log_every_n_steps
     started = time.perf_counter()
     for i in range(1, config.trainer.max_steps + 1):
-        for _ in range(accumulation):
+        for micro_batch in range(accumulation):
             (loss(next(batches)) / accumulation).backward()
+            if micro_batch == 0 and accumulation > 1:
+                before_sums()
         step()
         if i % every == 0:
             if device == "cuda":
