@@ -232,6 +232,11 @@ WRONG = [
         "trainer.reduce_dtype",
         ["no effect", "precision=bf16-mixed"],
     ),
+    (
+        "trainer: {reduce_dtype: bfloat16, strategy: fsdp, precision: bf16-mixed, accumulate_unreduced: true}",
+        "trainer.reduce_dtype",
+        ["add up micro-batches", "set one of the two"],
+    ),
     ("trainer: {reduce_dtype: float16}", "trainer.reduce_dtype", ["'float16'", "bfloat16"]),
     ("trainer: {accumulate_unreduced: true}", "trainer.accumulate_unreduced", ["no effect", "trainer.strategy=fsdp"]),
     ("trainer: {expert_parallel: 2}", "trainer.expert_parallel", ["strategy = auto", "trainer.strategy=fsdp"]),

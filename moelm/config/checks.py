@@ -247,6 +247,9 @@ def _check_trainer(trainer: TrainerConfig) -> None:
         problem = f"bfloat16 has no effect with strategy = {trainer.strategy}, precision = {trainer.precision}"
         remedy = "remove it, or set trainer.strategy=fsdp and trainer.precision=bf16-mixed"
         raise ConfigError("trainer.reduce_dtype", problem, remedy)
+    if trainer.reduce_dtype == "bfloat16" and trainer.accumulate_unreduced:
+        problem = "bfloat16 with trainer.accumulate_unreduced = true would add up micro-batches in bfloat16"
+        raise ConfigError("trainer.reduce_dtype", problem, "set one of the two only")
     if trainer.accumulate_unreduced and trainer.strategy != "fsdp":
         problem = f"has no effect with strategy = {trainer.strategy}, which always sends gradients once a step"
         raise ConfigError("trainer.accumulate_unreduced", problem, "remove it, or set trainer.strategy=fsdp")

@@ -274,8 +274,8 @@ class TrainerConfig:
     static_exchange: bool = False
     replicas: int = setting(1, ge=1)  # fsdp: groups of ranks of which each holds a whole model, sharded inside it
     reshard_after_forward: bool = True  # fsdp; false: blocks stay whole until the backward pass, and are sent once
-    # fsdp with bf16-mixed: in which the gradients of blocks are sent and summed; bfloat16: half the bytes, rounded once
-    # more for each rank on their way
+    # fsdp with bf16-mixed: in which the gradients of blocks are sent and summed over ranks; bfloat16: half the bytes,
+    # rounded once more for each rank on their way
     reduce_dtype: str = setting("float32", allowed=("float32", "bfloat16"))
     accumulate_unreduced: bool = False  # fsdp: a device sums its own gradients of all weights, sent once a step
     stop_within_s: float = setting(600.0, gt=0, le=10**6)  # after SIGTERM, SIGINT or SIGUSR1; then it ends anyhow

@@ -122,6 +122,9 @@ def _fsdp(config: Config, counts: Counts, n_devices: int, n_ep: int) -> OnDevice
         row = row_bytes(config.model, mixed, config.trainer.compile is not False)
         kept += ((n_ep if static else BUSIEST) - 1) * tokens * moe.choices_per_token * row
         both += int(kept * (1 if again else len(config.model.routed_layers)))
+        if static:  # of one layer, gradients of rows
+            width = 3 * moe.d_expert + config.model.d_model // moe.router.n_chunks
+            both += (n_ep - 1) * tokens * moe.choices_per_token * s * width
         both += 8 * choices * n_ep if again else 0  # what all ranks chose is kept
     name = "fsdp" + (f", replicas={n_replicas}" if n_replicas > 1 else "")
     name += f", expert_parallel={n_ep}" if n_ep > 1 else ""

@@ -206,7 +206,8 @@ def _activation_bytes(model: ModelConfig, layer: int, tokens: int, mixed: bool, 
     if moe is None or not model.is_moe_layer(layer):
         return tokens * (norms + attended + c * hidden * model.feed_forward.d_ff)
     rows = moe.choices_per_token * row_bytes(model, mixed, compiled)
-    router = 4 * 2 * moe.n_experts * moe.router.n_chunks + (0 if compiled else 4 * d)
+    n_kept = 1 if getattr(moe.router, "score", "softmax") == "softmax" else 2  # probabilities; or scores and logits
+    router = 4 * n_kept * moe.n_experts * moe.router.n_chunks + (0 if compiled else 4 * d)
     if moe.router.mixes_chunks:
         router += c * 2 * d  # what split and merge read
     return tokens * (norms + attended + rows + router + c * hidden * moe.shared_width)

@@ -63,16 +63,11 @@ class Rank:
 
 
 class Landing:
-    """A journey whose result is unwritten until somebody waits for it."""
+    """A journey that begins only when somebody waits for it."""
 
     def __init__(self, rank: Rank, result: torch.Tensor, *rest: Any) -> None:
-        self.result, self.landed = result, torch.empty_like(result)
-        rank.exchange(self.landed, *rest)
+        self.wait = partial(rank.exchange, result, *rest)
         result.fill_(torch.nan)
-
-    def wait(self) -> None:
-        with torch.no_grad():
-            self.result.copy_(self.landed)
 
 
 @pytest.fixture
@@ -291,6 +286,20 @@ def test_in_a_static_exchange_all_tokens_travel_and_sizes_are_known(all_to_all):
         assert sent == 3 * 3 * (D + 2 * 2) * 4  # tokens; choices and gates
         assert (len(local.gates_TK), len(plan.choice_of_row_R)) == (12, 24)
         assert plan.offsets_E.tolist() == [[4, 8], [0, 0], [0, 4], [0, 0]][rank]
+
+
+def test_what_is_on_its_way_home_may_be_written_over(all_to_all, static):
+    """By a compiler that needs it no more."""
+
+    def run(group):
+        exchange = ExpertParallel(group, 8, static)
+        journey = exchange.send(torch.ones(3, D), TokenChoice(torch.tensor([[0, 4]] * 3), torch.ones(3, 2)))
+        y_ND = exchange.receive(journey)[0] * (1 + group.rank())
+        landing_SD = exchange.send_back(y_ND, journey)
+        y_ND.fill_(torch.nan)
+        return exchange.bring_home(landing_SD, journey).unique().tolist()
+
+    assert on_ranks(2, run)[0] == [[3.0], [3.0]]
 
 
 def test_two_journeys_at_once_of_a_rank_that_sends_nothing_are_told_apart(all_to_all):

@@ -311,10 +311,10 @@ def resume(packed_SD: Tensor, x_TD: Tensor | None, token_of_row_S: Tensor | None
 
 @op("moelm::send_back", fake=lambda y_ND, _, n_rows, __: y_ND.new_empty(n_rows, y_ND.shape[1]), recordable=False)
 def send_back(y_ND: Tensor, splits: Tensor, n_rows: int, group: str) -> Tensor:
-    """[S, D], which will hold what comes back: N D elements sent. `y_ND` must stay as it is until `gather_home`;
-    compilers give its memory only to tensors of N rows, of which there are no others."""
+    """[S, D], which will hold what comes back: N D elements sent, out of a copy, since a compiler may give the memory
+    of `y_ND` to others at once."""
     split, landing_SD = split_of(splits, group), y_ND.new_empty(n_rows, y_ND.shape[1])
-    begin_sending_back(landing_SD, split, group, y_ND[split.stay :])
+    begin_sending_back(landing_SD, split, group, y_ND[split.stay :].clone())
     landing_SD[: split.stay] = y_ND[: split.stay]
     return landing_SD
 

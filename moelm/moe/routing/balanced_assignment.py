@@ -52,7 +52,9 @@ class BalancedAssignmentRouter(LearnedRouter):
             choice_TE = choice_TE - auction_prices(choice_TE, self.top_k, self.n_iterations, context)
         expert_ids_TK = choose(choice_TE, self.top_k)
         gates_TK = logits_TE.gather(-1, expert_ids_TK).sigmoid() * self.route_scale
-        return token_choice_with_stats(expert_ids_TK, gates_TK, probabilities(logits_TE), context, logits_TE=logits_TE)
+        return token_choice_with_stats(
+            expert_ids_TK, gates_TK, probabilities(logits_TE), context, logits_TE=logits_TE, is_softmax=True
+        )
 
 
 @torch.no_grad()

@@ -156,16 +156,16 @@ def token_choice_with_stats(
     context: RouteContext,
     *,
     logits_TE: Tensor | None = None,
-    is_softmax: bool = True,
+    is_softmax: bool = False,
     unbiased_ids_TK: Tensor | None = None,
     extra: dict[str, Tensor] | None = None,
 ) -> tuple[TokenChoice, RouterStats]:
     """Masked tokens get the id "none" and a gate of 0 and are counted nowhere; the rest is counted per sequence.
 
     `expert_ids_TK` int64, best first, may hold "none". `prob_TE` are probabilities over experts (rows sum to 1), for
-    the balancers. `logits_TE`: None for a router without; `is_softmax`: `prob_TE` is theirs. `unbiased_ids_TK`: what
-    would have been chosen without expert_bias, None if the same. `extra`: more statistics, already summed over counted
-    tokens.
+    the balancers. `logits_TE`: None for a router without; `is_softmax`: `prob_TE` is theirs, made by
+    `probabilities`, and nothing else of them is kept for backward. `unbiased_ids_TK`: what would have been chosen
+    without expert_bias, None if the same. `extra`: more statistics, already summed over counted tokens.
     """
     B, n_experts = context.token_ids_BL.shape[0], prob_TE.shape[1]
     if context.token_mask_BL is not None:
@@ -214,7 +214,7 @@ def sums_of_choices(
 
 
 def means_of_tokens(
-    prob_TE: Tensor, logits_TE: Tensor, context: RouteContext, is_softmax: bool = True
+    prob_TE: Tensor, logits_TE: Tensor, context: RouteContext, is_softmax: bool
 ) -> tuple[Tensor, dict[str, Tensor]]:
     """Means over the counted tokens: logsumexp(logits)^2, with gradient, and the OBSERVED scalars of a router with
     logits, all in one reduction; in training `logit_max` too."""

@@ -64,7 +64,7 @@ class ExpertChoiceRouter(LearnedRouter):
         n_tokens_B = count_tokens(context)
         chosen_T = torch.zeros(B * L + 1, device=x_TD.device).scatter(0, token_ids_BEC.flatten(), 1.0)[:-1]
         unchosen = mean_over_tokens(1 - chosen_T, context)
-        log_z_sq, observed = means_of_tokens(prob_TE, logits_TE, context)
+        log_z_sq, observed = means_of_tokens(prob_TE, logits_TE, context, is_softmax=True)
         stats = RouterStats(
             load_BE=load_BE,
             kept_BE=load_BE,

@@ -47,5 +47,5 @@ class GShardRouter(LearnedRouter):
             expert_ids_TK = torch.where(taken_TK, expert_ids_TK, self.n_experts)
             gates_TK = torch.where(taken_TK, gates_TK, 0.0)
         return token_choice_with_stats(
-            expert_ids_TK, gates_TK * self.route_scale, prob_TE, context, logits_TE=logits_TE
+            expert_ids_TK, gates_TK * self.route_scale, prob_TE, context, logits_TE=logits_TE, is_softmax=True
         )

@@ -73,6 +73,7 @@ class NoisyTopKRouter(LearnedRouter):
             probabilities(logits_TE),
             context,
             logits_TE=logits_TE,
+            is_softmax=True,
             extra={"smooth_load_BE": sum_per_sequence(smooth_TE, context)},
         )
 

@@ -61,6 +61,7 @@ class ReinforceRouter(LearnedRouter):
             probabilities(logits_TE),
             context,
             logits_TE=logits_TE,
+            is_softmax=True,
             extra={"log_prob_BL": log_prob_T.view(shape), "baseline_BL": baseline_T.view(shape)},
         )
 

@@ -34,4 +34,4 @@ class SwitchRouter(LearnedRouter):
         prob_TE = probabilities(logits_TE)
         expert_ids_T1 = keep_choice(prob_TE.detach().argmax(-1, keepdim=True))
         gates_T1 = prob_TE.gather(-1, expert_ids_T1) * self.route_scale
-        return token_choice_with_stats(expert_ids_T1, gates_T1, prob_TE, context, logits_TE=logits_TE)
+        return token_choice_with_stats(expert_ids_T1, gates_T1, prob_TE, context, logits_TE=logits_TE, is_softmax=True)
