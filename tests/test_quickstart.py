@@ -49,9 +49,10 @@ def test_the_quickstart_beats_gzip_and_xz_without_a_dead_expert(tmp_path: Path) 
     assert evaluated["all"]["dead_experts"] == [0] * len(evaluated["all"]["dead_experts"])
     prompt = "class Reader:\n    def __init__(self, path):\n        self."
     options = ("--checkpoint", run, "--prompt", prompt, "--temperature", "0.6")
-    written = python("-m", "moelm.generate", *options, cwd=tmp_path).removeprefix(prompt)
-    assert written.count("self") >= 5, written
-    assert written.count("\n    ") >= 5, written
+    texts = [python("-m", "moelm.generate", *options, "--seed", seed, cwd=tmp_path) for seed in "012"]
+    written = "".join(text.removeprefix(prompt) for text in texts)  # one alone may be a long list
+    assert written.count("self") >= 15, written
+    assert written.count("\n    ") >= 8, written
 
 
 @pytest.mark.slow
