@@ -99,6 +99,11 @@ def _burst(step: Callable[[], Any], n_calls: int) -> list[float]:
     return [start.elapsed_time(end) for start, end in events]
 
 
+def spread_of(samples: Sequence[Sequence[float]]) -> dict[str, float]:
+    """The spread of all calls in all rounds of `time_interleaved`."""
+    return spread(list(itertools.chain.from_iterable(samples)))
+
+
 def ratios(of: list[list[float]], to: list[list[float]]) -> dict[str, float]:
     """median(of) / median(to) in each round, and its spread over rounds."""
     return spread([statistics.median(a) / statistics.median(b) for a, b in zip(of, to, strict=True)])

@@ -21,7 +21,7 @@ import measure
 import peers
 import torch
 import torch.nn.functional as F
-from measure import relative_error, spread
+from measure import relative_error
 from peers import Layer, Shape
 from torch import Tensor, nn
 
@@ -333,7 +333,7 @@ def measure_shape(shape: Shape, names: list[str], device: str, rounds: int, burs
         steps["matrix products alone"], found["matrix products alone"] = products(shape), {"weights": "bf16"}
     times = measure.time_interleaved(steps, rounds, burst_ms)
     for name, samples in times.items():
-        found[name]["ms"] = spread([ms for samples_of_round in samples for ms in samples_of_round])
+        found[name]["ms"] = measure.spread_of(samples)
         found[name]["tflops"] = shape.flops / found[name]["ms"]["median"] / 1e9
         if "limit" in times:
             found[name]["of_limit"] = measure.ratios(times["limit"], samples)
@@ -399,7 +399,7 @@ def measure_skew(shape: Shape, name: str, device: str, rounds: int, burst_ms: fl
         except Exception as error:
             found[load] = {"error": explain(error)}
     for load, samples in (times := measure.time_interleaved(steps, rounds, burst_ms)).items():
-        found[load]["ms"] = spread([ms for samples_of_round in samples for ms in samples_of_round])
+        found[load]["ms"] = measure.spread_of(samples)
         if "balanced" in times:
             found[load]["of_balanced"] = measure.ratios(samples, times["balanced"])
     whole = problems["balanced"]

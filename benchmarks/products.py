@@ -19,7 +19,7 @@ import measure
 import moe_layer
 import torch
 import torch.nn.functional as F
-from measure import relative_error, spread
+from measure import relative_error
 from peers import Shape
 from torch import Tensor
 
@@ -135,7 +135,7 @@ def measure_shape(shape: Shape, device: str, rounds: int, burst_ms: float) -> di
         del wanted
         right = {variant: run for variant, run in part.variants.items() if "error" not in found[variant]}
         for variant, samples in measure.time_interleaved(right, rounds, burst_ms).items():
-            ms = found[variant]["ms"] = spread([ms for samples_of_round in samples for ms in samples_of_round])
+            ms = found[variant]["ms"] = measure.spread_of(samples)
             found[variant]["tflops"] = part.operations / ms["median"] / 1e9
         result[name] = {"operations": part.operations, "variants": found}
         print(f"  {name}", file=sys.stderr, flush=True)
