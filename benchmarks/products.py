@@ -101,13 +101,15 @@ def parts_of(shape: Shape, device: str) -> dict[str, Part]:
     }
     tiles = products.hopper_tiles(x_TD, R, K, F_, ends_E, torch.bfloat16)
     if tiles is not None:
-        ours, by_token = products.hopper(), (choice_R, K, ends_E, tiles[0], torch.bfloat16)
+        ours, by_token = products.hopper(), (choice_R, K, ends_E, tiles[0], torch.bfloat16, None)
+        # where experts are wide the tokens are spread first; the layer does so once for the gradients of h and of down
+        wide_x, wide_grad = (partial(products.spread_if_wide, each, places_TK, F_) for each in (x_TD, grad_TD))
         fused: list[Callable[[], Results]] = [
-            lambda: ours.up_product(x_TD, choice_R, K, w1, tiles),
+            lambda: ours.up_product(x_TD, choice_R, K, w1, tiles, wide_x()),
             lambda: (ours.product(h, w2, tiles[0]),),
-            lambda: ours.down_backward(grad_TD, gates_TK, choice_R, ends_E, w2, z, tiles),
-            lambda: (ours.weight_gradient(grad_TD, gated_h, *by_token, rows_first=True),),
-            lambda: (ours.weight_gradient(x_TD, grad_z, *by_token),),
+            lambda: ours.down_backward(grad_TD, gates_TK, choice_R, ends_E, w2, z, tiles, wide_grad()),
+            lambda: (ours.weight_gradient(grad_TD, gated_h, *by_token, wide_grad(), rows_first=True),),
+            lambda: (ours.weight_gradient(x_TD, grad_z, *by_token, wide_x()),),
             lambda: (ours.product(grad_z, w1, tiles[0], transposed=True),),
         ]
         for part, run in zip(parts.values(), fused, strict=True):

@@ -77,6 +77,10 @@ class Tiled:
 
     SIZE = 4
 
+    def sorted(self, tokens_TD, token_of_row_R, spread_RD):
+        assert (spread_RD is not None) == (products.SPREAD_FROM == 0)
+        return tokens_TD[token_of_row_R] if spread_RD is None else spread_RD[: len(token_of_row_R)]
+
     def rows_of(self, tiles):
         for e, row, stop in tiles.tiles_N3.tolist():
             if e >= 0:
@@ -88,22 +92,34 @@ class Tiled:
             out_RN[rows] = rows_RK[rows] @ (w[e].T if transposed else w[e])
         return out_RN
 
-    def up_product(self, x_TD, choice_of_row_R, top_k, w, tiles):
+    def up_product(self, x_TD, choice_of_row_R, top_k, w, tiles, spread_RD=None):
         gate_up_R2F = torch.full((len(choice_of_row_R), w.shape[2]), torch.nan)
         for part in tiles:
-            self.product(x_TD[choice_of_row_R // top_k], w, part, out_RN=gate_up_R2F)
+            self.product(self.sorted(x_TD, choice_of_row_R // top_k, spread_RD), w, part, out_RN=gate_up_R2F)
         return gate_up_R2F, expert_mlp.swiglu_reference(gate_up_R2F, None)
 
-    def down_backward(self, grad_y_TD, gates_TK, choice_of_row_R, offsets_E, w, gate_up_R2F, tiles):
+    def down_backward(self, grad_y_TD, gates_TK, choice_of_row_R, offsets_E, w, gate_up_R2F, tiles, spread_RD=None):
         grad_h_RF = torch.full((len(choice_of_row_R), w.shape[1]), torch.nan)
         for part in tiles:
-            self.product(grad_y_TD[choice_of_row_R // gates_TK.shape[1]], w, part, transposed=True, out_RN=grad_h_RF)
+            grad_rows_RD = self.sorted(grad_y_TD, choice_of_row_R // gates_TK.shape[1], spread_RD)
+            self.product(grad_rows_RD, w, part, transposed=True, out_RN=grad_h_RF)
         return expert_mlp.swiglu_backward_reference(grad_h_RF, gate_up_R2F, gates_TK, choice_of_row_R, offsets_E)
 
     def weight_gradient(
-        self, tokens_TM, rows_RN, choice_of_row_R, top_k, offsets_E, tiles, dtype, to=None, *, rows_first=False
+        self,
+        tokens_TM,
+        rows_RN,
+        choice_of_row_R,
+        top_k,
+        offsets_E,
+        tiles,
+        dtype,
+        to=None,
+        spread_RM=None,
+        *,
+        rows_first=False,
     ):
-        pair = tokens_TM[choice_of_row_R // top_k], rows_RN
+        pair = self.sorted(tokens_TM, choice_of_row_R // top_k, spread_RM), rows_RN
         return expert_mlp._sum_of_products(*(reversed(pair) if rows_first else pair), offsets_E).to(dtype)
 
 
@@ -147,6 +163,23 @@ def test_tokens_that_arrive_meanwhile_are_not_touched_before_and_leave_first(mon
     found = meanwhile(grad_y_TD, arguments, n_here)
     for one, other in zip(found, wanted, strict=True):
         assert_near({"": one}, {"": other[: len(one)]}, 1e-6)
+
+
+@pytest.mark.skipif(not INTERPRETED, reason="in Triton's interpreter, on CPU tensors")
+@pytest.mark.parametrize("spread_from", [0, 4096])
+@pytest.mark.parametrize("case", ["some_none", "one_expert"])
+def test_tokens_of_wide_experts_are_spread_first(monkeypatch, case, spread_from):
+    grad_y_TD, arguments = make_case(CASES[case], "cpu", torch.float32)
+    y_TD, gate_up_R2F = expert_mlp.forward_reference(*arguments)
+    wanted = y_TD, *expert_mlp.backward_reference(grad_y_TD, *arguments, gate_up_R2F)
+    monkeypatch.setattr(products, "SPREAD_FROM", spread_from)
+    monkeypatch.setattr(expert_mlp, "hopper", Tiled)
+    monkeypatch.setattr(
+        expert_mlp, "hopper_tiles", lambda _, n_rows, *more: products.row_tiles(n_rows, more[2], Tiled.SIZE)
+    )
+    found = expert_mlp.forward(*arguments)[0], *expert_mlp.backward(grad_y_TD, *arguments, gate_up_R2F)
+    for one, other in zip(found, wanted, strict=True):
+        assert_near({"": one}, {"": other}, 1e-6)
 
 
 @pytest.mark.gpu
@@ -211,11 +244,13 @@ def test_kernels_equal_the_reference(kernel_device, case, dtype):
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("hopper", [True, False])
-def test_many_tiles_and_steps_are_the_reference_too(hopper, monkeypatch):
+@pytest.mark.parametrize("rows", ["gathered", "spread", "for torch"])
+def test_many_tiles_and_steps_are_the_reference_too(rows, monkeypatch):
     """More tiles than processors, more steps than stages, and no width or load that a tile divides."""
-    if not hopper:
+    if rows == "for torch":
         monkeypatch.setattr(products, "_hopper_works", lambda *_: False)
+    elif rows == "spread":
+        monkeypatch.setattr(products, "SPREAD_FROM", 0)
     grad_y_TD, arguments = make_case(ids(4100, 3), "cuda", torch.bfloat16, D=584, F=328)
     n_used = int(arguments[4][-1])
     y_TD, gate_up_R2F = expert_mlp.forward(*arguments)
@@ -229,7 +264,7 @@ def test_many_tiles_and_steps_are_the_reference_too(hopper, monkeypatch):
 
 
 @pytest.mark.gpu
-def test_neither_rounds_of_blocks_nor_a_sum_that_begins_change_a_bit(monkeypatch):
+def test_neither_rounds_of_blocks_nor_spread_rows_nor_a_sum_that_begins_change_a_bit(monkeypatch):
     grad_y_TD, arguments = make_case(ids(4100, 3), "cuda", torch.bfloat16, D=584, F=328)
     n_used = int(arguments[4][-1])
 
@@ -240,13 +275,15 @@ def test_neither_rounds_of_blocks_nor_a_sum_that_begins_change_a_bit(monkeypatch
 
     wanted = results()
     monkeypatch.setattr(kernels, "rounds", 3)
-    begun = torch.zeros((), dtype=torch.bool, device="cuda")
-    sums = [(torch.full(weight.shape, torch.nan, device="cuda"), begun) for weight in arguments[5:]]
-    for one, other in zip(results(*sums), wanted, strict=True):
-        assert torch.equal(one, other)
-    begun.fill_(True)
-    for one, other in zip(results(*sums)[-2:], wanted[-2:], strict=True):
-        assert torch.equal(one, 2 * other)
+    for spread_from in (10**9, 0):
+        monkeypatch.setattr(products, "SPREAD_FROM", spread_from)
+        begun = torch.zeros((), dtype=torch.bool, device="cuda")
+        sums = [(torch.full(weight.shape, torch.nan, device="cuda"), begun) for weight in arguments[5:]]
+        for one, other in zip(results(*sums), wanted, strict=True):
+            assert torch.equal(one, other)
+        begun.fill_(True)
+        for one, other in zip(results(*sums)[-2:], wanted[-2:], strict=True):
+            assert torch.equal(one, 2 * other)
 
 
 def test_gradients_of_weights_are_written_in_the_type_of_the_parameter(kernel_device):

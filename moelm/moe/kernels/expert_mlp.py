@@ -18,7 +18,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from moelm.moe.kernels.products import Here, Tiles, hopper, hopper_tiles
+from moelm.moe.kernels.products import Here, Tiles, hopper, hopper_tiles, spread_if_wide
 from moelm.moe.kernels.rows import (
     gather_sum,
     gather_sum_reference,
@@ -42,8 +42,8 @@ def forward(
     """(y [T, D], gate_up [R, 2F]) in the dtype of x and of both weights; gates float32, the permutation int32.
 
     6 R D F operations. Elements moved, without the weights: T D + 3 R F by the first product, R F + R D by the second,
-    R D + T D by the sum over a token's rows. With torch's products the tokens are spread over rows first, 2 R D more,
-    and SwiGLU reads 2 R F.
+    R D + T D by the sum over a token's rows. For wide experts, and with torch's products, the tokens are spread over
+    rows first, 2 R D more; with torch's SwiGLU reads 2 R F.
     """
     top_k, R = gates_TK.shape[1], choice_of_row_R.shape[0]
     tiles = hopper_tiles(x_TD, R, top_k, down_EFD.shape[1], offsets_E)
@@ -51,7 +51,9 @@ def forward(
         gate_up_R2F = F.grouped_mm(spread(x_TD, row_of_choice_TK)[:R], gate_up_EDF, offs=offsets_E)
         rows_RD = F.grouped_mm(swiglu(gate_up_R2F, offsets_E), down_EFD, offs=offsets_E)
     else:
-        gate_up_R2F, h_RF = hopper().up_product(x_TD, choice_of_row_R, top_k, gate_up_EDF, tiles)
+        x_RD = spread_if_wide(x_TD, row_of_choice_TK, down_EFD.shape[1])
+        gate_up_R2F, h_RF = hopper().up_product(x_TD, choice_of_row_R, top_k, gate_up_EDF, tiles, x_RD)
+        del x_RD
         rows_RD = hopper().product(h_RF, down_EFD, *tiles)
     return gather_sum(rows_RD, row_of_choice_TK, offsets_E, gates_TK), gate_up_R2F
 
@@ -80,8 +82,8 @@ def backward(
 
     12 R D F operations. Elements moved, counted as in `forward`: T D + 5 R F by the first product and SwiGLU, T D +
     3 R F and (in `dtype`) 3 E D F by the gradients of the weights with T D more, 2 R F + R D by the last product,
-    R D + T D by the sum. With torch's products tokens and gradients are spread over rows, 4 R D more, and SwiGLU reads
-    the gradient of h, 2 R F.
+    R D + T D by the sum. For wide experts, and with torch's products, tokens and gradients are spread over rows, 4 R D
+    more; with torch's SwiGLU reads the gradient of h, 2 R F.
     """
     top_k, R = gates_TK.shape[1], choice_of_row_R.shape[0]
     tiles = hopper_tiles(x_TD, R, top_k, down_EFD.shape[1], offsets_E, dtype)
@@ -100,13 +102,16 @@ def backward(
         grad_rows_RD = F.grouped_mm(grad_gate_up_R2F, gate_up_EDF.mT, offs=offsets_E)
     else:
         grad_y_TD = grad_y_TD.contiguous()
+        spread_RD = spread_if_wide(grad_y_TD, row_of_choice_TK, down_EFD.shape[1])
         grad_gate_up_R2F, gated_h_RF, grad_gates_TK = hopper().down_backward(
-            grad_y_TD, gates_TK, choice_of_row_R, offsets_E, down_EFD, gate_up_R2F, tiles
+            grad_y_TD, gates_TK, choice_of_row_R, offsets_E, down_EFD, gate_up_R2F, tiles, spread_RD
         )
         by_token = choice_of_row_R, top_k, offsets_E, tiles[0], dtype
-        grad_down_EFD = hopper().weight_gradient(grad_y_TD, gated_h_RF, *by_token, down_sum, rows_first=True)
-        del gated_h_RF
-        grad_gate_up_EDF = hopper().weight_gradient(x_TD, grad_gate_up_R2F, *by_token, gate_up_sum)
+        grad_down_EFD = hopper().weight_gradient(grad_y_TD, gated_h_RF, *by_token, down_sum, spread_RD, rows_first=True)
+        del gated_h_RF, spread_RD  # before another of its size is made
+        spread_RD = spread_if_wide(x_TD, row_of_choice_TK, down_EFD.shape[1])
+        grad_gate_up_EDF = hopper().weight_gradient(x_TD, grad_gate_up_R2F, *by_token, gate_up_sum, spread_RD)
+        del spread_RD
         grad_rows_RD = hopper().product(grad_gate_up_R2F, gate_up_EDF, *tiles, transposed=True)
     return gather_sum(grad_rows_RD, row_of_choice_TK, offsets_E), grad_gates_TK, grad_gate_up_EDF, grad_down_EFD
 

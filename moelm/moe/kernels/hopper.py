@@ -1,4 +1,4 @@
-"""The grouped products on Hopper GPUs, which find the rows of tokens themselves: no sorted copy of them is ever made.
+"""The grouped products on Hopper GPUs, which find the rows of tokens themselves, or take sorted copies of them.
 
 The warps of a block have parts: some fetch tiles into shared memory (the bulk copy engine where rows lie side by side,
 16 bytes a thread where they are gathered by token), two groups of four multiply, and where SwiGLU or its gradient
@@ -7,7 +7,8 @@ being stored; results reach memory in whole cache lines. docs/performance.md has
 in one order: the same bits every time.
 
 Tokens [T, D], rows [R, ...] and weights [E, ...] in bfloat16, widths a multiple of 8 (16 bytes for the copy engine);
-`choice_of_row_R` and `tiles` as `sorting.py` and `products.py` make them. Rows past the last expert's are not read.
+`choice_of_row_R` and `tiles` as `sorting.py` and `products.py` make them. `spread_RD`, where given, are the tokens as
+`rows.spread` sorts them: the copy engine then brings those too. Rows past the last expert's change nothing.
 Written in Gluon, the part of Triton in which layouts and barriers are explicit; it has no interpreter.
 """
 
@@ -261,6 +262,7 @@ def product(
 def _gather_rows(
     x_ptr,
     choice_ptr,
+    spread_desc,
     weights_desc,
     rows,
     weights,
@@ -278,9 +280,10 @@ def _gather_rows(
     STAGES: gl.constexpr,
     GROUP: gl.constexpr,
 ):
-    """Four warps: rows that are found by token. Where a tile ends before its expert's rows do, any token serves.
-    Without SwiGLU the matrix is transposed."""
-    BYTES: gl.constexpr = (2 if SWIGLU else 1) * weights_desc.block_type.nbytes
+    """Four warps: rows that are found by token, or spread. Where an expert's rows end before the tile does, any token
+    serves. Without SwiGLU the matrix is transposed."""
+    OF_WEIGHTS: gl.constexpr = (2 if SWIGLU else 1) * weights_desc.block_type.nbytes
+    BYTES: gl.constexpr = OF_WEIGHTS if spread_desc is None else OF_WEIGHTS + 2 * spread_desc.block_type.nbytes
     n_columns: gl.constexpr = (N + BN - 1) // BN
     lines: gl.constexpr = gl.BlockedLayout([1, 8], [4, 8], [4, 1], [1, 0])
     r = gl.arange(0, 64, gl.SliceLayout(1, lines))
@@ -290,21 +293,26 @@ def _gather_rows(
     for index in range(gl.program_id(0), n_row_tiles * n_columns, gl.num_programs(0)):
         expert, row, stop, column = _tile(index, tiles_ptr, n_row_tiles, n_columns, GROUP)
         if expert >= 0:
-            upper = gl.load(choice_ptr + row + r, mask=row + r < stop, other=0) // TOP_K
-            lower = gl.load(choice_ptr + row + 64 + r, mask=row + 64 + r < stop, other=0) // TOP_K
-            upper_ptrs = x_ptr + upper.to(gl.int64)[:, None] * K + c
-            lower_ptrs = x_ptr + lower.to(gl.int64)[:, None] * K + c
+            if spread_desc is None:
+                upper = gl.load(choice_ptr + row + r, mask=row + r < stop, other=0) // TOP_K
+                lower = gl.load(choice_ptr + row + 64 + r, mask=row + 64 + r < stop, other=0) // TOP_K
+                upper_ptrs = x_ptr + upper.to(gl.int64)[:, None] * K + c
+                lower_ptrs = x_ptr + lower.to(gl.int64)[:, None] * K + c
             for k in range(0, K, BK):
                 mbarrier.wait(empty.index(stage), phase)
                 barrier = full.index(stage)
-                if K % BK == 0:
+                mbarrier.expect(barrier, BYTES)
+                if spread_desc is not None:
+                    load(spread_desc, [row, k], barrier, rows.index(2 * stage))
+                    load(spread_desc, [row + 64, k], barrier, rows.index(2 * stage + 1))
+                elif K % BK == 0:
                     async_copy.async_copy_global_to_shared(rows.index(2 * stage), upper_ptrs + k)
                     async_copy.async_copy_global_to_shared(rows.index(2 * stage + 1), lower_ptrs + k)
                 else:
                     async_copy.async_copy_global_to_shared(rows.index(2 * stage), upper_ptrs + k, mask=k + c < K)
                     async_copy.async_copy_global_to_shared(rows.index(2 * stage + 1), lower_ptrs + k, mask=k + c < K)
-                async_copy.mbarrier_arrive(barrier, increment_count=False)  # once these copies have arrived
-                mbarrier.expect(barrier, BYTES)
+                if spread_desc is None:
+                    async_copy.mbarrier_arrive(barrier, increment_count=False)  # once these copies have arrived
                 _fetch_weights(
                     weights_desc, weights, barrier, stage, expert * PER_EXPERT, k, column, N, BN, SWIGLU, not SWIGLU
                 )
@@ -450,6 +458,7 @@ def _swiglu(
 def _up_product(
     x_ptr,
     choice_ptr,
+    spread_desc,
     weights_desc,
     gate_up_ptr,
     hidden_ptr,
@@ -472,7 +481,8 @@ def _up_product(
     ready = gl.allocate_shared_memory(gl.int64, [2, 1], mbarrier.MBarrierLayout())
     taken = gl.allocate_shared_memory(gl.int64, [2, 1], mbarrier.MBarrierLayout())
     for i in gl.static_range(STAGES):
-        mbarrier.init(full.index(i), count=129)  # each thread that gathers, and the copy engine
+        # the copy engine, and each thread that gathers
+        mbarrier.init(full.index(i), count=129 if spread_desc is None else 1)
         mbarrier.init(empty.index(i), count=2)
     for i in gl.static_range(2):
         mbarrier.init(ready.index(i), count=1)
@@ -484,14 +494,19 @@ def _up_product(
         (_multiply_tokens, (1, rows, weights, results, full, empty, ready, taken, tiles_ptr, n_row_tiles,
                             K, N, True, BN, BK, STAGES, GROUP)),
         (_swiglu, (results, ready, taken, tiles_ptr, gate_up_ptr, hidden_ptr, n_row_tiles, N, BN, GROUP)),
-        (_gather_rows, (x_ptr, choice_ptr, weights_desc, rows, weights, full, empty, tiles_ptr, n_row_tiles,
-                        TOP_K, K, N, K, True, BN, BK, STAGES, GROUP)),
+        (_gather_rows, (x_ptr, choice_ptr, spread_desc, weights_desc, rows, weights, full, empty, tiles_ptr,
+                        n_row_tiles, TOP_K, K, N, K, True, BN, BK, STAGES, GROUP)),
     ], [4, 4, 4], [168, 88, 64])
     # fmt: on
 
 
 def up_product(
-    x_TD: Tensor, choice_of_row_R: Tensor, top_k: int, gate_up_EDF: Tensor, tiles: Iterable[Tiles]
+    x_TD: Tensor,
+    choice_of_row_R: Tensor,
+    top_k: int,
+    gate_up_EDF: Tensor,
+    tiles: Iterable[Tiles],
+    spread_RD: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """(gate_up [R, 2F], h [R, F]): gate_up_r = x_t W^e, and h = silu(gate) up of them once they are rounded. One launch
     for each of the `tiles`, which together have all rows.
@@ -505,6 +520,7 @@ def up_product(
         _up_product[_blocks(tiles_N3.shape[0] * cdiv(n, columns), x_TD.device)](
             x_TD.contiguous(),
             choice_of_row_R,
+            None if spread_RD is None else _blocks_of(spread_RD, ROWS // 2, DEPTH),
             _blocks_of(gate_up_EDF, DEPTH, columns),
             gate_up_R2F,
             h_RF,
@@ -607,6 +623,7 @@ def _swiglu_backward(
 def _down_backward(
     grad_y_ptr,
     choice_ptr,
+    spread_desc,
     weights_desc,
     tiles_ptr,
     offsets_ptr,
@@ -636,7 +653,7 @@ def _down_backward(
     ready = gl.allocate_shared_memory(gl.int64, [2, 1], mbarrier.MBarrierLayout())
     taken = gl.allocate_shared_memory(gl.int64, [2, 1], mbarrier.MBarrierLayout())
     for i in gl.static_range(STAGES):
-        mbarrier.init(full.index(i), count=129)
+        mbarrier.init(full.index(i), count=129 if spread_desc is None else 1)
         mbarrier.init(empty.index(i), count=2)
     for i in gl.static_range(2):
         mbarrier.init(ready.index(i), count=1)
@@ -649,8 +666,8 @@ def _down_backward(
                             K, N, False, BN, BK, STAGES, GROUP)),
         (_swiglu_backward, (results, ready, taken, tiles_ptr, offsets_ptr, gates_ptr, choice_ptr, gate_up_ptr,
                             grad_gate_up_ptr, gated_h_ptr, grad_gates_ptr, n_row_tiles, n_rows, E, N, BN, GROUP)),
-        (_gather_rows, (grad_y_ptr, choice_ptr, weights_desc, rows, weights, full, empty, tiles_ptr, n_row_tiles,
-                        TOP_K, K, N, N, False, BN, BK, STAGES, GROUP)),
+        (_gather_rows, (grad_y_ptr, choice_ptr, spread_desc, weights_desc, rows, weights, full, empty, tiles_ptr,
+                        n_row_tiles, TOP_K, K, N, N, False, BN, BK, STAGES, GROUP)),
     ], [4, 4, 4], [160, 144, 48])
     # fmt: on
 
@@ -663,6 +680,7 @@ def down_backward(
     down_EFD: Tensor,
     gate_up_R2F: Tensor,
     tiles: Iterable[Tiles],
+    spread_RD: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """`rows.swiglu_backward` of grad_h_r = grad_y_t W^eT, which is never stored: (grad_gate_up [R, 2F], gated_h [R, F],
     grad_gates [T, K] float32). One launch for each of the `tiles`, which together have all rows.
@@ -677,6 +695,7 @@ def down_backward(
         _down_backward[_blocks(tiles_N3.shape[0] * n_columns, grad_y_TD.device)](
             grad_y_TD.contiguous(),
             choice_of_row_R,
+            None if spread_RD is None else _blocks_of(spread_RD, ROWS // 2, DEPTH),
             _blocks_of(down_EFD, COLUMNS, DEPTH),
             tiles_N3,
             offsets_E,
@@ -716,9 +735,38 @@ def _gradient_tile(index, offsets_ptr, experts_ptr, n_m: gl.constexpr, n_n: gl.c
 
 
 @gluon.jit
+def _gather_tokens(
+    tokens_ptr,
+    token,
+    inside,
+    m,
+    n,
+    a,
+    b,
+    stage,
+    GATHER_A: gl.constexpr,
+    STRIDE: gl.constexpr,
+    BN: gl.constexpr,
+    lines: gl.constexpr,
+):
+    """A step's part of some tokens, 0 where they are not `inside`."""
+    WIDTH: gl.constexpr = 64 if GATHER_A else BN
+    column = (m * 128 if GATHER_A else n * BN) + gl.arange(0, WIDTH, gl.SliceLayout(0, lines))[None, :]
+    ptrs = tokens_ptr + token.to(gl.int64)[:, None] * STRIDE + column
+    inside = inside[:, None]
+    if GATHER_A:
+        async_copy.async_copy_global_to_shared(a.index(2 * stage), ptrs, mask=inside & (column < STRIDE))
+        inside &= column + 64 < STRIDE
+        async_copy.async_copy_global_to_shared(a.index(2 * stage + 1), ptrs + 64, mask=inside)
+    else:
+        async_copy.async_copy_global_to_shared(b.index(stage), ptrs, mask=inside & (column < STRIDE))
+
+
+@gluon.jit
 def _fetch_and_gather_pairs(
     tokens_ptr,
     choice_ptr,
+    spread_desc,
     rows_desc,
     a,
     b,
@@ -737,34 +785,38 @@ def _fetch_and_gather_pairs(
     BK: gl.constexpr,
     STAGES: gl.constexpr,
 ):
-    """Four warps. What they gather is 0 past an expert's rows; what the copy engine brings there is of others."""
+    """Four warps. What they gather is 0 past an expert's rows; what the copy engine brings there is of others. So of
+    tokens that are spread it brings all but the last rows of an expert."""
     WIDTH: gl.constexpr = 64 if GATHER_A else BN
     STRIDE: gl.constexpr = M if GATHER_A else N
     BYTES: gl.constexpr = (1 if GATHER_A else 2) * rows_desc.block_type.nbytes
     lines: gl.constexpr = gl.BlockedLayout([1, 8], [256 // WIDTH, WIDTH // 8], [4, 1], [1, 0])
     r = gl.arange(0, BK, gl.SliceLayout(1, lines))
-    c = gl.arange(0, WIDTH, gl.SliceLayout(0, lines))[None, :]
     stage = 0
     phase = 1
     for index in range(gl.program_id(0), E * n_m * n_n, gl.num_programs(0)):
         _, begin, end, m, n = _gradient_tile(index, offsets_ptr, experts_ptr, n_m, n_n)
-        token = gl.load(choice_ptr + begin + r, mask=begin + r < end, other=0) // TOP_K
+        token = begin + r
+        if spread_desc is None:
+            token = gl.load(choice_ptr + begin + r, mask=begin + r < end, other=0) // TOP_K
         for row in range(begin, end, BK):
-            # those of the next step, so that it need not wait for memory twice
-            after = gl.load(choice_ptr + row + BK + r, mask=row + BK + r < end, other=0) // TOP_K
-            inside = (row + r < end)[:, None]
-            column = (m * 128 if GATHER_A else n * BN) + c
-            ptrs = tokens_ptr + token.to(gl.int64)[:, None] * STRIDE + column
+            after = token + BK
+            if spread_desc is None:  # those of the next step, so that it need not wait for memory twice
+                after = gl.load(choice_ptr + row + BK + r, mask=row + BK + r < end, other=0) // TOP_K
             mbarrier.wait(empty.index(stage), phase)
             barrier = full.index(stage)
-            if GATHER_A:
-                async_copy.async_copy_global_to_shared(a.index(2 * stage), ptrs, mask=inside & (column < STRIDE))
-                inside &= column + 64 < STRIDE
-                async_copy.async_copy_global_to_shared(a.index(2 * stage + 1), ptrs + 64, mask=inside)
+            inside = row + r < end
+            if spread_desc is None or row + BK > end:
+                _gather_tokens(tokens_ptr, token, inside, m, n, a, b, stage, GATHER_A, STRIDE, BN, lines)
+                mbarrier.expect(barrier, BYTES)
             else:
-                async_copy.async_copy_global_to_shared(b.index(stage), ptrs, mask=inside & (column < STRIDE))
+                mbarrier.expect(barrier, BYTES + (2 if GATHER_A else 1) * spread_desc.block_type.nbytes)
+                if GATHER_A:
+                    load(spread_desc, [row, m * 128], barrier, a.index(2 * stage))
+                    load(spread_desc, [row, m * 128 + 64], barrier, a.index(2 * stage + 1))
+                else:
+                    load(spread_desc, [row, n * BN], barrier, b.index(stage))
             async_copy.mbarrier_arrive(barrier, increment_count=False)
-            mbarrier.expect(barrier, BYTES)
             if GATHER_A:
                 load(rows_desc, [row, n * BN], barrier, b.index(stage))
             else:
@@ -833,6 +885,7 @@ def _multiply_pairs(
 def _weight_gradient(
     tokens_ptr,
     choice_ptr,
+    spread_desc,
     rows_desc,
     out_ptr,
     has_begun_ptr,
@@ -864,8 +917,8 @@ def _weight_gradient(
                            has_begun_ptr, E, M, N, n_m, n_n, BN, BK, STAGES)),
         (_multiply_pairs, (1, a, b, full, empty, offsets_ptr, experts_ptr, out_ptr,
                            has_begun_ptr, E, M, N, n_m, n_n, BN, BK, STAGES)),
-        (_fetch_and_gather_pairs, (tokens_ptr, choice_ptr, rows_desc, a, b, full, empty, offsets_ptr, experts_ptr,
-                                   E, TOP_K, GATHER_A, M, N, n_m, n_n, BN, BK, STAGES)),
+        (_fetch_and_gather_pairs, (tokens_ptr, choice_ptr, spread_desc, rows_desc, a, b, full, empty, offsets_ptr,
+                                   experts_ptr, E, TOP_K, GATHER_A, M, N, n_m, n_n, BN, BK, STAGES)),
     ], [4, 4], [208, 88])
     # fmt: on
 
@@ -879,6 +932,7 @@ def weight_gradient(
     tiles: Tiles,
     dtype: torch.dtype,
     to: tuple[Tensor, Tensor] | None = None,
+    spread_RM: Tensor | None = None,
     *,
     rows_first: bool = False,
 ) -> Tensor:
@@ -893,8 +947,9 @@ def weight_gradient(
         M, N = N, M
     out_EMN = tokens_TM.new_empty(E, M, N, dtype=dtype) if to is None else to[0]
     _weight_gradient[_blocks(E * cdiv(M, ROWS) * cdiv(N, COLUMNS), tokens_TM.device)](
-        tokens_TM.contiguous(),
+        tokens_TM.contiguous() if spread_RM is None else spread_RM,
         choice_of_row_R,
+        None if spread_RM is None else _blocks_of(spread_RM, DEPTH, COLUMNS if rows_first else ROWS // 2),
         _blocks_of(rows_RN, DEPTH, ROWS // 2 if rows_first else COLUMNS),
         out_EMN,
         None if to is None else to[1],
