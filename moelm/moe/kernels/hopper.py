@@ -279,13 +279,14 @@ def _gather_rows(
     BK: gl.constexpr,
     STAGES: gl.constexpr,
     GROUP: gl.constexpr,
+    WARPS: gl.constexpr,
 ):
-    """Four warps: rows that are found by token, or spread. Where an expert's rows end before the tile does, any token
+    """Rows that are found by token, or spread. Where an expert's rows end before the tile does, any token
     serves. Without SwiGLU the matrix is transposed."""
     OF_WEIGHTS: gl.constexpr = (2 if SWIGLU else 1) * weights_desc.block_type.nbytes
     BYTES: gl.constexpr = OF_WEIGHTS if spread_desc is None else OF_WEIGHTS + 2 * spread_desc.block_type.nbytes
     n_columns: gl.constexpr = (N + BN - 1) // BN
-    lines: gl.constexpr = gl.BlockedLayout([1, 8], [4, 8], [4, 1], [1, 0])
+    lines: gl.constexpr = gl.BlockedLayout([1, 8], [4, 8], [WARPS, 1], [1, 0])
     r = gl.arange(0, 64, gl.SliceLayout(1, lines))
     c = gl.arange(0, BK, gl.SliceLayout(0, lines))[None, :]
     stage = 0
@@ -344,42 +345,39 @@ def _multiply_tokens(
 ):
     """A half's results are handed over in pieces: 8 of 32 columns, with SwiGLU 2 of 64 of the gate and 2 of up."""
     n_columns: gl.constexpr = (N + BN - 1) // BN
-    layout: gl.constexpr = gl.NVMMADistributedLayout(version=[3, 0], warps_per_cta=[4, 1], instr_shape=[16, 128, 16])
+    W: gl.constexpr = 2 * BN if SWIGLU else BN
+    # 256 columns read the rows from shared memory half as often, but take more registers than four groups of warps have
+    AT_ONCE: gl.constexpr = 256 if SWIGLU else 128
+    layout: gl.constexpr = gl.NVMMADistributedLayout(
+        version=[3, 0], warps_per_cta=[4, 1], instr_shape=[16, AT_ONCE, 16]
+    )
     stage = 0
     phase = 0
     handed = 1
     for index in range(gl.program_id(0), n_row_tiles * n_columns, gl.num_programs(0)):
         expert, _, _, _ = _tile(index, tiles_ptr, n_row_tiles, n_columns, GROUP)
         if expert >= 0:
-            acc = gl.zeros([64, BN], gl.float32, layout)
-            acc_up = gl.zeros([64, BN], gl.float32, layout)
+            acc = gl.zeros([64, W], gl.float32, layout)
             for k in range(0, K, BK):
                 mbarrier.wait(full.index(stage), phase)
                 fence_async_shared()  # what threads have copied, for the tensor cores
                 a = rows.index(2 * stage + HALF)
-                if SWIGLU:
-                    acc = warpgroup_mma(a, weights.index(2 * stage), acc, is_async=True)
-                    acc_up = warpgroup_mma(a, weights.index(2 * stage + 1), acc_up, is_async=True)
-                    acc, acc_up = warpgroup_mma_wait(2, deps=[acc, acc_up])
-                else:
-                    acc = warpgroup_mma(a, weights.index(stage).permute((1, 0)), acc, is_async=True)
-                    acc = warpgroup_mma_wait(1, deps=[acc])
+                b = weights.index(stage)
+                acc = warpgroup_mma(a, b if SWIGLU else b.permute((1, 0)), acc, is_async=True)
+                acc = warpgroup_mma_wait(1, deps=[acc])
                 mbarrier.arrive(empty.index((stage + STAGES - 1) % STAGES), pred=k > 0)
                 stage += 1
                 if stage == STAGES:
                     stage = 0
                     phase ^= 1
-            if SWIGLU:
-                acc, acc_up = warpgroup_mma_wait(0, deps=[acc, acc_up])
-            else:
-                acc = warpgroup_mma_wait(0, deps=[acc])
+            acc = warpgroup_mma_wait(0, deps=[acc])
             mbarrier.arrive(empty.index((stage + STAGES - 1) % STAGES))
             mbarrier.wait(taken.index(HALF), handed)
+            left, right = _split(acc.to(gl.bfloat16))
             if SWIGLU:
-                _hand_over(results, 4 * HALF, acc.to(gl.bfloat16))
-                _hand_over(results, 4 * HALF + 2, acc_up.to(gl.bfloat16))
+                _hand_over(results, 4 * HALF, left)
+                _hand_over(results, 4 * HALF + 2, right)
             else:
-                left, right = _split(acc.to(gl.bfloat16))
                 a, b = _split(left)
                 c, d = _split(right)
                 _hand_over(results, 8 * HALF, a)
@@ -424,9 +422,9 @@ def _swiglu(
     BN: gl.constexpr,
     GROUP: gl.constexpr,
 ):
-    """Four warps: h of gate and up, 64 columns at a time."""
+    """Two warps: h of gate and up, 64 columns at a time."""
     n_columns: gl.constexpr = (N + BN - 1) // BN
-    lines: gl.constexpr = gl.BlockedLayout([1, 8], [4, 8], [4, 1], [1, 0])
+    lines: gl.constexpr = gl.BlockedLayout([1, 8], [4, 8], [2, 1], [1, 0])
     i = gl.arange(0, 64, gl.SliceLayout(1, lines))[:, None]
     j = gl.arange(0, 64, gl.SliceLayout(0, lines))[None, :]
     phase = 0
@@ -472,9 +470,11 @@ def _up_product(
     STAGES: gl.constexpr,
     GROUP: gl.constexpr,
     ROWS_LAYOUT: gl.constexpr,
+    WEIGHTS_LAYOUT: gl.constexpr,
 ):
     rows = gl.allocate_shared_memory(weights_desc.dtype, [STAGES * 2, 64, BK], ROWS_LAYOUT)
-    weights = gl.allocate_shared_memory(weights_desc.dtype, [STAGES * 2, BK, BN], weights_desc.layout)
+    weights = gl.allocate_shared_memory(weights_desc.dtype, [STAGES, BK, 2 * BN], WEIGHTS_LAYOUT)
+    halves = weights._reinterpret(weights_desc.dtype, [STAGES * 2, BK, BN], weights_desc.layout)  # of the gate, of up
     results = gl.allocate_shared_memory(weights_desc.dtype, [8, 64, 64], ROWS_LAYOUT)
     full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
     empty = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
@@ -482,7 +482,7 @@ def _up_product(
     taken = gl.allocate_shared_memory(gl.int64, [2, 1], mbarrier.MBarrierLayout())
     for i in gl.static_range(STAGES):
         # the copy engine, and each thread that gathers
-        mbarrier.init(full.index(i), count=129 if spread_desc is None else 1)
+        mbarrier.init(full.index(i), count=65 if spread_desc is None else 1)
         mbarrier.init(empty.index(i), count=2)
     for i in gl.static_range(2):
         mbarrier.init(ready.index(i), count=1)
@@ -494,9 +494,9 @@ def _up_product(
         (_multiply_tokens, (1, rows, weights, results, full, empty, ready, taken, tiles_ptr, n_row_tiles,
                             K, N, True, BN, BK, STAGES, GROUP)),
         (_swiglu, (results, ready, taken, tiles_ptr, gate_up_ptr, hidden_ptr, n_row_tiles, N, BN, GROUP)),
-        (_gather_rows, (x_ptr, choice_ptr, spread_desc, weights_desc, rows, weights, full, empty, tiles_ptr,
-                        n_row_tiles, TOP_K, K, N, K, True, BN, BK, STAGES, GROUP)),
-    ], [4, 4, 4], [168, 88, 64])
+        (_gather_rows, (x_ptr, choice_ptr, spread_desc, weights_desc, rows, halves, full, empty, tiles_ptr,
+                        n_row_tiles, TOP_K, K, N, K, True, BN, BK, STAGES, GROUP, 2)),
+    ], [4, 2, 2], [168, 160, 160])
     # fmt: on
 
 
@@ -534,8 +534,9 @@ def up_product(
             STAGES - 1,  # what is handed over needs the room of one
             GROUP // 2,
             _layout(ROWS // 2, DEPTH),
+            _layout(DEPTH, COLUMNS),
             num_warps=4,
-            maxnreg=128,
+            maxnreg=168,
         )
     return gate_up_R2F, h_RF
 
@@ -667,7 +668,7 @@ def _down_backward(
         (_swiglu_backward, (results, ready, taken, tiles_ptr, offsets_ptr, gates_ptr, choice_ptr, gate_up_ptr,
                             grad_gate_up_ptr, gated_h_ptr, grad_gates_ptr, n_row_tiles, n_rows, E, N, BN, GROUP)),
         (_gather_rows, (grad_y_ptr, choice_ptr, spread_desc, weights_desc, rows, weights, full, empty, tiles_ptr,
-                        n_row_tiles, TOP_K, K, N, N, False, BN, BK, STAGES, GROUP)),
+                        n_row_tiles, TOP_K, K, N, N, False, BN, BK, STAGES, GROUP, 4)),
     ], [4, 4, 4], [160, 144, 48])
     # fmt: on
 
