@@ -35,7 +35,7 @@ SMALL = [
     *("trainer.max_steps=3", "trainer.limit_val_batches=2", "optim.schedule.warmup_steps=0"),
     *("model.n_layers=1", "model.d_model=32", "model.attention.n_heads=2", "model.attention.n_kv_heads=1"),
     *("model.moe.n_experts=4", "model.moe.d_expert=16"),
-    *("data.seq_len=32", "optim.batch_tokens=128", "optim.micro_batch_size=2"),
+    *("data.seq_len=256", "optim.batch_tokens=1024", "optim.micro_batch_size=2"),
 ]
 
 

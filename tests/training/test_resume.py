@@ -37,6 +37,7 @@ VARIANTS = {
     "a save beside a validation": {"checkpoint.every_n_steps": 20, "model.dropout": 0.1},
     "a worker process": {"data.n_workers": 1, "model.dropout": 0.1},
 }
+RARE = ("plain", "all experts and dropout", "a worker process")
 
 
 def named(config: Config, name: str, recorded: bool = True) -> Config:
@@ -74,7 +75,9 @@ def assert_same_state(a: Path, b: Path) -> None:
         assert_same(left["moelm"][key], right["moelm"][key], key)
 
 
-@pytest.mark.parametrize("variant", VARIANTS)
+@pytest.mark.parametrize(
+    "variant", [pytest.param(name, marks=[pytest.mark.slow] * (name in RARE)) for name in VARIANTS]
+)
 def test_a_run_that_died_and_resumed_equals_the_uninterrupted_one_bitwise(
     variant: str, tiny: Callable[..., Config]
 ) -> None:
