@@ -161,7 +161,7 @@ def _arriving(
     choice_of_row: Tensor,
     offsets_E: Tensor,
     gate_up_EDF: Tensor,
-    splits: Tensor,
+    splits: Tensor | None,
     n_tokens: int,
     n_rows: int,
     group: str,
@@ -172,7 +172,8 @@ def _arriving(
         journeys.end(packed_SD)
         return x_ND, x_ND.new_empty(0, gate_up_EDF.shape[2]), x_ND.new_empty(0, gate_up_EDF.shape[2] // 2)
     batch = gates_VK[:n_tokens], row_of_choice_VK[:n_tokens], choice_of_row[:n_rows], offsets_E
-    others = _others(packed_SD, packed_SD, journeys.split_of(splits, group), group)
+    split = journeys.split_of(splits, group, len(packed_SD), gates_VK.shape[1])
+    others = _others(packed_SD, packed_SD, split, group)
     return x_ND, *kernels.up(x_ND, *batch, gate_up_EDF, others)
 
 
@@ -188,12 +189,13 @@ def _leaving(
     choice_of_row: Tensor,
     offsets_E: Tensor,
     down_EFD: Tensor,
-    splits: Tensor,
+    splits: Tensor | None,
     n_rows: int,
     group: str,
 ) -> Tensor:
     """[S, D], which will hold what comes back, as of `send_back`."""
-    split, landing_SD = journeys.split_of(splits, group), h_RF.new_empty(n_rows, down_EFD.shape[2])
+    split = journeys.split_of(splits, group, n_rows, gates_VK.shape[1])
+    landing_SD = h_RF.new_empty(n_rows, down_EFD.shape[2])
     others = _others(landing_SD, landing_SD, split, group)
     if split.tokens:
         permutation = row_of_choice_VK[: split.tokens], choice_of_row[: len(h_RF)], offsets_E
@@ -222,13 +224,14 @@ def _backward_around(
     gate_up_EDF: Tensor,
     down_EFD: Tensor,
     gate_up_R2F: Tensor,
-    splits: Tensor,
+    splits: Tensor | None,
     group: str,
     dtype: torch.dtype,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Gradients of `packed_SD`, which are on their way, of gates, anything for those without a row, and of both weights
     in `dtype`. Ends the journey of `grad_SD`."""
-    split, landing_SD = journeys.split_of(splits, group), torch.empty_like(grad_SD)
+    split = journeys.split_of(splits, group, len(grad_SD), gates_VK.shape[1])
+    landing_SD = torch.empty_like(grad_SD)
     grad_y_ND = journeys.resume(grad_SD, None, None, splits, group)
     others = _others(grad_SD, landing_SD, split, group)
     if not len(x_ND):
@@ -259,7 +262,7 @@ class _ExpertMLPAround(torch.autograd.Function):
         down_EFD: Tensor,
         gate_up_copy_EDF: Tensor,
         down_copy_EFD: Tensor,
-        splits: Tensor,
+        splits: Tensor | None,
         n_tokens: int,
         n_rows: int,
         group: str,

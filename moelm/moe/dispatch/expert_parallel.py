@@ -49,7 +49,7 @@ class Departure(NamedTuple):
     token_of_row_S: Tensor  # int32
     row_of_rank_TP: Tensor  # int32 row among S of what token t sends to rank p; past the last one if nothing
     ends_P: Tensor  # int32 ends of the rows, those that stay first
-    splits: Tensor  # int64 on the CPU, a `Split`
+    splits: Tensor | None  # int64 on the CPU, a `Split`; None: every token to every rank
 
 
 class Journey(NamedTuple):
@@ -60,7 +60,7 @@ class Journey(NamedTuple):
     token_of_row_S: Tensor
     row_of_rank_TP: Tensor
     ends_P: Tensor
-    splits: Tensor
+    splits: Tensor | None
     gates_VK: Tensor  # of the tokens of all ranks: the N that this one receives come first
     plan: Permutation  # of their choices, by local ids: "none" is E / P. The first N tokens fill the first N K rows
     n_tokens: int  # N
@@ -98,8 +98,7 @@ class ExpertParallel:
         message_T2K = torch.cat([ids_TK.int(), gates_TK.detach().view(torch.int32)], 1)
         ids_VK, bits_VK = gather_choices(message_T2K, P, self.group).chunk(2, 1)
         if self.static:
-            there = row_of_rank_TP, ends_P, whole_splits(x_TD, P, K)
-            departure = self._depart(x_TD, token_T.repeat(P), *there)
+            departure = self._depart(x_TD, token_T.repeat(P), row_of_rank_TP, ends_P, None)
         ids_VK = ids_VK.long() - self.rank * self.n_local
         here_VK = (ids_VK >= 0) & (ids_VK < self.n_local)
         if not self.static:
@@ -119,7 +118,10 @@ class ExpertParallel:
         departure = self._depart(x_TD, token_of_row_S, trips.row_of_choice_TK, trips.offsets_E, splits)
         return Journey(*departure, gates_VK, plan, sizes_NR0.shape[0], sizes_NR0.shape[1])
 
-    def _depart(self, x_TD: Tensor, token_of_row_S: Tensor, *rows: Tensor) -> Departure:
+    def _depart(
+        self, x_TD: Tensor, token_of_row_S: Tensor, row_of_rank_TP: Tensor, ends_P: Tensor, splits: Tensor | None
+    ) -> Departure:
+        rows = row_of_rank_TP, ends_P, splits
         packed_SD = _Send.apply(x_TD, token_of_row_S, *rows, self.group)
         return Departure(packed_SD, x_TD.detach(), token_of_row_S, *rows)
 
@@ -181,22 +183,16 @@ class Split(NamedTuple):
     received: list[int]
 
 
-def split_of(splits: Tensor, group: str) -> Split:
-    rows_stay, tokens, stay, *others = splits.tolist()
-    P, rank = len(others) // 2 + 1, _groups[group].rank()
+def split_of(splits: Tensor | None, group: str, n_sent: int, top_k: int = 0) -> Split:
+    """Without `splits` that of a static exchange, of `n_sent` tokens at most `top_k` of whose choices are here."""
+    P, rank = _groups[group].size(), _groups[group].rank()
+    if splits is None:
+        T = n_sent // P
+        rows_stay, tokens, stay, others = T * top_k, n_sent, T, [T] * (2 * P - 2)
+    else:
+        rows_stay, tokens, stay, *others = splits.tolist()
     sent, received = others[: P - 1], others[P - 1 :]
     return Split(rows_stay, tokens, stay, *([*each[:rank], 0, *each[rank:]] for each in (sent, received)))
-
-
-@op(
-    "moelm::whole_splits",
-    fake=lambda _, n_ranks, __: torch.empty(2 * n_ranks + 1, dtype=torch.int64, device="cpu"),
-    recordable=False,
-)
-def whole_splits(x_TD: Tensor, n_ranks: int, top_k: int) -> Tensor:
-    """A `Split`: every rank sends every token to every other; at most `top_k` of a token's choices are here."""
-    T = len(x_TD)
-    return torch.tensor([T * top_k, n_ranks * T, T] + [T] * (2 * n_ranks - 2))
 
 
 def _empty_splits(counts: Tensor, choice_of_row: Tensor, n_ranks: int, _: int) -> tuple[Tensor, Tensor, Tensor]:
@@ -261,10 +257,10 @@ def end(tensor_SD: Tensor) -> Tensor:
     fake=lambda x_TD, token_of_row_S, *_: x_TD.new_empty(token_of_row_S.shape[0], x_TD.shape[1]),
     recordable=False,
 )
-def send(x_TD: Tensor, token_of_row_S: Tensor, splits: Tensor, group: str) -> Tensor:
+def send(x_TD: Tensor, token_of_row_S: Tensor, splits: Tensor | None, group: str) -> Tensor:
     """What begins its journey, [S, D]: S D elements read and written, those that stay where they are received at once,
     the others sent."""
-    split = split_of(splits, group)
+    split = split_of(splits, group, len(token_of_row_S))
     packed_SD = x_TD.new_empty(len(token_of_row_S), x_TD.shape[1])
     torch.index_select(x_TD, 0, token_of_row_S[split.stay :], out=packed_SD[split.stay :])
     _begin_sending(packed_SD, x_TD, token_of_row_S, split, group)
@@ -292,7 +288,12 @@ def _begin_sending(packed_SD: Tensor, x_TD: Tensor, token_of_row_S: Tensor, spli
     recordable=False,
 )
 def receive(
-    packed_SD: Tensor, x_TD: Tensor | None, token_of_row_S: Tensor | None, splits: Tensor, n_rows: int, group: str
+    packed_SD: Tensor,
+    x_TD: Tensor | None,
+    token_of_row_S: Tensor | None,
+    splits: Tensor | None,
+    n_rows: int,
+    group: str,
 ) -> Tensor:
     """[N, D]: ends the journey of `send`, or makes all of it where a compiler kept `packed_SD` to do this again, for
     which it is given what `send` was."""
@@ -300,20 +301,23 @@ def receive(
     return end(packed_SD)
 
 
-def resume(packed_SD: Tensor, x_TD: Tensor | None, token_of_row_S: Tensor | None, splits: Tensor, group: str) -> Tensor:
+def resume(
+    packed_SD: Tensor, x_TD: Tensor | None, token_of_row_S: Tensor | None, splits: Tensor | None, group: str
+) -> Tensor:
     """What the journey of `send` will bring, [N, D], of which so far only what stays here is there."""
     if _key(packed_SD) not in _under_way:
         assert x_TD is not None  # nothing is computed twice in a backward pass
         assert token_of_row_S is not None
-        _begin_sending(packed_SD, x_TD, token_of_row_S, split_of(splits, group), group)
+        split = split_of(splits, group, len(packed_SD))
+        _begin_sending(packed_SD, x_TD, token_of_row_S, split, group)
     return _under_way[_key(packed_SD)][2]
 
 
 @op("moelm::send_back", fake=lambda y_ND, _, n_rows, __: y_ND.new_empty(n_rows, y_ND.shape[1]), recordable=False)
-def send_back(y_ND: Tensor, splits: Tensor, n_rows: int, group: str) -> Tensor:
+def send_back(y_ND: Tensor, splits: Tensor | None, n_rows: int, group: str) -> Tensor:
     """[S, D], which will hold what comes back: N D elements sent, out of a copy, since a compiler may give the memory
     of `y_ND` to others at once."""
-    split, landing_SD = split_of(splits, group), y_ND.new_empty(n_rows, y_ND.shape[1])
+    split, landing_SD = split_of(splits, group, n_rows), y_ND.new_empty(n_rows, y_ND.shape[1])
     begin_sending_back(landing_SD, split, group, y_ND[split.stay :].clone())
     landing_SD[: split.stay] = y_ND[: split.stay]
     return landing_SD
@@ -415,7 +419,7 @@ class _Send(torch.autograd.Function):
         token_of_row_S: Tensor,
         row_of_rank_TP: Tensor,
         ends_P: Tensor,
-        splits: Tensor,
+        splits: Tensor | None,
         group: str,
     ) -> Tensor:
         ctx.save_for_backward(row_of_rank_TP, ends_P)
@@ -430,7 +434,13 @@ class _Send(torch.autograd.Function):
 class _Receive(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any, packed_SD: Tensor, x_TD: Tensor, token_of_row_S: Tensor, splits: Tensor, n_rows: int, group: str
+        ctx: Any,
+        packed_SD: Tensor,
+        x_TD: Tensor,
+        token_of_row_S: Tensor,
+        splits: Tensor | None,
+        n_rows: int,
+        group: str,
     ) -> Tensor:
         ctx.save_for_backward(splits)
         ctx.rest = packed_SD.shape[0], group
@@ -444,7 +454,7 @@ class _Receive(torch.autograd.Function):
 
 class _SendBack(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, y_ND: Tensor, splits: Tensor, n_rows: int, group: str) -> Tensor:
+    def forward(ctx: Any, y_ND: Tensor, splits: Tensor | None, n_rows: int, group: str) -> Tensor:
         ctx.save_for_backward(splits)
         ctx.rest = y_ND.shape[0], group
         return send_back(y_ND, splits, n_rows, group)
@@ -463,7 +473,7 @@ class _GatherHome(torch.autograd.Function):
         row_of_rank_TP: Tensor,
         ends_P: Tensor,
         token_of_row_S: Tensor,
-        splits: Tensor,
+        splits: Tensor | None,
         group: str,
     ) -> Tensor:
         ctx.save_for_backward(token_of_row_S, splits)
