@@ -1,5 +1,6 @@
-"""Draw the results of `moe_layer.py` and `scaling.py` from their JSON, and from the trace of a profile what ran beside
-what in a step; needs no GPU, but matplotlib (`pip install moelm[bench]`)."""
+"""Draw results from their JSON: speeds of `moe_layer.py` and `scaling.py`, losses of `loss_curves.py` and
+`parallel.py`; and from the trace of a profile what ran beside what in a step. Needs no GPU, but matplotlib
+(`pip install moelm[bench]`)."""
 
 from __future__ import annotations
 
@@ -98,6 +99,31 @@ def draw_scaling(result: dict[str, Any], out: Path) -> None:
     _finish(figure, None, result["facts"]["device"], out)
 
 
+def losses(result: dict[str, Any]) -> dict[str, list[float]]:
+    """By run the cross-entropy of each step, in nats a token; of equal names the first, and none of one that failed."""
+    runs = result["runs"]
+    if isinstance(runs, dict):  # of loss_curves.py
+        return {name: run["train"] for name, run in runs.items()}
+    found: dict[str, list[float]] = {}
+    for run in runs:
+        if "losses" in run:
+            found.setdefault(run["name"], run["losses"])
+    return found
+
+
+def draw_losses(result: dict[str, Any], out: Path) -> None:
+    import matplotlib.pyplot as plt
+
+    figure, axes = plt.subplots(figsize=(7, 3.2), layout="constrained")
+    for name, values in losses(result).items():
+        axes.plot(range(1, len(values) + 1), values, linewidth=1, label=name)
+    axes.set_xlabel("optimizer step")
+    axes.set_ylabel("cross-entropy, nats a token")
+    axes.legend(fontsize=8, frameon=False)
+    facts = result["facts"] if isinstance(result["facts"], list) else [result["facts"]]  # of several commands
+    _finish(figure, axes, ", ".join(filter(None, (result.get("model"), facts[0]["device"]))), out)
+
+
 LANES = {
     "communication": "#d1495b",
     "expert products": "#00798c",
@@ -161,7 +187,7 @@ def main() -> None:
         "--out docs/images/layer_speed.png",
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument("result", type=Path, help="the JSON of moe_layer.py or scaling.py, or a trace.json.gz")
+    parser.add_argument("result", type=Path, help="a benchmark's JSON, or a trace.json.gz")
     parser.add_argument("--out", type=Path, required=True, help="a .png")
     arguments = parser.parse_args()
     if arguments.result.suffix == ".gz":
@@ -175,7 +201,8 @@ def main() -> None:
         draw_lanes(events, arguments.result.name.removesuffix(".json.gz"), arguments.out)
         return
     result = json.loads(arguments.result.read_text(encoding="utf-8"))
-    (draw_layer if "layer" in result else draw_scaling)(result, arguments.out)
+    draw = draw_layer if "layer" in result else draw_losses if "runs" in result else draw_scaling
+    draw(result, arguments.out)
 
 
 if __name__ == "__main__":

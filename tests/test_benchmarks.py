@@ -163,6 +163,12 @@ def test_weight_traffic_is_shown_beside_the_time_over_experts() -> None:
     assert plot.curves({"2": step}) == {"moelm fused": ([2], [2.0])}
 
 
+def test_losses_are_drawn_of_runs_that_have_some() -> None:
+    runs = [{"name": "ddp", "losses": [2.0, 1.0]}, {"name": "fsdp", "error": "lost"}, {"name": "ddp", "losses": [3.0]}]
+    assert plot.losses({"runs": runs}) == {"ddp": [2.0, 1.0]}
+    assert plot.losses({"runs": {"fast-0": {"train": [2.0, 1.0], "val": [1.5]}}}) == {"fast-0": [2.0, 1.0]}
+
+
 @pytest.mark.parametrize("benchmark", [moe_layer, train_step, scaling, parallel])
 def test_without_a_gpu_a_benchmark_says_so_and_ends_with_exit_code_2(
     benchmark: Any, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
