@@ -131,7 +131,10 @@ def measure_run(name: str, arguments: argparse.Namespace, folder: str) -> dict[s
     file.write_text(to_yaml(config))
     started = time.perf_counter()
     command = [sys.executable, __file__, "--rank", str(file)]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=arguments.timeout, check=False)
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, timeout=arguments.timeout, check=False)
+    except subprocess.TimeoutExpired:
+        return found | {"error": f"not done after {arguments.timeout:.0f} s"}
     if done.returncode:
         return found | {"error": f"exit code {done.returncode}: {done.stderr[-1500:]}"}
     events = EventAccumulator(str(config.run_folder), size_guidance={"scalars": 0})

@@ -6,6 +6,7 @@ import argparse
 import math
 from collections.abc import Callable
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import loss_curves
@@ -161,6 +162,16 @@ def test_weight_traffic_is_shown_beside_the_time_over_experts() -> None:
     assert "| 2 | 2 (2 to 2) | 2.0 (2.0 to 2.0) | 0.500 | 1.0 |" in text
     assert plot.curves(sizes) == {"moelm fused": ([8], [2.0])}
     assert plot.curves({"2": step}) == {"moelm fused": ([2], [2.0])}
+
+
+def test_a_run_that_takes_too_long_is_a_row_like_others(tiny: Callable[..., Config], tmp_path: Path) -> None:
+    arguments = argparse.Namespace(
+        timeout=0.05, devices=1, steps=1, accumulate=1, profile=False, overrides=[], out=None
+    )
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(parallel, "config_of", lambda *_: tiny())
+        found = parallel.measure_run("one", arguments, str(tmp_path))
+    assert found == {"name": "one", "n_devices": 1, "error": "not done after 0 s"}
 
 
 def test_losses_are_drawn_of_runs_that_have_some() -> None:
