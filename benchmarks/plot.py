@@ -15,6 +15,12 @@ from typing import Any
 from moelm.callbacks.profile import category_of
 
 LIMIT, OURS = "limit", "moelm fused"
+SCALING = {
+    "tokens": "layer, tokens",
+    "experts": "layer, experts",
+    "seq_len": "training step, sequence length",
+    "depth": "training step, layers",
+}
 COLOURS = {LIMIT: "#999999", OURS: "#d1495b", "sonicmoe": "#00798c", "moelm grouped": "#edae49"}
 
 
@@ -74,13 +80,7 @@ def _short(shape: dict[str, int]) -> str:
 def draw_scaling(result: dict[str, Any], out: Path) -> None:
     import matplotlib.pyplot as plt
 
-    titles = {
-        "tokens": "layer, tokens",
-        "experts": "layer, experts",
-        "seq_len": "training step, sequence length",
-        "depth": "training step, layers",
-    }
-    parts = [part for part in titles if part in result]
+    parts = [part for part in SCALING if part in result]
     figure, axes = plt.subplots(1, len(parts), figsize=(3.2 * len(parts), 3.2), layout="constrained", squeeze=False)
     for panel, part in zip(axes[0], parts, strict=True):
         for name, (x, y) in curves(result[part]).items():
@@ -95,13 +95,13 @@ def draw_scaling(result: dict[str, Any], out: Path) -> None:
         panel.set_xticks(sizes := [int(size) for size in result[part]], [f"{size}" for size in sizes], fontsize=7)
         panel.set_ylim(bottom=0)
         panel.set_ylabel("ms")
-        panel.set_title(titles[part], fontsize=9)
+        panel.set_title(SCALING[part], fontsize=9)
     _finish(figure, None, result["facts"]["device"], out)
 
 
 def losses(result: dict[str, Any]) -> dict[str, list[float]]:
     """By run the cross-entropy of each step, in nats a token; of equal names the first, and none of one that failed."""
-    runs = result["runs"]
+    runs = result.get("runs", [])
     if isinstance(runs, dict):  # of loss_curves.py
         return {name: run["train"] for name, run in runs.items()}
     found: dict[str, list[float]] = {}
@@ -187,9 +187,11 @@ def main() -> None:
         "--out docs/images/layer_speed.png",
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument("result", type=Path, help="a benchmark's JSON, or a trace.json.gz")
+    parser.add_argument("result", type=Path, help="one of these JSON files, or a trace.json.gz")
     parser.add_argument("--out", type=Path, required=True, help="a .png")
     arguments = parser.parse_args()
+    if not arguments.result.is_file():
+        parser.error(f"{arguments.result}: there is no such file")
     if arguments.result.suffix == ".gz":
         with gzip.open(arguments.result, "rt", encoding="utf-8") as stream:
             events = json.load(stream)["traceEvents"]
@@ -201,8 +203,14 @@ def main() -> None:
         draw_lanes(events, arguments.result.name.removesuffix(".json.gz"), arguments.out)
         return
     result = json.loads(arguments.result.read_text(encoding="utf-8"))
-    draw = draw_layer if "layer" in result else draw_losses if "runs" in result else draw_scaling
-    draw(result, arguments.out)
+    if "layer" in result:
+        draw_layer(result, arguments.out)
+    elif losses(result):
+        draw_losses(result, arguments.out)
+    elif result.keys() & SCALING.keys():
+        draw_scaling(result, arguments.out)
+    else:
+        parser.error(f"{arguments.result}: has neither speeds of layers, nor scaling, nor losses of runs")
 
 
 if __name__ == "__main__":

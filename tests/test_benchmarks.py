@@ -180,6 +180,23 @@ def test_losses_are_drawn_of_runs_that_have_some() -> None:
     assert plot.losses({"runs": {"fast-0": {"train": [2.0, 1.0], "val": [1.5]}}}) == {"fast-0": [2.0, 1.0]}
 
 
+@pytest.mark.parametrize(
+    ("text", "problem"), [(None, "no such file"), ('{"runs": [{"name": "dense"}]}', "has neither")]
+)
+def test_what_cannot_be_drawn_is_one_message(
+    text: str | None, problem: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    file = tmp_path / "result.json"
+    if text is not None:
+        file.write_text(text)
+    monkeypatch.setattr("sys.argv", ["plot.py", str(file), "--out", str(tmp_path / "out.png")])
+    with pytest.raises(SystemExit) as ended:
+        plot.main()
+    assert ended.value.code == 2
+    assert f"{file}: " in (said := capsys.readouterr().err)
+    assert problem in said
+
+
 @pytest.mark.parametrize("benchmark", [moe_layer, train_step, scaling, parallel])
 def test_without_a_gpu_a_benchmark_says_so_and_ends_with_exit_code_2(
     benchmark: Any, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]

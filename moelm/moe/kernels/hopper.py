@@ -2,13 +2,14 @@
 
 The warps of a block have parts: some fetch tiles into shared memory (the bulk copy engine where rows lie side by side,
 16 bytes a thread where they are gathered by token), two groups of four multiply, and where SwiGLU or its gradient
-follows four more compute it while the tensor cores go on. Each block goes on to its next tile while the last one is
-being stored; results reach memory in whole cache lines. docs/performance.md has what they reach. Everything is summed
-in one order: the same bits every time.
+follows two or four more compute it while the tensor cores go on. Each block goes on to its next tile while the last one
+is being stored; results reach memory in whole cache lines. docs/performance.md has what they reach. Everything is
+summed in one order: the same bits every time.
 
 Tokens [T, D], rows [R, ...] and weights [E, ...] in bfloat16, widths a multiple of 8 (16 bytes for the copy engine);
 `choice_of_row_R` and `tiles` as `sorting.py` and `products.py` make them. `spread_RD`, where given, are the tokens as
-`rows.spread` sorts them: the copy engine then brings those too. Rows past the last expert's change nothing.
+`rows.spread` sorts them: the copy engine then brings those too. Rows past the last expert's, which must be finite in a
+gradient of weights, change nothing.
 Written in Gluon, the part of Triton in which layouts and barriers are explicit; it has no interpreter.
 """
 
@@ -281,8 +282,8 @@ def _gather_rows(
     GROUP: gl.constexpr,
     WARPS: gl.constexpr,
 ):
-    """Rows that are found by token, or spread. Where an expert's rows end before the tile does, any token
-    serves. Without SwiGLU the matrix is transposed."""
+    """Rows that are found by token, or spread. Where an expert's rows end before the tile does, any others serve.
+    Without SwiGLU the matrix is transposed."""
     OF_WEIGHTS: gl.constexpr = (2 if SWIGLU else 1) * weights_desc.block_type.nbytes
     BYTES: gl.constexpr = OF_WEIGHTS if spread_desc is None else OF_WEIGHTS + 2 * spread_desc.block_type.nbytes
     n_columns: gl.constexpr = (N + BN - 1) // BN
