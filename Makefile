@@ -6,6 +6,9 @@ BIN := .venv/bin
 QUICKSTART := checkpoints/quickstart
 MINIS := checkpoints/mini
 
+# pip leaves bytecode to the first import: where it is never written, every process takes seconds longer to start
+unexport PYTHONDONTWRITEBYTECODE
+
 .PHONY: quickstart minis test test-all lint
 
 quickstart: .venv/.core

@@ -42,7 +42,7 @@ def corpus(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
         "dir": str(folder / "shards"),
         "sources": [source],
         "tokenizer": {"vocab_size": 512},
-        "val_fraction": 0.1,
+        "val_fraction": 0.03,
     }
 
 

@@ -35,7 +35,7 @@ RUNS: list[dict[str, Any]] = [
         "model.moe.top_k": 1,
         "model.moe.balancers": [],
         "model.init.std": 0.1,
-        "optim.lr": 3e-2,
+        "optim.lr": 1e-1,
         "optim.schedule": {"name": "constant"},
     },
 ]
