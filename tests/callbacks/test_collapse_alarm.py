@@ -50,7 +50,7 @@ def collapsing(**alarm: Any) -> dict[str, Any]:
         "model.moe.top_k": 1,
         "model.moe.balancers": [],
         "model.init.std": 0.1,
-        "optim.lr": 3e-2,
+        "optim.lr": 1e-1,
         "optim.schedule": {"name": "constant"},  # the same whatever max_steps is
         "callbacks": [{"name": "collapse_alarm", "grace_steps": 50, **alarm}, "expert_counts"],
     }
