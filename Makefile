@@ -5,6 +5,7 @@ PIP_ARGS ?=
 BIN := .venv/bin
 QUICKSTART := checkpoints/quickstart
 MINIS := checkpoints/mini
+PARALLEL := -n auto --maxprocesses 4 --dist loadfile --no-loadscope-reorder
 
 # pip leaves bytecode to the first import: where it is never written, every process takes seconds longer to start
 unexport PYTHONDONTWRITEBYTECODE
@@ -30,10 +31,10 @@ minis: .venv/.core
 	$(BIN)/python -m moelm.compare $(MINIS)
 
 test: .venv/.dev
-	$(BIN)/python -m pytest -m "not slow" -n auto --maxprocesses 4 --dist loadfile --no-loadscope-reorder
+	$(BIN)/python -m pytest -m "not slow" $(PARALLEL)
 
 test-all: .venv/.dev
-	$(BIN)/python -m pytest -m slow --timeout 1200
+	$(BIN)/python -m pytest -m slow --timeout 1200 $(PARALLEL)
 
 lint: .venv/.dev
 	$(BIN)/ruff check .

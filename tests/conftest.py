@@ -32,7 +32,16 @@ TINY_MODEL = {
 
 
 # Files of a few long tests: begun first, so that no process is left alone with one of them at the end
-LONGEST = ("test_readme", "test_distributed", "test_aux_invariance", "test_resume", "test_plugin", "test_expert_counts")
+LONGEST = (
+    "test_quickstart",
+    "test_verify",
+    "test_readme",
+    "test_distributed",
+    "test_aux_invariance",
+    "test_resume",
+    "test_plugin",
+    "test_expert_counts",
+)
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
