@@ -136,7 +136,7 @@ def test_experts_get_their_gradients_before_the_blocks_below_are_differentiated(
 
 
 def test_a_run_with_bfloat16_gradients_follows_one_with_float32_and_resumes_bitwise(tiny, as_on_a_gpu, monkeypatch):
-    options = {**SMALL, **ONE, "trainer.max_steps": 4, "checkpoint.every_n_steps": 2, "optim.lr": 0.03}
+    options = {**SMALL, **ONE, "trainer.max_steps": 7, "checkpoint.every_n_steps": 2, "optim.lr": 0.03}
     options["callbacks"] = ["gradient_dtypes"]
     config = tiny({**options, "model.moe": {**TINY_EXPERTS, "experts": {"backend": "fused"}}})
     losses = []
@@ -148,7 +148,7 @@ def test_a_run_with_bfloat16_gradients_follows_one_with_float32_and_resumes_bitw
             train(named(config, name))
         assert GradientDtypes.seen == {dtype}
         losses.append(Recorder.made[-1].losses)
-    assert losses[0][0] == losses[1][0] > losses[1][-1] + 0.05  # untrained: ln(512) within 0.01 on any batch
+    assert losses[0][0] == losses[1][0] > losses[1][-1] + 0.2
     assert losses[1] == pytest.approx(losses[0], abs=0.01)
     Recorder.raise_after = 3
     broken = named(config, "broken")
@@ -157,4 +157,4 @@ def test_a_run_with_bfloat16_gradients_follows_one_with_float32_and_resumes_bitw
     Recorder.raise_after = None
     train(broken, resume="auto")
     assert Recorder.made[-1].losses == losses[1][2:]
-    assert_same_state(*(step_folder(each.run_folder, 4) for each in (named(config, "short"), broken)))
+    assert_same_state(*(step_folder(each.run_folder, 7) for each in (named(config, "short"), broken)))
