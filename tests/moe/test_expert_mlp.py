@@ -5,6 +5,7 @@ nobody has written holds NaN.
 """
 
 import copy
+from contextlib import nullcontext
 from functools import partial
 
 import pytest
@@ -191,6 +192,22 @@ def test_tokens_that_arrive_meanwhile_change_no_bit(n_here):
     found = meanwhile(grad_y_TD, arguments, n_here)
     for one, other in zip(found, wanted, strict=True):
         assert torch.equal(one, other[: len(one)])
+
+
+def test_choices_without_a_row_change_no_bit():
+    device, dtype = ("cpu", torch.float32) if INTERPRETED else ("cuda", torch.bfloat16)
+    expert_ids_TK = CASES["some_none"] if INTERPRETED else ids(3000, 3)
+    grad_y_TD, (*tokens, row_of_choice_TK, choice_of_row_R, offsets_E, w1, w2) = make_case(
+        expert_ids_TK, device, dtype, D=264, F=520
+    )
+    found = []
+    for R in (len(choice_of_row_R), int(offsets_E[-1]) + 2):
+        arguments = *tokens, row_of_choice_TK, choice_of_row_R[:R], offsets_E, w1, w2
+        y_TD, gate_up_R2F = expert_mlp.forward(*arguments)
+        grad_x_TD, grad_gates_TK, *grads = expert_mlp.backward(grad_y_TD, *arguments, gate_up_R2F)
+        assert len(gate_up_R2F) == R
+        found.append([y_TD, grad_x_TD, torch.where(row_of_choice_TK < R, grad_gates_TK, 0.0), *grads])
+    assert all(map(torch.equal, *found))
 
 
 @pytest.mark.parametrize("case", CASES)
@@ -633,3 +650,29 @@ def test_training_compiled_follows_the_grouped_experts_and_compiles_once(tiny_co
         assert (model.moe_layers[0].experts.down_copy is not None) == (backend == "fused")  # made outside the blocks
     assert curves[0][0] == curves[0][1] > curves[0][2] + 0.3 > curves[0][4] + 0.6
     assert curves[1] == pytest.approx(curves[0], abs=0.05)
+
+
+class GradGatesOfAllRows(Tiled):
+    """Two blocks of columns whose gradients of gates lie R apart, where there are more choices than rows."""
+
+    def down_backward(self, grad_y_TD, gates_TK, choice_of_row_R, offsets_E, *others):
+        *grads, grad_gates_TK = super().down_backward(grad_y_TD, gates_TK, choice_of_row_R, offsets_E, *others)
+        choices, halves = choice_of_row_R[: offsets_E[-1]].long(), torch.zeros(2 * gates_TK.numel())
+        for column in range(2):
+            halves[column * len(choice_of_row_R) + choices] = grad_gates_TK.flatten()[choices] / 2
+        return *grads, halves.view(2, *gates_TK.shape).sum(0)
+
+
+@pytest.mark.skipif(not INTERPRETED, reason="there the kernels themselves are compared")
+@pytest.mark.parametrize("dtype", [None, torch.float32])
+@pytest.mark.parametrize("kernels_of", [Tiled, GradGatesOfAllRows])
+def test_what_tries_the_kernels_has_choices_without_a_row(kernels_of, dtype, monkeypatch):
+    monkeypatch.setattr(kernels_of, "SIZE", products.ROWS)
+    monkeypatch.setattr(products, "hopper", kernels_of)
+    monkeypatch.setattr(products, "row_tiles", lambda *shape: [products.row_tiles_reference(*shape)])
+    monkeypatch.setattr(products, "sort_by_expert", sort_by_expert_reference)
+    for name in ("spread", "swiglu", "swiglu_backward"):
+        monkeypatch.setattr(products, name, getattr(kernels.rows, f"{name}_reference"))
+    wrong = kernels_of is GradGatesOfAllRows and dtype is not None
+    with pytest.raises(ValueError, match="an error of") if wrong else nullcontext():
+        products._compare_with_torch(torch.device("cpu"), 16, 24, 8, dtype)

@@ -616,7 +616,7 @@ def _swiglu_backward(
                     gl.store(at_up + i * (2 * N) + c, (grad * silu).to(gl.bfloat16), mask=written)
                 mbarrier.arrive(taken.index(half))
                 dot_64 = gl.convert_layout(gl.sum(dot, 1), gl.SliceLayout(1, lines))
-                gl.store(grad_gates_ptr + column * n_rows + choice, dot_64, mask=used)
+                gl.store(grad_gates_ptr + choice * n_columns + column, dot_64, mask=used)
             phase ^= 1
 
 
@@ -692,7 +692,7 @@ def down_backward(
     D, R, n = grad_y_TD.shape[1], choice_of_row_R.shape[0], down_EFD.shape[1]
     grad_gate_up_R2F, gated_h_RF = torch.empty_like(gate_up_R2F), gate_up_R2F.new_empty(R, n)
     n_columns = cdiv(n, COLUMNS)
-    grad_gates_cTK = torch.zeros(n_columns, *gates_TK.shape, device=gates_TK.device)  # those of "none" stay 0
+    grad_gates_TKc = torch.zeros(*gates_TK.shape, n_columns, device=gates_TK.device)  # those of no row stay 0
     for tiles_N3, _ in tiles:
         _down_backward[_blocks(tiles_N3.shape[0] * n_columns, grad_y_TD.device)](
             grad_y_TD.contiguous(),
@@ -705,7 +705,7 @@ def down_backward(
             gate_up_R2F,
             grad_gate_up_R2F,
             gated_h_RF,
-            grad_gates_cTK,
+            grad_gates_TKc,
             tiles_N3.shape[0],
             R,
             offsets_E.shape[0],
@@ -721,7 +721,7 @@ def down_backward(
             num_warps=4,
             maxnreg=128,
         )
-    return grad_gate_up_R2F, gated_h_RF, grad_gates_cTK[0] if n_columns == 1 else grad_gates_cTK.sum(0)
+    return grad_gate_up_R2F, gated_h_RF, grad_gates_TKc.squeeze(-1) if n_columns == 1 else grad_gates_TKc.sum(-1)
 
 
 # ------------------------------------------------------------------------------------ gradients of weights

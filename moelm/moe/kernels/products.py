@@ -179,10 +179,11 @@ def _compare_with_torch(device: torch.device, D: int, F_: int, K: int, dtype: to
     """Raises if a kernel of `hopper.py` errs by more than rounding: of the forward pass, or with `dtype` of the other.
 
     Rows enough that blocks of threads have more than one tile and sums more steps than there are stages; experts end
-    inside a tile, one is idle, and some choices are of "none".
+    inside a tile, one is idle, and some choices are of "none", of which most have no row, as those of experts that
+    other ranks hold.
     """
     generator = torch.Generator(device).manual_seed(0)
-    T, E = cdiv(8440, K), 3
+    T, E = cdiv(16880, K), 3
     x_TD, grad_y_TD, up_EDF, down_EFD = (
         torch.randn(shape, device=device, generator=generator).bfloat16()
         for shape in ((T, D), (T, D), (E, D, 2 * F_), (E, F_, D))
@@ -190,9 +191,11 @@ def _compare_with_torch(device: torch.device, D: int, F_: int, K: int, dtype: to
     ids_TK = torch.randint(0, 2 * E, (T, K), device=device, generator=generator).clamp(max=E)
     gates_TK = torch.rand(T, K, device=device, generator=generator)
     row_of_choice_TK, choice_of_row_R, offsets_E = sort_by_expert(torch.where(ids_TK == 1, 0, ids_TK), E)
-    (tiles,), n_used, ours = row_tiles(T * K, offsets_E, ROWS), int(offsets_E[-1]), hopper()
-    rows_RD = spread(x_TD, row_of_choice_TK)
-    x_RD = spread_if_wide(x_TD, row_of_choice_TK, F_)
+    n_used, ours = int(offsets_E[-1]), hopper()
+    R = n_used + 77
+    choice_of_row_R = choice_of_row_R[:R]
+    (tiles,) = row_tiles(R, offsets_E, ROWS)
+    rows_RD, x_RD = spread(x_TD, row_of_choice_TK)[:R], spread_if_wide(x_TD, row_of_choice_TK, F_)
     gate_up_R2F = F.grouped_mm(rows_RD, up_EDF, offs=offsets_E)
     h_RF = swiglu(gate_up_R2F, offsets_E)
     found: tuple[Tensor, ...]
@@ -201,9 +204,9 @@ def _compare_with_torch(device: torch.device, D: int, F_: int, K: int, dtype: to
         found = *ours.up_product(x_TD, choice_of_row_R, K, up_EDF, [tiles], x_RD), ours.product(h_RF, down_EFD, tiles)
         wanted = gate_up_R2F, h_RF, F.grouped_mm(h_RF, down_EFD, offs=offsets_E)
     else:
-        grad_rows_RD = spread(grad_y_TD, row_of_choice_TK)
+        grad_rows_RD = spread(grad_y_TD, row_of_choice_TK)[:R]
         grad_h_RF = F.grouped_mm(grad_rows_RD, down_EFD.mT, offs=offsets_E)
-        grads = swiglu_backward(grad_h_RF, gate_up_R2F, gates_TK, choice_of_row_R, offsets_E)
+        *grads, grad_gates_TK = swiglu_backward(grad_h_RF, gate_up_R2F, gates_TK, choice_of_row_R, offsets_E)
         grad_y_RD = spread_if_wide(grad_y_TD, row_of_choice_TK, F_)
         by_token = choice_of_row_R, K, offsets_E, tiles, dtype, None
         batch = grad_y_TD, gates_TK, choice_of_row_R, offsets_E
@@ -216,12 +219,13 @@ def _compare_with_torch(device: torch.device, D: int, F_: int, K: int, dtype: to
         )
         wanted = (
             *grads,
+            torch.where(row_of_choice_TK < R, grad_gates_TK, 0.0),
             F.grouped_mm(grads[0], up_EDF.mT, offs=offsets_E),
             F.grouped_mm(rows_RD.mT, grads[0], offs=offsets_E),
             F.grouped_mm(grads[1].mT, grad_rows_RD, offs=offsets_E),
         )
     for one, other in zip(found, wanted, strict=True):
-        n = n_used if len(one) == T * K else None  # of rows the last are of nobody
+        n = n_used if len(one) == R else None  # of rows the last are of nobody
         error = (one[:n].float() - other[:n].float()).abs().max() / other[:n].float().abs().max()
         if not error <= 2**-7:
             raise ValueError(f"an error of {error.item():.1e}")

@@ -181,7 +181,8 @@ def swiglu_backward(
     """(grad_gate_up [R, 2F], gated_h [R, F], grad_gates [T, K] float32) of y_t = sum_k gate_tk W h_r, r = row(t, k).
 
     grad_h = dy_t W^T lacks the gate. With h = silu(gate) up, rounded, and s = sigmoid(gate):
-    grad_gates = <grad_h, h>, 0 for "none"; gated_h = gate_tk h, which the gradient of W needs;
+    grad_gates = <grad_h, h>, 0 for "none", anything for a choice without a row; gated_h = gate_tk h, which the gradient
+    of W needs;
     grad_gate_up = gate_tk grad_h (up s (1 + gate (1 - s)), gate s). Unused rows come out 0, so that a sum over rows may
     run past the end.
 
@@ -222,8 +223,8 @@ def swiglu_backward_reference(
     grad_gate_R = (grad_h_RF.float() * h_RF).sum(1)
     grad_RF = gate_R1 * grad_h_RF.float()
     grad_gate_up_RF = torch.cat([grad_RF * up_RF * s_RF * (1 + x_RF * (1 - s_RF)), grad_RF * x_RF * s_RF], 1)
-    grad_gates_TK = torch.empty_like(grad_gate_R).scatter_(0, choice_of_row_R.long(), grad_gate_R).view_as(gates_TK)
-    return grad_gate_up_RF.to(dtype), (gate_R1 * h_RF).to(dtype), grad_gates_TK
+    grad_gates = grad_gate_R.new_zeros(gates_TK.numel()).scatter_(0, choice_of_row_R.long(), grad_gate_R)
+    return grad_gate_up_RF.to(dtype), (gate_R1 * h_RF).to(dtype), grad_gates.view_as(gates_TK)
 
 
 @Kernel
