@@ -25,6 +25,7 @@ from moelm.model.size import flops_per_token, model_size, short_name
 from moelm.training.bad_steps import BadStepError
 from moelm.training.checkpoint_io import (
     find_checkpoint,
+    finish_rename,
     load_checkpoint_config,
     newest_checkpoint,
     set_aside_later,
@@ -35,7 +36,7 @@ from moelm.training.checkpoint_io import (
 from moelm.training.lightning_module import MoELightningModule
 from moelm.training.loading import check_tokenizer
 from moelm.training.memory import check_memory, out_of_memory
-from moelm.training.preemption import Preempted, exit_code, requeue
+from moelm.training.preemption import Preempted, exit_code
 from moelm.training.run_lock import run_lock
 from moelm.training.trainer import build_trainer, hardware
 
@@ -100,6 +101,7 @@ def _train(config: Config, resume: str | None) -> dict[str, Any]:
         check_tokenizer(checkpoint, shards, "put the data of that run back, or start another run.name")
     data = TokenDataModule(config, shards)
     module = MoELightningModule(config, shards.domains, shards.end_of_text_id)
+    module.continued = checkpoint
     only_validates = checkpoint is not None and step == config.trainer.max_steps and validation_is_due(checkpoint)
     if step is not None and step >= config.trainer.max_steps and not only_validates:
         raise ConfigError(
@@ -136,7 +138,7 @@ def _train(config: Config, resume: str | None) -> dict[str, Any]:
     except Preempted as stop:
         if trainer.is_global_zero:
             print(stop, file=sys.stderr, flush=True)
-            requeue(trainer)
+        time.sleep(bool(stop.exit_code) and not trainer.is_global_zero)  # or the first would be ended for it
         raise
     summary = _summary(config, module, shards, time.perf_counter() - started, step or 0)
     if trainer.is_global_zero:
@@ -160,6 +162,8 @@ def _checkpoint_to_resume(config: Config, resume: str | None) -> Path | None:
                 "continue it with --resume auto, choose another run.name, or delete the folder",
             )
         return None
+    if is_first:
+        finish_rename(folder)
     share = slice(None) if is_first else None  # the others read theirs together, once they can talk
     checkpoint = newest_checkpoint(folder, share) if resume == "auto" else find_checkpoint(resume, share)
     if checkpoint is None and is_first:

@@ -11,6 +11,7 @@ from collections.abc import Iterator
 from functools import partial
 from itertools import islice
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -18,6 +19,7 @@ import pytest
 import moelm
 from moelm.config import UserError
 from moelm.verify import __main__ as command
+from moelm.verify import kill
 from moelm.verify.lab import TINY, Broken, Lab, Row
 
 COUNTS_IN_FORWARD = """
@@ -31,7 +33,7 @@ COUNTS_READ = """self.accumulator.finish(received(self.trainer) is not None)
         self.last_step.load_ME = all_reduce_sums({"load": counts_ME})["load"]
         for layer in self.model.moe_layers:
             layer.count_E.zero_()"""
-COUNTS_MADE = """seed_rank(self.config.run.seed, self.global_rank)
+COUNTS_MADE = """seed_rank(self.config.run.seed, self.global_rank, self._first_step)
         for layer in self.model.moe_layers:
             layer.register_buffer("count_E", torch.zeros(layer.experts.gate_up.shape[0]), persistent=False)"""
 MODULE = "training/lightning_module.py"
@@ -46,7 +48,7 @@ MUTATIONS: dict[str, tuple[str, list[tuple[str, str, str]]]] = {  # subject, and
         [
             ("moe/layer.py", "\n        x_TD = chunk_BLD.flatten(0, 1)", COUNTS_IN_FORWARD),
             (MODULE, "self.accumulator.finish(received(self.trainer) is not None)", COUNTS_READ),
-            (MODULE, "seed_rank(self.config.run.seed, self.global_rank)", COUNTS_MADE),
+            (MODULE, "seed_rank(self.config.run.seed, self.global_rank, self._first_step)", COUNTS_MADE),
             ("training/strategies.py", "broadcast_buffers=False", "broadcast_buffers=True"),
         ],
     ),
@@ -132,6 +134,18 @@ def test_a_promise_that_is_not_kept_ends_with_1_and_leaves_the_runs(
     assert "1 of 2 promises kept" in told.out
     (folder,) = tmp_path.glob("verify-*")
     assert str(folder) in told.err
+
+
+def test_a_run_that_does_not_go_on_after_a_kill_is_a_promise_broken(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(kill, "LIMIT_S", 0.05)
+    ended: list[str] = []
+    process = SimpleNamespace(pid=7)
+    hangs: Any = SimpleNamespace(processes=[process], codes=[None], last_words=": waits", lines=lambda kind: [])
+    hangs.kill = lambda: ended.append("killed")
+    lab: Any = SimpleNamespace(runs=[])
+    with pytest.raises(Broken, match="no step 0 s after it was continued: waits"):
+        kill.Trial(lab, asynchronous=False, every=1)._check_start(hangs)
+    assert ended == ["killed"]
 
 
 @pytest.mark.parametrize(

@@ -5,9 +5,6 @@ from __future__ import annotations
 from typing import Any, NamedTuple
 
 import torch
-import torch._dynamo.config
-import torch._functorch.config
-import torch._inductor.config
 import torch.nn.functional as F
 from torch import Tensor, nn
 
@@ -80,6 +77,10 @@ class GPT(nn.Module):
         With `cuda_graphs` a block's kernels are launched together, as recorded; what it returns and its gradients then
         lie in memory that the next forward pass of the model takes again (`own_gradients`).
         """
+        import torch._dynamo.config
+        import torch._functorch.config
+        import torch._inductor.config  # here, since that takes longer than all else and most commands compile nothing
+
         self.cuda_graphs = cuda_graphs
         if cuda_graphs:
             options["mode"] = "reduce-overhead"
@@ -152,7 +153,13 @@ class GPT(nn.Module):
             x_BLD, stats = module(x_BLD, embedded_BLD.roll(-k, 1), rotation, mask_BLL, ahead, recompute)
             assert ahead.token_mask_BL is not None
             targets_ahead_BL = torch.where(ahead.token_mask_BL, targets_BL.roll(-k, 1), IGNORE)
-            predictions.append(self._predict(x_BLD, targets_ahead_BL, [] if stats is None else [stats]))
+            prediction = self._predict(x_BLD, targets_ahead_BL, [] if stats is None else [stats])
+            if document_ids_BL is not None:  # else micro-batches of short documents would weigh as much as others
+                within = context_ahead(context, None, k).token_mask_BL
+                assert within is not None
+                share = ahead.token_mask_BL.sum() / within.sum().clamp(min=1)
+                prediction = prediction._replace(loss=share * prediction.loss)
+            predictions.append(prediction)
         all_stats = stack_stats([stats for each in predictions for stats in each.stats]) if layer_stats else None
         return GPTOutput(None, predictions[0].loss, predictions[0].ce_BL, self._extra(predictions), all_stats, cache)
 

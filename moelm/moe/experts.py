@@ -205,7 +205,6 @@ class Experts(nn.Module):
         ]
         return *weights, *copies
 
-    @torch.compiler.disable  # type: ignore[untyped-decorator]
     def refresh(self) -> None:
         """Bring the working copies up to date, if the dtype and the device want copies at all. Where gradients are to
         have their dtype, or to be summed in place, `stand_ins` take the weights' place in the next forward pass."""

@@ -22,10 +22,10 @@ import shutil
 import sys
 from collections.abc import Mapping
 from fnmatch import fnmatchcase
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import lightning
 import torch
 
 import moelm
@@ -87,7 +87,7 @@ def write_manifest(folder: Path, step: int, known: Mapping[str, Facts] | None = 
         "format": FORMAT,
         "step": step,
         "files": files,
-        "versions": {"moelm": moelm.__version__, "torch": torch.__version__, "lightning": lightning.__version__},
+        "versions": {"moelm": moelm.__version__, "torch": torch.__version__, "lightning": version("lightning")},
     }
     (folder / "manifest.json").write_text(json.dumps(sealed(manifest), indent=1), encoding="utf-8")
     sync(folder / "manifest.json")
@@ -130,21 +130,25 @@ def verify_checkpoint(folder: Path, share: slice | None = slice(None)) -> None:
 
 
 def verify_together(folder: Path) -> None:
-    """Each rank reads its share of the files, and all hear what is wrong. Raises CheckpointError, also where the ranks
-    do not mean the same checkpoint."""
+    """Each rank reads its share of the files, and all hear what is wrong. Raises CheckpointError."""
     problem = None
     try:
         verify_checkpoint(folder, slice(rank(), None, world_size()))
     except CheckpointError as error:
         problem = str(error)
-    found = gather((folder.name, problem))
-    names = sorted({name for name, _ in found})
-    if len(names) > 1:
-        problem = f"{names[-1]} is damaged, and not all ranks saw that before they met"
-        raise CheckpointError(f"{folder.parent}: {problem}\n  remedy: start again, with --resume PATH of {names[0]}")
-    for _, said in found:
+    for said in gather(problem):
         if said:
             raise CheckpointError(said)
+
+
+def continue_together(folder: Path | None) -> None:
+    """Raises CheckpointError on all ranks if they do not mean the same checkpoint, of which only the first reads more
+    than the sizes beforehand; None: there is none."""
+    found = gather(None if folder is None else str(folder))
+    if len(set(found)) > 1:
+        named = ", ".join(sorted({str(each) for each in found}))
+        problem = f"not all ranks would continue the same checkpoint, but {named}: one of them is damaged"
+        raise CheckpointError(f"{problem}\n  remedy: start again, with --resume {found[0] or 'auto'}")
 
 
 def file_facts(folder: Path) -> dict[str, Facts]:
@@ -305,6 +309,15 @@ def set_aside_later(run_folder: Path, step: int) -> None:
             print(f"{folder} is later than the checkpoint that is continued: renamed to {left.name}", file=sys.stderr)
     for stage in run_folder.glob(".step-*.tmp-*"):
         shutil.rmtree(stage, ignore_errors=True)
+
+
+def finish_rename(run_folder: Path) -> None:
+    """A stage with its manifest is a checkpoint that only lacks its name, since a kill came right before. By the first
+    rank, before a run looks for what it continues."""
+    for stage in run_folder.glob(".step-*.tmp-*[0-9]"):  # what is deleted ends in -old
+        target = stage.with_name(stage.name[1:].partition(".")[0])
+        if is_whole(stage) and not target.exists():
+            stage.rename(target)
 
 
 def is_whole(folder: Path) -> bool:

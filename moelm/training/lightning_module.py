@@ -6,6 +6,7 @@ import math
 import sys
 import time
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 import lightning.pytorch as pl
@@ -22,10 +23,11 @@ from moelm.model.size import flops_per_token
 from moelm.moe.balancing.base import Balancer, auxiliary_losses
 from moelm.moe.load_metrics import dead_experts, max_violation
 from moelm.training.bad_steps import BadStepError, Evidence, LossSpikeError, NonFiniteError, RecentLosses
+from moelm.training.checkpoint_io import continue_together
 from moelm.training.evaluation import Evaluation, EvaluationSums, forward_batch
 from moelm.training.gradient_clipping import clip_gradients, is_finite, tensor_norms
 from moelm.training.optim import build_optimizer, lr_factor, parameter_names, place_gradients
-from moelm.training.preemption import Preempted, exit_code, received
+from moelm.training.preemption import Preempted, exit_code, received, requeue
 from moelm.training.rng import rng_state, seed_rank, set_rng_state
 from moelm.training.shards import held_part, local
 from moelm.training.statistics import (
@@ -68,6 +70,8 @@ class MoELightningModule(pl.LightningModule):
         self.paused_s = 0.0  # time in validation and saving, which is no training
         self.flops_per_token = flops_per_token(config.model, config.data.seq_len)
         self._rng_to_restore: dict[str, Any] | None = None
+        self.continued: Path | None = None  # the checkpoint that this rank found; set it before `fit`
+        self._first_step = 0  # its optimizer steps
         self._step_before_batch = 0
         self._is_first_micro_batch = True  # of its optimizer step
         self.must_stop = False  # one rank was told to end, and all know: this step is saved, and the run ends
@@ -79,6 +83,10 @@ class MoELightningModule(pl.LightningModule):
         self.is_late_validation = False  # the one in which the run before was told to end
 
     # ------------------------------------------------------------------------------------------ set-up
+
+    def setup(self, stage: str) -> None:
+        """Where the ranks first meet. Raises CheckpointError if they do not mean the same checkpoint."""
+        continue_together(self.continued)
 
     def configure_model(self) -> None:
         if hasattr(self, "model"):
@@ -135,7 +143,7 @@ class MoELightningModule(pl.LightningModule):
         return self.config.optim.batch_tokens // self.config.data.seq_len
 
     def on_fit_start(self) -> None:
-        seed_rank(self.config.run.seed, self.global_rank)
+        seed_rank(self.config.run.seed, self.global_rank, self._first_step)
 
     def on_train_start(self) -> None:
         """A checkpoint brings the numbers that the optimizer had; those of the config count."""
@@ -224,8 +232,12 @@ class MoELightningModule(pl.LightningModule):
 
     def _stop_if_asked(self) -> None:
         """After `StepCheckpoint` has saved."""
-        if self.must_stop and (self._validation_due or not self.is_last_step):
-            raise Preempted(self.step, exit_code(self.trainer))
+        if not self.must_stop or (self.is_last_step and not self._validation_due):
+            return
+        if self.trainer.is_global_zero:
+            requeue(self.trainer)
+        gather(None)  # what launched them ends all when one ends, so none does before the first has saved and asked
+        raise Preempted(self.step, exit_code(self.trainer))
 
     def _leave_out(self, step: int, error: type[BadStepError], what: str, evidence: Evidence) -> None:
         """Say what was wrong with a step that the optimizer did not take. Raises `error` after too many, on all ranks,
@@ -385,7 +397,8 @@ class MoELightningModule(pl.LightningModule):
         for _, found in by_rank:
             if found:
                 problem = f"{found[0]} holds what is no number, so the step is not saved"
-                raise NonFiniteError(f"step {self.step}: {problem}")
+                remedy = "continue from the checkpoint before with --resume auto and a lower optim.lr"
+                raise NonFiniteError(f"step {self.step}: {problem}\n  remedy: {remedy}")
         checkpoint["moelm"] = {
             "step": self.step,
             "rng_by_rank": [state for state, _ in by_rank],
@@ -399,6 +412,7 @@ class MoELightningModule(pl.LightningModule):
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         state = checkpoint["moelm"]
         states = state["rng_by_rank"]
+        self._first_step = state["step"]
         # another number of ranks: their streams cannot be continued, so the seeds of on_fit_start stand
         self._rng_to_restore = states[self.global_rank] if len(states) == self.trainer.world_size else None
         self.recent_load.ring = state["recent_load"]

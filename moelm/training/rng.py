@@ -9,9 +9,10 @@ import numpy as np
 import torch
 
 
-def seed_rank(seed: int, rank: int) -> None:
-    """Seed all generators, differently on each rank: equal dropout masks on all ranks would be one mask."""
-    mixed = (seed * 1_000_003 + rank) % 2**32
+def seed_rank(seed: int, rank: int, step: int) -> None:
+    """Seed all generators, differently on each rank: equal dropout masks on all ranks would be one mask. And for each
+    `step` that a run begins with, or one that goes on with other ranks would draw the numbers of its beginning."""
+    mixed = (seed * 1_000_003 + step * 69_069 + rank) % 2**32
     random.seed(mixed)
     np.random.seed(mixed)
     torch.manual_seed(mixed)  # CUDA too

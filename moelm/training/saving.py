@@ -59,12 +59,14 @@ class FolderCheckpointIO(CheckpointIO):
         self.settle()
         target = Path(path)
         parts, rest = self._split(checkpoint)
-        stage, error = self._gather(self._open_stage(target))[0]
+        training, error = pickled(rest) if rank() == 0 else (b"", None)
+        stage, error = self._gather(self._open_stage(target, error))[0]
         if error:
             raise CheckpointError(could_not(target, error))
         if self.config.checkpoint.asynchronous:
             parts = self._copied(parts)
-        self._save = Save(self.config, Path(stage), target, checkpoint["moelm"]["step"], parts, rest, self._n_ranks)
+        step = checkpoint["moelm"]["step"]
+        self._save = Save(self.config, Path(stage), target, step, parts, training, self._n_ranks)
         self._save.start()
         if not self.config.checkpoint.asynchronous:
             self.settle()
@@ -112,19 +114,19 @@ class FolderCheckpointIO(CheckpointIO):
     def _gather(self, value: Any) -> list[Any]:
         return gather(value) if self._n_ranks > 1 else [value]
 
-    def _open_stage(self, target: Path) -> tuple[str, str | None]:
-        """The first rank's is the one that counts."""
+    def _open_stage(self, target: Path, error: str | None) -> tuple[str, str | None]:
+        """The first rank's is the one that counts; `error`: there is nothing to save."""
         stage = target.with_name(f".{target.name}.tmp-{os.getpid()}")
         try:
-            if rank() == 0:
+            if rank() == 0 and error is None:
                 shutil.rmtree(stage, ignore_errors=True)
                 stage.mkdir()  # not its parent: where a mount has vanished that would be a place on another disk
-        except OSError as error:
-            return str(stage), str(error)
-        return str(stage), None
+        except OSError as problem:
+            error = str(problem)
+        return str(stage), error
 
-    def _split(self, checkpoint: dict[str, Any]) -> tuple[dict[str, Parts], bytes]:
-        """This rank's tensors by the kind of file, and all else as `training.pt` holds it."""
+    def _split(self, checkpoint: dict[str, Any]) -> tuple[dict[str, Parts], dict[str, Any]]:
+        """This rank's tensors by the kind of file, and all else."""
         weights = {name.removeprefix(PREFIX): tensor for name, tensor in checkpoint["state_dict"].items()}
         moments: dict[str, Tensor] = {}
         scalars: dict[int, dict[str, Any]] = {}
@@ -135,10 +137,7 @@ class FolderCheckpointIO(CheckpointIO):
             scalars[i] = {key: value for key, value in values.items() if key not in large}
         rest = {key: value for key, value in checkpoint.items() if key != "state_dict"}
         rest["optimizer_states"] = [{**optimizer, "state": scalars}]
-        buffer = io.BytesIO()
-        if rank() == 0:
-            torch.save(rest, buffer)
-        return {"model": own_parts(weights), "optimizer": own_parts(moments)}, buffer.getvalue()
+        return {"model": own_parts(weights), "optimizer": own_parts(moments)}, rest
 
     def _copied(self, parts: Mapping[str, Parts]) -> dict[str, Parts]:
         """In memory of the host that is kept for the next save; pinned, so that a GPU copies at its bus's speed."""
@@ -155,6 +154,26 @@ class FolderCheckpointIO(CheckpointIO):
         if torch.cuda.is_initialized():
             torch.cuda.synchronize()
         return copied
+
+
+def pickled(rest: Mapping[str, Any]) -> tuple[bytes, str | None]:
+    """As `training.pt` holds it, and what is wrong with it if it could never be read again."""
+    if (content := _readable(rest)) is not None:
+        return content, None
+    bad = [name for name, state in rest.get("callbacks", {}).items() if _readable(state) is None]
+    problem = f"the state_dict of {', '.join(bad) or 'something'} could not be read again"
+    return b"", f"{problem}\n  remedy: let it hold numbers, text, lists, dicts and tensors only"
+
+
+def _readable(value: Any) -> bytes | None:
+    buffer = io.BytesIO()
+    try:
+        torch.save(value, buffer)
+        buffer.seek(0)
+        torch.load(buffer, weights_only=True)
+    except Exception:  # whatever pickle meets
+        return None
+    return buffer.getvalue()
 
 
 class Parts(NamedTuple):
@@ -246,20 +265,24 @@ class Save(threading.Thread):
             facts |= json.loads(marker.read_text())
             marker.unlink()
         write_manifest(self.stage, self.step, facts)
-        if self.target.exists():
-            discard(self.target)
-        os.replace(self.stage, self.target)
+        replaced = [renamed_away(self.target)] if self.target.exists() else []  # saved before a late validation
+        try:
+            os.replace(self.stage, self.target)  # `finish_rename` does it after a kill that comes here
+        except OSError:
+            for old in replaced:
+                os.replace(old, self.target)
+            raise
         sync(self.target.parent)
         whole = [folder for folder in step_folders(self.config.run_folder) if is_whole(folder)]
-        for old in whole[: -self.config.checkpoint.keep_last]:
-            discard(old)
+        for old in replaced + [renamed_away(folder) for folder in whole[: -self.config.checkpoint.keep_last]]:
+            shutil.rmtree(old, ignore_errors=True)
 
 
-def discard(folder: Path) -> None:
-    """A kill leaves it whole, or what the next start removes as it does a stage."""
+def renamed_away(folder: Path) -> Path:
+    """Before it is deleted: a kill leaves it whole, or what the next start removes as it does a stage."""
     gone = folder.with_name(f".{folder.name}.tmp-{os.getpid()}-old")
     os.replace(folder, gone)
-    shutil.rmtree(gone, ignore_errors=True)
+    return gone
 
 
 def could_not(target: Path, error: str) -> str:

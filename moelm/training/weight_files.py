@@ -73,6 +73,17 @@ class Piece(NamedTuple):
         return tuple(slice(start, start + n) for start, n in zip(self.offset, self.shape, strict=True))
 
 
+def overlap(pieces: Iterable[Piece]) -> bool:
+    """Do two of them have the same element? Counted in the grid that all their edges make."""
+    dims = zip(*(piece.slices for piece in pieces), strict=True)
+    edges = [sorted({edge for each in dim for edge in (each.start, each.stop)}) for dim in dims]
+    cell = [{edge: i for i, edge in enumerate(dim)} for dim in edges]
+    count = torch.zeros([len(dim) - 1 for dim in edges], dtype=torch.int32)
+    for piece in pieces:
+        count[tuple(slice(c[each.start], c[each.stop]) for c, each in zip(cell, piece.slices, strict=True))] += 1
+    return bool((count > 1).any())
+
+
 class TensorFiles(Mapping[str, torch.Tensor]):
     """The tensors of several files by name, those in parts joined. Each look-up reads a copy and keeps none, so that a
     model can be walked through that does not fit in memory."""
@@ -94,9 +105,11 @@ class TensorFiles(Mapping[str, torch.Tensor]):
                     self._add(name, file, tuple(described.get_shape()), described.get_dtype(), places.get(name))
         for name, pieces in self.pieces.items():
             there, whole = sum(math.prod(piece.shape) for piece in pieces), math.prod(self.shapes[name])
+            files_of = ", ".join(sorted(piece.file.name for piece in pieces))
             if there != whole:
-                files_of = ", ".join(sorted(piece.file.name for piece in pieces))
                 raise CheckpointError(f"{pieces[0].file.parent}: {files_of} have {there} of {whole} elements of {name}")
+            if len(pieces) > 1 and overlap(pieces):
+                raise CheckpointError(f"{pieces[0].file.parent}: {files_of} have some elements of {name} twice")
         self._open: dict[Path, Any] = {}
         self._n_read = 0
 

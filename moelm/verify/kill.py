@@ -10,7 +10,7 @@ from functools import partial
 from pathlib import Path
 
 from moelm.training.checkpoint_io import is_valid, step_folders
-from moelm.verify.lab import Broken, Lab, Row, Run
+from moelm.verify.lab import LIMIT_S, Broken, Lab, Row, Run
 from moelm.verify.same import curves_of
 
 NEVER = 10**6
@@ -94,10 +94,13 @@ class Trial:
 
     def _check_start(self, run: Run) -> None:
         """When it has made a step: was it the right one, and is nothing of before left?"""
-        saved, pid = self.newest, run.processes[0].pid
+        saved, pid, until = self.newest, run.processes[0].pid, time.monotonic() + LIMIT_S
         while not (own := [line["step"] for line in run.lines("tape") if line["pid"] == pid]):
             if None not in run.codes:
                 raise Broken(f"it did not start again, but ended with {run.codes}{run.last_words}")
+            if time.monotonic() > until:
+                run.kill()
+                raise Broken(f"no step {LIMIT_S:.0f} s after it was continued{run.last_words}")
             time.sleep(0.002)
         if self.lost and own[0] != saved + 1:
             raise Broken(f"continued with step {own[0]}, and the newest whole checkpoint was {saved}")
@@ -114,10 +117,14 @@ class Trial:
         end.kill()
         curves_of(end.folder)  # none repeats a step or runs back
         lines = end.lines("tape")
-        last = max(line["step"] for line in lines)
+        last, seen, until = max(line["step"] for line in lines), 0, time.monotonic() + LIMIT_S
         while not (made := straight.lines("tape")) or made[-1]["step"] < last:
             if None not in straight.codes:
                 raise Broken(f"the run beside it ended with {straight.codes}{straight.last_words}")
+            if len(made) > seen:
+                seen, until = len(made), time.monotonic() + LIMIT_S
+            if time.monotonic() > until:
+                raise Broken(f"the run beside it made no step in {LIMIT_S:.0f} s{straight.last_words}")
             time.sleep(0.2)
         straight.kill()
         expected = {line["step"]: (line["batches"], line["losses"]) for line in made}

@@ -167,10 +167,24 @@ def test_documents_in_one_sequence_are_as_good_as_alone(tiny_config, n_modules):
             logits = F.linear(h_BLD[0, : max(length - k, 0)], model.head_weight_VD)
             sums[k - 1] = sums[k - 1] + F.cross_entropy(logits, document_BL[0, 1 + k :], reduction="sum")
     counts = [sum(max(length - k, 0) for length in lengths) for k in range(1, n_modules + 1)]
-    wanted = COEF * sum(total / n for total, n in zip(sums, counts, strict=True)) / n_modules
+    wanted = COEF * sum(total / (L - k) for k, total in enumerate(sums, 1)) / n_modules
     torch.testing.assert_close(whole.extra_losses["multi_token_prediction"], wanted, rtol=1e-5, atol=1e-6)
     assert torch.equal(whole.stats.load_BE, loads)
     assert whole.stats.n_tokens_B.tolist() == [[L], [L], *[[n] for n in counts]]
+
+
+def test_sequences_of_short_documents_weigh_in_any_micro_batch_alike(tiny_config):
+    model, tokens_BL = make_model(with_modules(tiny_config, 2, moe=None)), make_tokens(B=3)
+    lengths = [13], [2, 1, 2, 2, 2, 4], [6, 7]
+    ids_BL = torch.stack([torch.repeat_interleave(torch.arange(len(each)), torch.tensor(each)) for each in lengths])
+    together = model(tokens_BL, tokens_BL, document_ids_BL=ids_BL).extra_losses["multi_token_prediction"]
+    apart = [
+        model(tokens_BL[i : i + 1], tokens_BL[i : i + 1], document_ids_BL=ids_BL[i : i + 1]).extra_losses[
+            "multi_token_prediction"
+        ]
+        for i in range(3)
+    ]
+    torch.testing.assert_close(together, sum(apart) / 3)
 
 
 def test_a_padded_sequence_is_the_short_one(tiny_config):

@@ -1,5 +1,6 @@
 """A plugin of two callbacks that disturb a run. `told` sends its process, and those that load its data, a signal at the
-moment that TOLD in the environment names: "SIGTERM forward 1" does so on rank 1 (or `all`) before a forward pass.
+moment that TOLD in the environment names: "SIGTERM forward 1" does so on rank 1 (or `all`) before a forward pass. It
+writes down which checkpoint there is when a rank ends; each file of weights takes SLOW_S seconds more.
 `poisoned` makes the activations of the steps on the rank that POISON names NaN: "3,4 1"; with a third word it
 multiplies the last ones by that."""
 
@@ -14,12 +15,27 @@ from typing import Any
 from lightning.pytorch.callbacks import Callback
 
 from moelm.config import Config, NamedConfig, register
+from moelm.training import saving
+from moelm.training.checkpoint_io import newest_checkpoint
 
 
 @register("callback", "told", NamedConfig)
 class Told(Callback):
     def __init__(self, config: NamedConfig, run: Config) -> None:
         self.run_folder = run.run_folder
+
+    def on_fit_start(self, trainer: Any, pl_module: Any) -> None:
+        write = saving.write_weights
+
+        def slow(*arguments: Any) -> None:
+            time.sleep(float(os.environ.get("SLOW_S", "0")))
+            write(*arguments)
+
+        saving.write_weights = slow
+
+    def on_exception(self, trainer: Any, pl_module: Any, exception: BaseException) -> None:
+        newest = newest_checkpoint(self.run_folder)
+        (self.run_folder / f"ended-{trainer.global_rank}").write_text(str(newest and newest.name))
 
     def on_train_batch_start(self, trainer: Any, pl_module: Any, batch: Any, batch_idx: int) -> None:
         if pl_module.step == 3:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import ctypes
 import dataclasses
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -213,3 +214,26 @@ def test_two_ranks_save_together_whichever_is_told(tiny: Callable[..., Config], 
     rank = told.split()[-1]
     stopped = check_stopped(run(config, tmp_path, told), config.run_folder, [0, 1] if rank == "all" else [int(rank)])
     assert stopped == CASES[told]
+
+
+@pytest.mark.slow
+def test_no_rank_ends_before_the_first_has_saved_and_asked_for_the_job_again(
+    tiny: Callable[..., Config], tmp_path: Path
+) -> None:
+    """What launched them would end the first one for it."""
+    (tmp_path / "scontrol").write_text(f"#!/bin/sh\nsleep 1\necho $* >> {tmp_path}/asked\n")
+    (tmp_path / "scontrol").chmod(0o755)
+    config = telling(tiny({**CHANGES, **DDP, "checkpoint.asynchronous": True}), "slow")
+    file = tmp_path / "config.yaml"
+    file.write_text(to_yaml(config))
+    plugin = str(Path(__file__).with_name("mishaps.py"))
+    options = ["--standalone", "--nproc-per-node=2", "-m", "moelm.train", "--plugin", plugin, "--config", str(file)]
+    path = f"{tmp_path}{os.pathsep}{os.environ['PATH']}"
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PATH": path, "SLURM_JOB_ID": "7", "SLOW_S": "2"}
+    environment["TOLD"] = "SIGUSR1 forward all"
+    command = [sys.executable, "-m", "torch.distributed.run", *options]
+    result = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=120)
+    assert "step 5 is saved; continue with --resume auto" in result.stderr, result.stderr[-3000:]
+    assert [(config.run_folder / f"ended-{rank}").read_text() for rank in (0, 1)] == ["step-00000005"] * 2
+    assert (tmp_path / "asked").read_text() == "requeue 7\n"
+    assert re.search(r"rank +: 0 .*\n +exitcode +: 75 ", result.stderr), result.stderr[-3000:]

@@ -21,7 +21,9 @@ from tiny_runs import Recorder, scalars_of, summary_of
 from moelm.config import Config, ConfigError, to_yaml
 from moelm.data.token_shards import DataError, hash_file
 from moelm.train import train
+from moelm.training import lightning_module
 from moelm.training.checkpoint_io import load_training, load_weights, step_folder
+from moelm.training.rng import seed_rank
 
 STEPS = 60
 
@@ -253,3 +255,20 @@ def test_a_finished_run_can_be_made_longer(tiny: Callable[..., Config]) -> None:
     assert train(longer, resume="auto")["step"] == 7
     with pytest.raises(ConfigError, match="7 steps are done already"):
         train(longer, resume="auto")
+
+
+def test_a_run_that_goes_on_with_other_ranks_does_not_draw_the_numbers_of_its_beginning(
+    tiny: Callable[..., Config], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    drawn = []
+
+    def seed_and_draw(*numbers: int) -> None:
+        seed_rank(*numbers)
+        drawn.append((numbers, float(torch.rand(()))))
+
+    monkeypatch.setattr(lightning_module, "seed_rank", seed_and_draw)
+    for steps, resume in ((2, None), (3, "auto")):
+        train(tiny({"trainer.max_steps": steps}), resume=resume)
+    (first, drawn_first), (second, drawn_second) = drawn
+    assert (first[1:], second[1:]) == ((0, 0), (0, 2))
+    assert drawn_first != drawn_second

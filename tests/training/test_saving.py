@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import json
+import os
 import random
 import shutil
 import signal
@@ -16,12 +17,16 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import lightning.pytorch as pl
+import numpy as np
 import pytest
 import torch
+from lightning.pytorch.callbacks import Callback
 from test_checkpoint_io import rewrite_manifest
 from test_resume import assert_same, assert_same_state, named, wait_for
 from tiny_runs import Recorder
 
+import moelm.train as train_module
 from moelm import convert
 from moelm.config import Config, UserError, to_yaml
 from moelm.evaluate import evaluate
@@ -130,6 +135,11 @@ def test_parts_that_do_not_make_a_whole_are_refused(grid: tuple[dict[str, torch.
     with pytest.raises(CheckpointError, match=r"model-00.*model-10\.safetensors have 5 of 6 elements of count"):
         TensorFiles([files[0], files[1], files[2]])
     content = files[3].read_bytes()
+    retold(
+        files[3], lambda places: places["float"].update(saved_offsets=[2, 3])
+    )  # each offset once, and all the elements
+    with pytest.raises(CheckpointError, match=r"model-11\.safetensors have some elements of float twice"):
+        TensorFiles(files)
     for change, message in PLACES:
         files[3].write_bytes(content)
         retold(files[3], change)
@@ -211,24 +221,44 @@ def test_ranks_verify_a_checkpoint_together(tiny: Callable[..., Config], monkeyp
     tokenizer = folder / "tokenizer.json"  # the fourth of the five files
     tokenizer.write_bytes(tokenizer.read_bytes()[::-1])
     found: list[tuple[int, bool]] = []
-    others: list[tuple[str, str | None]] = []
+    others: list[str | None] = []
     monkeypatch.setattr(checkpoint_io, "world_size", lambda: 3)
-    monkeypatch.setattr(checkpoint_io, "gather", lambda value: found.append((at, value[1] is None)) or [value, *others])
+    monkeypatch.setattr(checkpoint_io, "gather", lambda value: found.append((at, value is None)) or [value, *others])
     for at in range(3):
         monkeypatch.setattr(checkpoint_io, "rank", lambda at=at: at)
         with contextlib.suppress(CheckpointError):
             verify_together(folder)
     assert found == [(0, False), (1, True), (2, True)]
     monkeypatch.setattr(checkpoint_io, "rank", lambda: 2)
-    said = {(folder.name, "x is missing"): "x is missing", ("step-2", None): "step-2 is damaged"}
-    for other, message in said.items():
-        others[:] = [other]
-        with pytest.raises(CheckpointError, match=message):
-            verify_together(folder)
+    others[:] = ["x is missing"]
+    with pytest.raises(CheckpointError, match="x is missing"):
+        verify_together(folder)
     verify_checkpoint(folder, None)
     tokenizer.write_bytes(b"")
     with pytest.raises(CheckpointError, match=r"tokenizer\.json: 0 bytes"):
         verify_checkpoint(folder, None)
+
+
+def test_ranks_that_do_not_find_the_same_checkpoint_say_so(
+    tiny: Callable[..., Config], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The first, which reads more than sizes, and others."""
+    config = tiny({"trainer.max_steps": 2, "checkpoint.every_n_steps": 1})
+    others: list[str | None] = []
+    monkeypatch.setattr(checkpoint_io, "gather", lambda value: [value, *others])
+    monkeypatch.setattr(saving, "verify_together", verify_checkpoint)
+    others[:] = [None, str(step_folder(config.run_folder, 1))]
+    with pytest.raises(CheckpointError, match=r"(?s)would continue .*step-00000001, None: .*--resume auto"):
+        train(config)
+    others.clear()
+    train(named(config, "found"))
+    found = step_folder(named(config, "found").run_folder, 2)
+    longer = dataclasses.replace(named(config, "found"), trainer=dataclasses.replace(config.trainer, max_steps=3))
+    others[:] = [None]
+    with pytest.raises(CheckpointError, match=rf"(?s)step-00000002, None: .*--resume {found}"):
+        train(longer, resume="auto")
+    others[:] = [str(found)]
+    assert train(longer, resume="auto")["step"] == 3
 
 
 def make_format_2(folder: Path) -> None:
@@ -289,6 +319,76 @@ def test_a_stage_that_cannot_be_made_is_named(tiny: Callable[..., Config], tmp_p
     empty = {"state_dict": {}, "moelm": {"parameters": [], "step": 1}, "optimizer_states": [{"state": {}}]}
     with pytest.raises(CheckpointError, match=r"file/step-00000001: the checkpoint could not be written"):
         FolderCheckpointIO(tiny()).save_checkpoint(empty, tmp_path / "file" / "step-00000001")
+
+
+class Unreadable(Callback):
+    def state_dict(self) -> dict[str, Any]:
+        return {"best": np.float64(1.5)}
+
+
+def test_what_could_not_be_read_again_is_named_before_anything_is_written(
+    tiny: Callable[..., Config], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = tiny({"trainer.max_steps": 3})
+    build = train_module.build_trainer
+
+    def with_callback(*arguments: Any) -> pl.Trainer:
+        trainer = build(*arguments)
+        trainer.callbacks.append(Unreadable())
+        return trainer
+
+    monkeypatch.setattr(train_module, "build_trainer", with_callback)
+    with pytest.raises(CheckpointError, match=r"the state_dict of Unreadable could not be read again\n  remedy: "):
+        train(config)
+    assert not list(config.run_folder.glob("*step-*"))
+
+
+def test_a_checkpoint_that_lacks_only_its_name_is_continued_and_a_stage_is_not(tiny: Callable[..., Config]) -> None:
+    """As a kill between two renames leaves them."""
+    config = named(tiny({"trainer.max_steps": 2, "checkpoint.every_n_steps": 1}), "killed")
+    train(config)
+    last = step_folder(config.run_folder, 2)
+    stage = last.rename(last.with_name(f".{last.name}.tmp-123"))
+    shutil.copytree(stage, f"{stage}-old")
+    shutil.copytree(stage, unfinished := stage.with_name(".step-00000003.tmp-123"))
+    (unfinished / "manifest.json").unlink()
+    longer = dataclasses.replace(config, trainer=dataclasses.replace(config.trainer, max_steps=3))
+    train(longer, resume="auto")
+    assert [len(each.losses) for each in Recorder.made] == [2, 1]
+    assert [step_of(folder) for folder in step_folders(config.run_folder)][-2:] == [2, 3]
+    assert not list(config.run_folder.glob(".*"))
+
+
+def test_a_checkpoint_that_is_replaced_goes_when_the_new_one_is_in_place(
+    tiny: Callable[..., Config], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Or stays, if the new one cannot be put there."""
+    io = FolderCheckpointIO(config := tiny({"checkpoint.keep_last": 1}))
+    target = step_folder(config.run_folder, 1)
+    train(dataclasses.replace(config, trainer=dataclasses.replace(config.trainer, max_steps=1)))
+    checkpoint = load_training(target)
+    replace, remove, removed = os.replace, shutil.rmtree, []
+
+    def look_and_remove(folder: Path, **options: Any) -> None:
+        removed.append((folder.name, is_valid(target)))
+        remove(folder, **options)
+
+    def fail(source: Path, to: Path) -> None:
+        if source.name.startswith(".step") and not source.name.endswith("-old"):
+            raise OSError("no room")
+        replace(source, to)
+
+    with monkeypatch.context() as patches:
+        patches.setattr(shutil, "rmtree", look_and_remove)
+        io.save_checkpoint(checkpoint, target)
+        assert [valid for name, valid in removed if name.endswith("-old")] == [True]
+    facts = (target / "manifest.json").read_bytes()
+    with monkeypatch.context() as patches:
+        patches.setattr(os, "replace", fail)
+        with pytest.raises(CheckpointError, match="no room"):
+            io.save_checkpoint(checkpoint, target)
+    assert (target / "manifest.json").read_bytes() == facts
+    assert is_valid(target)
 
 
 @pytest.mark.slow
