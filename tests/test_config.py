@@ -265,6 +265,12 @@ WRONG = [
         ["no gradient", "top_k >= 2"],
     ),
     ("model: {moe: {balancers: [loss_free]}}", "model.moe.balancers.0", ["loss_free", "selection_bias=true"]),
+    ("model: {moe: {router: {selection_bias: true}}}", "model.moe.router.selection_bias", ["no effect", "loss_free"]),
+    (
+        "model: {moe: {router: reinforce, balancers: [importance]}}",
+        "model.moe.balancers.0",
+        ["reinforce gives all gates the same value", "use switch"],
+    ),
     ("model: {moe: {balancers: [switch, {name: switch}]}}", "model.moe.balancers.1", ["twice", "remove"]),
     ("callbacks: [balance, balance]", "callbacks.1", ["'balance'", "twice", "remove"]),
     (

@@ -35,6 +35,10 @@ def check(config: Config) -> None:
     if moe is not None and moe.router.routing == "expert_choice" and seq_len * moe.top_k < moe.n_experts:
         problem = f"{seq_len} tokens x top_k = {moe.top_k} leave less than one for each of {moe.n_experts} experts"
         raise ConfigError("data.seq_len", problem, "raise it, or model.moe.top_k")
+    moves_bias = moe is not None and any(getattr(balancer, "moves_bias", False) for balancer in moe.balancers)
+    if moe is not None and getattr(moe.router, "selection_bias", False) and not moves_bias:
+        problem = "true has no effect without a balancer that moves the bias"
+        raise ConfigError("model.moe.router.selection_bias", problem, "add loss_free to model.moe.balancers")
     n_modules = config.model.n_prediction_modules
     if n_modules >= seq_len:
         problem = f"{n_modules} modules look further ahead than data.seq_len = {seq_len} tokens"

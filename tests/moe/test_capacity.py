@@ -11,11 +11,16 @@ from torch import Tensor
 from moelm.config import ConfigError, MoEConfig, build, from_dict
 from moelm.model.gpt import GPT
 from moelm.model.init import initialize
-from moelm.moe.dispatch.capacity import drop_over_capacity, expert_capacity
+from moelm.moe.dispatch.capacity import drop_over_capacity
+from moelm.moe.dispatch.capacity import expert_capacity as capacity_of
 from moelm.moe.layer import MoELayer
 from moelm.moe.types import RouteContext, TokenChoice
 
 NONE = 3
+
+
+def expert_capacity(factor: float, n_tokens: int, top_k: int, n_experts: int) -> int:
+    return int(capacity_of(factor, torch.tensor(n_tokens), top_k, n_experts))
 
 
 def dropped_by_loop(ids_TK: Tensor, priority_T: Tensor | None, capacity: int, n_experts: int) -> Tensor:
@@ -145,6 +150,19 @@ def test_training_and_evaluation_have_factors_of_their_own():
     kept = [layer(x_BLD, RouteContext(ids_BL, None, training))[1].kept_BE.sum() for training in (True, False)]
     assert kept[0] == 4 * expert_capacity(0.5, 40, 2, 4)
     assert kept[1] == 80
+
+
+@pytest.mark.parametrize("factor", [0.5, 1.0])
+def test_padding_gives_no_expert_more_places(factor):
+    layer, (x_BLD, ids_BL) = make_layer(capacity_factor=factor), make_input()
+    mask_BL = torch.ones_like(ids_BL, dtype=torch.bool)
+    short, short_stats = layer(x_BLD, RouteContext(ids_BL, mask_BL, True))
+    padded = [torch.cat([each, each], 1) for each in (x_BLD, ids_BL, mask_BL)]
+    padded[2][:, ids_BL.shape[1] :] = False
+    long, long_stats = layer(padded[0], RouteContext(padded[1], padded[2], True))
+    torch.testing.assert_close(long[:, : ids_BL.shape[1]], short)
+    assert torch.equal(long_stats.kept_BE, short_stats.kept_BE)
+    assert 0 < short_stats.kept_BE.sum() < short_stats.load_BE.sum()
 
 
 def test_a_choice_that_is_none_takes_no_place():

@@ -161,11 +161,11 @@ def test_expert_choice_equals_a_loop_over_experts_that_sort_tokens(masked):
     torch.manual_seed(3)
     for parameter in layer.parameters():
         parameter.data = torch.randn(parameter.shape)
-    B, L, C = 2, 6, 3
+    B, L = 2, 6
     x_BLD = torch.randn(B, L, 8, requires_grad=True)
     mask_BL = torch.ones(B, L, dtype=torch.bool)
     if masked:
-        mask_BL[1, 2:] = False  # two tokens are left for three places
+        mask_BL[1, 5:] = False  # five tokens are left, for two places of each expert instead of three
     y_BLD, stats = layer(x_BLD, RouteContext(torch.zeros(B, L, dtype=torch.int64), mask_BL, True))
     expected = torch.zeros(B, L, 8)
     load_BE = torch.zeros(B, 4)
@@ -174,7 +174,7 @@ def test_expert_choice_equals_a_loop_over_experts_that_sort_tokens(masked):
         prob_LE = (x_BLD[b] @ layer.router.weight.T).softmax(-1)
         wish_LE = prob_LE.detach()
         allowed = [t for t in range(L) if mask_BL[b, t]]
-        taken = set()
+        C, taken = len(allowed) * 2 // 4, set()
         for e in range(4):
             for t in sorted(allowed, key=lambda t, e=e, wish=wish_LE: -float(wish[t, e]))[:C]:
                 gate, up = (x_BLD[b, t] @ layer.experts.gate_up[e]).chunk(2)
@@ -298,6 +298,18 @@ def test_base_is_balanced_in_training_and_greedy_in_evaluation(top_k, masked):
     routing, stats = router(x_BLD, context_for(x_BLD, training=False))
     assert torch.equal(routing.expert_ids_TK, x_BLD[0].topk(top_k).indices)
     assert stats.load_BE.max() > 2 * stats.load_BE.mean()
+
+
+@pytest.mark.parametrize("common", [10.0, 100.0])
+@pytest.mark.parametrize("masked", [False, True])
+def test_base_is_balanced_whatever_all_tokens_offer_an_expert_alike(common, masked):
+    E, T = 16, 4096
+    generator = torch.Generator().manual_seed(2)
+    x_BLD = torch.randn(1, T, E, generator=generator) + common * torch.randn(E, generator=generator)
+    mask_BL = torch.ones(1, T, dtype=torch.bool)
+    mask_BL[0, : T // 2] = not masked
+    _, stats = make_router("base", E, 1)(x_BLD, context_for(x_BLD)._replace(token_mask_BL=mask_BL))
+    assert float(stats.load_BE.max() / stats.load_BE.mean()) <= 1.03
 
 
 # ------------------------------------------------------------------------------------------ cosine, multi_head

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from moelm.config import register, setting
+from moelm.config import ConfigError, MoEConfig, register, setting
 from moelm.moe.balancing.base import Balancer, LossConfig
 from moelm.moe.balancing.measures import squared_variation
 from moelm.moe.types import RouterStats
@@ -15,6 +15,12 @@ from moelm.moe.types import RouterStats
 @dataclass
 class ImportanceConfig(LossConfig):
     coef: float = setting(0.1, ge=0)
+
+    def check(self, key: str, config: MoEConfig) -> None:
+        super().check(key, config)
+        if config.router.equal_gates:
+            problem = f"the router {config.router.name} gives all gates the same value, which importance cannot change"
+            raise ConfigError(key, problem, "use switch")
 
 
 @register("balancer", "importance", ImportanceConfig)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -13,6 +14,8 @@ from moelm.moe.balancing.base import Balancer
 
 @dataclass
 class LossFreeConfig(NamedConfig):
+    moves_bias: ClassVar[bool] = True
+
     rate: float = setting(0.001, gt=0)  # step of the bias, in units of the router's scores
     rule: str = setting("sign", allowed=("sign", "proportional"))  # of the step: +-rate, or rate x relative shortage
     centred: bool = True  # subtract the mean step, so that the bias does not drift (Moonlight)

@@ -6,7 +6,6 @@ shapes stay static and the rest is the dropless dispatcher.
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -23,7 +22,7 @@ from moelm.moe.types import TokenChoice
 class CapacityConfig(DispatchConfig):
     drops: ClassVar[bool] = True
 
-    capacity_factor: float = setting(1.25, gt=0)  # in training: C = ceil(factor x T x K / E), T tokens of a micro-batch
+    capacity_factor: float = setting(1.25, gt=0)  # in training: C = ceil(factor x T x K / E), T as below
     eval_capacity_factor: float = setting(2.0, gt=0)
     of: str = setting("expert", allowed=("expert", "group"))  # group: of the router's, such as those on one device
     drop: str = setting("position", allowed=("position", "probability"))  # who goes first when an expert is full
@@ -52,9 +51,9 @@ class CapacityConfig(DispatchConfig):
 
 @register("dispatch", "capacity", CapacityConfig)
 class CapacityDispatcher(DroplessDispatcher):
-    """Accepts token choice. T, and so C, is that of one micro-batch on one rank; masked tokens take no place. With
-    `of: group` C is n_groups times smaller than T x K, and bounds what the experts of a group take together: with
-    as many groups as ranks that share the experts, what a rank receives of another (DeepSeek-V2, 2405.04434, 2.2.4).
+    """Accepts token choice. T, and so C, is that of one micro-batch on one rank, without masked tokens. With `of:
+    group` C is n_groups times smaller than T x K, and bounds what the experts of a group take together: with as many
+    groups as ranks that share the experts, what a rank receives of another (DeepSeek-V2, 2405.04434, 2.2.4).
 
     All first choices go before all second ones (GShard, arXiv 2006.16668, algorithm 1). Among equals `position`
     prefers the earlier token of the batch; `probability` the token with the larger gate (batch-prioritised
@@ -72,9 +71,9 @@ class CapacityDispatcher(DroplessDispatcher):
             return routing.expert_ids_TK
         config = self.config
         factor = config.capacity_factor if training else config.eval_capacity_factor
-        T, K = routing.expert_ids_TK.shape
         n_sets = self.n_experts // self.n_together
-        capacity = expert_capacity(factor, T, K, n_sets)
+        n_tokens = (routing.expert_ids_TK < self.n_experts).any(-1).sum()  # a masked one chooses nothing
+        capacity = expert_capacity(factor, n_tokens, routing.expert_ids_TK.shape[1], n_sets)
         by_gate_T = routing.gates_TK.detach().amax(-1) if config.drop == "probability" else None
         set_TK = routing.expert_ids_TK // self.n_together  # n_sets for "none"
         kept_TK = drop_over_capacity(set_TK, by_gate_T, capacity, n_sets)
@@ -82,14 +81,16 @@ class CapacityDispatcher(DroplessDispatcher):
         return ids_TK
 
 
-def expert_capacity(factor: float, n_tokens: int, top_k: int, n_experts: int) -> int:
-    """C = ceil(factor x T x K / E) (Switch, arXiv 2101.03961, eq. 3), at least 1, at most all choices; E may be
-    groups of experts."""
-    return max(1, math.ceil(min(n_tokens * top_k, factor * n_tokens * top_k / n_experts)))
+def expert_capacity(factor: float, n_tokens: Tensor, top_k: int, n_experts: int) -> Tensor:
+    """C = ceil(factor x T x K / E) (Switch, arXiv 2101.03961, eq. 3), at least 1; E may be groups of experts. int64
+    scalar on the device of `n_tokens`."""
+    return (factor * n_tokens.double() * top_k / n_experts).ceil().long().clamp(min=1)
 
 
 @torch.no_grad()
-def drop_over_capacity(expert_ids_TK: Tensor, priority_T: Tensor | None, capacity: int, n_experts: int) -> Tensor:
+def drop_over_capacity(
+    expert_ids_TK: Tensor, priority_T: Tensor | None, capacity: int | Tensor, n_experts: int
+) -> Tensor:
     """The ids [T, K] with "none" for each choice past the first `capacity` of its expert.
 
     Order: by k, then by `priority_T`, largest first, then by position; without `priority_T` by k, then by position.

@@ -67,9 +67,13 @@ def auction_prices(value_TE: Tensor, top_k: int, n_iterations: int, context: Rou
     """
     n_experts = value_TE.shape[1]
     mask = context.token_mask_BL
-    mean_load = count_tokens(context).sum().clamp(min=1) * top_k / n_experts
-    unit = value_TE.std().clamp(min=1e-20)
-    price_E = value_TE.new_zeros(n_experts)
+    n_tokens = count_tokens(context).sum().clamp(min=1)
+    mean_load = n_tokens * top_k / n_experts
+    counted_T1 = value_TE.new_ones(len(value_TE), 1) if mask is None else mask.reshape(-1, 1).to(value_TE.dtype)
+    # what all tokens offer an expert alike decides nothing: it is priced in, and steps are measured by the rest
+    price_E = (counted_T1 * value_TE).sum(0) / n_tokens
+    square = (counted_T1 * (value_TE - price_E).square()).sum()
+    unit = (square / (n_tokens * n_experts)).sqrt().clamp(min=1e-20)
     for i in range(n_iterations):
         step = FIRST_STEP * (LAST_STEP / FIRST_STEP) ** (i / max(1, n_iterations - 1))
         ids_TK = best_ids(value_TE - price_E, top_k)

@@ -118,14 +118,16 @@ class FixedRouterConfig(RouterConfig):
 class FixedRouter(Router):
     """A router without weights: every gate is 1 / K, and no gradient reaches it, since there is nothing to train."""
 
+    float32_tokens = False  # it reads none
+
     def choose(self, context: RouteContext) -> Tensor:
         """The expert ids [T, K], distinct for each token."""
         raise NotImplementedError
 
     def route(self, x_TD: Tensor, context: RouteContext) -> tuple[TokenChoice, RouterStats]:
         expert_ids_TK = self.choose(context)
-        gates_TK = x_TD.new_full(expert_ids_TK.shape, 1 / self.top_k)
-        prob_TE = x_TD.new_zeros(x_TD.shape[0], self.n_experts).scatter(1, expert_ids_TK, gates_TK)
+        gates_TK = torch.full(expert_ids_TK.shape, 1 / self.top_k, device=x_TD.device)
+        prob_TE = gates_TK.new_zeros(x_TD.shape[0], self.n_experts).scatter(1, expert_ids_TK, gates_TK)
         return token_choice_with_stats(expert_ids_TK, gates_TK * self.route_scale, prob_TE, context)
 
 

@@ -37,7 +37,8 @@ class ExpertChoiceConfig(LearnedRouterConfig):
 class ExpertChoiceRouter(LearnedRouter):
     """S = softmax over experts of the logits; expert e takes the C tokens of a sequence with the largest S[:, e], gate
     S[t, e] (Zhou et al. 2022, arXiv 2202.09368, section 3.2). C = L x top_k / E rounded down, at least 1, at most L:
-    `top_k` is the paper's capacity factor, the mean number of experts a token gets; some tokens get none.
+    `top_k` is the paper's capacity factor, the mean number of experts a token gets; some tokens get none. L counts the
+    tokens that are not masked.
 
     NOT CAUSAL: a token competes with those that come after it. Training and validation losses therefore leak the
     future, and generation is refused. The group that competes is one sequence, in evaluation as in training, so a
@@ -56,12 +57,15 @@ class ExpertChoiceRouter(LearnedRouter):
             preference_BEL = preference_BEL.masked_fill(~context.token_mask_BL.unsqueeze(1), -1.0)
         best = preference_BEL.topk(capacity, dim=-1)
         valid_BEC, places_BEC = best.values >= 0, keep_choice(best.indices)
+        n_tokens_B = count_tokens(context)
+        if context.token_mask_BL is not None:
+            capacity_B11 = (n_tokens_B * self.top_k // E).clamp(min=1).view(B, 1, 1)
+            valid_BEC = valid_BEC & (torch.arange(capacity, device=x_TD.device) < capacity_B11)
         gates_BEC = torch.where(valid_BEC, prob_BEL.gather(-1, places_BEC), 0.0) * self.route_scale
         sequence_B11 = torch.arange(B, device=x_TD.device).view(B, 1, 1)
         token_ids_BEC = torch.where(valid_BEC, places_BEC + L * sequence_B11, B * L)
         routing = ExpertChoice(token_ids_BEC.transpose(0, 1).flatten(1), gates_BEC.transpose(0, 1).flatten(1))
         load_BE = valid_BEC.sum(-1, dtype=torch.float32)
-        n_tokens_B = count_tokens(context)
         chosen_T = torch.zeros(B * L + 1, device=x_TD.device).scatter(0, token_ids_BEC.flatten(), 1.0)[:-1]
         unchosen = mean_over_tokens(1 - chosen_T, context)
         log_z_sq, observed = means_of_tokens(prob_TE, logits_TE, context, is_softmax=True)
