@@ -221,8 +221,14 @@ def _write(file: Path, text: str) -> None:
 def _say_start(config: Config, shards: TokenShards, device: str, checkpoint: Path | None, changed: list[str]) -> None:
     size = model_size(config.model)
     caution = config.model.moe.router.caution if config.model.moe is not None else ""
-    tokens = sum(counts.tokens for counts in shards.split_counts("train").values())
-    accumulation = config.optim.batch_tokens // (config.optim.micro_batch_size * config.data.seq_len)
+    texts = shards.split_counts("train")
+    tokens = sum(counts.tokens for counts in texts.values())
+    seq_len = config.data.seq_len
+    short = [name for name in shards.domains if name not in texts or texts[name].tokens < seq_len]
+    notes = [caution] if caution else []
+    if short:  # of each domain training takes whole sequences
+        notes.append(f"less than one sequence of {seq_len} tokens, so never trained on: {', '.join(short)}")
+    accumulation = config.optim.batch_tokens // (config.optim.micro_batch_size * seq_len)
     print(
         f"run    {config.run_folder}" + (f", continuing {checkpoint.name}" if checkpoint else "") + "\n"
         f"model  {short_name(size)}: {size.total:,} parameters, {size.active:,} active a token\n"
@@ -231,7 +237,7 @@ def _say_start(config: Config, shards: TokenShards, device: str, checkpoint: Pat
         f"({accumulation} micro-batches on one device)\n"
         f"device {device}, {config.trainer.precision}"
         + (f"\nchange {', '.join(changed)}" if changed else "")
-        + (f"\nnote   {caution}" if caution else ""),
+        + "".join(f"\nnote   {note}" for note in notes),
         file=sys.stderr,
         flush=True,
     )

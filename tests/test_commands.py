@@ -143,6 +143,28 @@ def test_a_router_generates_the_same_text_with_a_cache_as_without_or_says_why_it
     assert cached == plain
 
 
+def test_a_domain_that_is_shorter_than_a_sequence_is_named(
+    tiny: Callable[..., Config], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for domain, words in (("long", 4000), ("short", 30)):
+        (tmp_path / "text" / domain).mkdir(parents=True)
+        for i in range(9):
+            (tmp_path / "text" / domain / f"{i}.txt").write_text("some words that are text " * (words // 9))
+    source = {"name": "files", "path": str(tmp_path / "text")}
+    corpus = {"dir": str(tmp_path / "shards"), "sources": [source], "tokenizer": {"vocab_size": 300}}
+    config = tiny(
+        {
+            "data.corpus": {**corpus, "val_fraction": 0.3},
+            "data.seq_len": 256,
+            "trainer.max_steps": 1,
+            "optim.micro_batch_size": 2,
+        }
+    )
+    train(config)
+    said = capsys.readouterr().err
+    assert "note   less than one sequence of 256 tokens, so never trained on: short" in said
+
+
 def test_a_model_that_cannot_generate_is_refused_before_a_device_is_touched(
     tiny: Callable[..., Config], capsys: pytest.CaptureFixture[str]
 ) -> None:

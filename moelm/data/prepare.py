@@ -16,6 +16,7 @@ import json
 import lzma
 import os
 import platform
+import re
 import shutil
 import sys
 import time
@@ -347,9 +348,12 @@ def _lock(folder: Path, progress: bool) -> Iterator[None]:
 def _clean(folder: Path) -> None:
     """Under the lock, what others left beside the folder is of processes that were killed."""
     for path in list(folder.parent.iterdir()):
-        if path.name.startswith(f"{folder.name}.old-") and not folder.exists():
+        left = re.fullmatch(rf"{re.escape(folder.name)}\.(tmp|old)-\d+", path.name)  # a user's own has no process id
+        if left is None:
+            continue
+        if left[1] == "old" and not folder.exists():
             path.rename(folder)  # killed between the two steps of _swap_in
-        elif path.name.startswith((f"{folder.name}.tmp-", f"{folder.name}.old-")):
+        else:
             shutil.rmtree(path, ignore_errors=True)
 
 

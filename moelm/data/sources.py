@@ -36,17 +36,22 @@ class Piece(NamedTuple):
 
 def cut(text: str, domain: str) -> Iterator[Piece]:
     """A document as pieces, cut at line ends, or hard where a line is longer than a piece."""
-    try:
-        text.encode()
-    except UnicodeEncodeError:  # half a surrogate pair, as JSON escapes can spell it
-        text = text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
-    start = 0
+    text, domain, start = encodable(text), encodable(domain), 0
     while len(text) - start > MAX_PIECE:
         end = text.rfind("\n", start, start + MAX_PIECE) + 1 or start + MAX_PIECE
         yield Piece(text[start:end], domain, False)
         start = end
     if text:
         yield Piece(text[start:], domain, True)
+
+
+def encodable(text: str) -> str:
+    """Without halves of surrogate pairs, as JSON escapes can spell them."""
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
+    return text
 
 
 # ----------------------------------------------------------------------------------------------- stdlib
@@ -164,7 +169,7 @@ def read_jsonl(config: RowFilesConfig) -> Iterator[Piece]:
             where = f"{file}, line {number}"
             try:
                 row = json.loads(line)
-            except ValueError as error:
+            except (ValueError, RecursionError) as error:
                 raise UserError(f"{where}: not valid JSON: {error}\n  remedy: correct the line") from None
             if not isinstance(row, dict):
                 raise UserError(f"{where}: {type(row).__name__}, not an object\n  remedy: write {{...}} a line")

@@ -211,8 +211,8 @@ def write_heads(attention: Any) -> dict[str, Any]:
 
 
 def read_switch(hf: Reading, key: str = "router_aux_loss_coef") -> list[dict[str, Any]]:
-    """The balancers: none, or `switch`. Its value is that of each layer alone and 1 at balance, where theirs pools
-    the layers and gives top_k."""
+    """The balancers: none, or `switch`. Its value is that of each layer alone and 1 at balance, as in MegaBlocks and
+    Megatron; transformers' own pools the layers and gives top_k, so that the same coefficient weighs more there."""
     coef = hf[key]
     return [{"name": "switch", "coef": coef}] if coef else []
 
@@ -233,6 +233,14 @@ def write_coef(moe: MoEConfig, *balancers: str) -> float:
     """The coefficient of the first of these balancers that the model has; 0 without."""
     coefs: list[float] = [getattr(each, "coef", 0.0) for each in moe.balancers if each.name in balancers]
     return coefs[0] if coefs else 0.0
+
+
+def write_summed_coef(config: ModelConfig, *balancers: str) -> float:
+    """The same where the other side adds the losses of the MoE layers up."""
+    assert config.moe is not None
+    summed = [getattr(each, "over_layers", "") == "sum" for each in config.moe.balancers if each.name in balancers]
+    coef = write_coef(config.moe, *balancers)
+    return coef if not summed or summed[0] else coef / len(config.moe_layers)
 
 
 def read_layer_types(hf: Reading, section: dict[str, Any]) -> Any:

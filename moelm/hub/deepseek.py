@@ -73,7 +73,7 @@ class DeepSeek(base.Architecture):
             "moe_intermediate_size": moe.d_expert,
             "n_shared_experts": moe.shared_width // moe.d_expert,
             "first_k_dense_replace": moe.first_moe_layer,
-            "aux_loss_alpha": base.write_coef(moe, "sequence", "switch"),
+            "aux_loss_alpha": base.write_summed_coef(config, "sequence", "switch"),
             "seq_aux": "switch" not in [each.name for each in moe.balancers],
         }
 
@@ -167,9 +167,11 @@ class DeepSeekV3(DeepSeek):
 
 
 def _read_sequence(hf: Reading) -> list[dict[str, Any]]:
-    """transformers has no such loss; the published files say what the training had."""
+    """transformers has no such loss; the published files say what the training had, and their code that the losses of
+    the layers are added up."""
     coef, by_sequence = hf.get("aux_loss_alpha", 0.0), hf.get("seq_aux", True)
-    return [{"name": "sequence" if by_sequence else "switch", "coef": coef}] if coef else []
+    name = "sequence" if by_sequence else "switch"
+    return [{"name": name, "coef": coef, "over_layers": "sum"}] if coef else []
 
 
 def mla_weights(attention: Any, ours: str, theirs: str) -> Iterator[Weight]:

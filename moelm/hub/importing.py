@@ -10,7 +10,7 @@ from moelm.config import Config, DataConfig, OptimConfig, RunConfig, to_yaml
 from moelm.hub.folder import SOURCE_CONFIG, ModelFolder
 from moelm.hub.reading import HubError
 from moelm.hub.streaming import ShardWriter, Written, by_layer, cast, empty_state
-from moelm.hub.tokenizer_files import read_special_tokens
+from moelm.hub.tokenizer_files import left_behind, read_special_tokens
 from moelm.training.checkpoint_io import write_manifest
 
 MAX_SEQ_LEN = 4096  # what the model is evaluated with, unless the config is changed
@@ -43,12 +43,11 @@ class Import:
         shards.flush()
         (out / "config.yaml").write_text(to_yaml(self.config(name)), encoding="utf-8")
         shutil.copyfile(self.folder.path / "config.json", out / SOURCE_CONFIG)
-        has_tokenizer = (self.folder.path / "tokenizer.json").is_file()
-        if has_tokenizer:
+        if (self.folder.path / "tokenizer.json").is_file():
             shutil.copyfile(self.folder.path / "tokenizer.json", out / "tokenizer.json")
         write_manifest(out, step=0)
         dtypes = sorted(str(dtype).removeprefix("torch.") for dtype in shards.dtypes)
-        notes = [] if has_tokenizer else ["no tokenizer.json: the checkpoint cannot generate or be evaluated"]
+        notes = left_behind(self.folder.path, self.folder.hf, self.tokenizer)
         if ignored := self.folder.ignored:
             notes.append(f"left out: {len(ignored)} tensors that are none of the model, such as {ignored[0]}")
         return Written(self.folder.architecture.model_type, shards.n_elements, shards.n_bytes, dtypes, notes)

@@ -51,11 +51,35 @@ def read_special_tokens(folder: Path, hf: dict[str, Any], vocab_size: int) -> To
     raise HubError(f"{file}: has none of the tokens that are said to end a text", reasons)
 
 
+def left_behind(folder: Path, hf: dict[str, Any], config: TokenizerConfig) -> list[str]:
+    """What a folder says of texts that a checkpoint has no place for, so that an export would not say it."""
+    if not (folder / "tokenizer.json").is_file():
+        return ["no tokenizer.json: the checkpoint cannot generate or be evaluated"]
+    notes, said = [], {name: _json_of(folder, name) for name in ("tokenizer_config.json", "generation_config.json")}
+    if config.start_of_text is None:
+        notes.append(
+            f"the tokenizer puts nothing before a text; here {config.end_of_text!r} comes first, as in training"
+        )
+    if said["tokenizer_config.json"].get("chat_template") or (folder / "chat_template.jinja").is_file():
+        notes.append("left out: the chat template")
+    ends = [value for value in _said_to_end(folder, hf).values() if type(value) is int]
+    if len(set(ends)) > 1:
+        notes.append(f"left out: all tokens that end a text but {config.end_of_text!r}, of the ids {sorted(set(ends))}")
+    sampling = ("do_sample", "temperature", "top_k", "top_p", "min_p", "repetition_penalty")
+    if settings := [key for key in sampling if said["generation_config.json"].get(key)]:
+        notes.append(f"left out: {', '.join(settings)} of generation_config.json")
+    return notes
+
+
+def _json_of(folder: Path, name: str) -> dict[str, Any]:
+    return read_json(folder / name) if (folder / name).is_file() else {}
+
+
 def _said_to_end(folder: Path, hf: dict[str, Any]) -> dict[str, Any]:
     """Where it is said -> a token or an id, the most trusted first."""
     said: dict[str, Any] = {}
     for name in ("tokenizer_config.json", "config.json", "generation_config.json", "special_tokens_map.json"):
-        content = hf if name == "config.json" else read_json(folder / name) if (folder / name).is_file() else {}
+        content = hf if name == "config.json" else _json_of(folder, name)
         token, ids = content.get("eos_token"), content.get("eos_token_id")
         said[f"eos_token of {name}"] = token.get("content") if isinstance(token, dict) else token
         for i, number in enumerate(ids if isinstance(ids, list) else [ids]):

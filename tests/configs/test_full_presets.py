@@ -151,7 +151,7 @@ BALANCERS = {  # name -> coef, or rate, and whether the losses of layers are add
     "moonlight_16b_a3b": {"loss_free": (0.001, "centred")},
     "qwen1_5_moe_a2_7b": {"switch": (0.001, "mean")},
     "qwen3_30b_a3b": {"global_batch": (0.001, "mean")},
-    "olmoe_1b_7b": {"switch": (0.01, "mean"), "z_loss": (0.001, "mean")},
+    "olmoe_1b_7b": {"switch": (0.01, "mean"), "z_loss": (0.001 / 8, "mean")},
 }
 
 

@@ -396,6 +396,17 @@ def test_data_whose_replacement_was_killed_between_two_renames_comes_back(corpus
     assert beside(corpus.path) == ["prepared", "prepared.lock"]
 
 
+def test_what_a_user_keeps_beside_the_folder_is_left_alone(corpus):
+    kept = [corpus.path.with_name(f"prepared.{name}") for name in ("old-8k", "old-", "tmp-mine", "old-1.bak")]
+    for folder in kept:
+        folder.mkdir(parents=True)
+        (folder / "file").touch()
+    prepare(corpus, progress=False)
+    prepare(corpus, progress=False, force=True)
+    assert all((folder / "file").exists() for folder in kept)
+    assert corpus.path.exists()
+
+
 # ----------------------------------------------------------------------------------------------- command
 
 

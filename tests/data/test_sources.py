@@ -72,7 +72,7 @@ def test_a_long_document_is_cut_at_line_ends_and_a_long_line_hard(monkeypatch):
 
 
 def test_half_a_surrogate_pair_becomes_a_replacement_character():
-    assert [piece.text for piece in sources.cut("a\ud800b", "d")] == ["a\ufffdb"]
+    assert list(sources.cut("a\ud800b", "\ud800x")) == [sources.Piece("a\ufffdb", "\ufffdx", True)]
 
 
 def test_an_empty_document_is_left_out():
@@ -222,6 +222,7 @@ def test_a_column_that_is_not_text_is_named(form, tmp_path):
     ("line", "problem"),
     [
         ('{"text": "cut', "not valid JSON"),
+        ("[" * 200_000, "not valid JSON"),
         ("[1]", "list, not an object"),
         ('{"tex": ""}', "no column 'text'"),
     ],

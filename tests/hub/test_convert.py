@@ -184,6 +184,29 @@ def model_folder(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Pa
 
 
 @pytest.mark.usefixtures("in_this_process")
+def test_what_an_import_leaves_behind_is_said(
+    tiny: Callable[..., Config], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run, model = tiny({**MIXTRAL, "trainer.max_steps": 2}), tmp_path / "model"
+    train(run)
+    main(["to-hf", "--checkpoint", str(run.run_folder), "--out", str(model)])
+    capsys.readouterr()
+    main(["from-hf", "--model", str(model), "--out", str(tmp_path / "same")])
+    assert "note" not in capsys.readouterr().out
+    tokenizer = json.loads((model / "tokenizer.json").read_text())
+    (model / "tokenizer.json").write_text(json.dumps(tokenizer | {"post_processor": None}))
+    (model / "chat_template.jinja").write_text("{{ messages }}")
+    (model / "generation_config.json").write_text(json.dumps({"eos_token_id": [0, 7], "temperature": 0.6}))
+    main(["from-hf", "--model", str(model), "--out", str(tmp_path / "chat")])
+    assert capsys.readouterr().out.splitlines()[:-1] == [
+        "note: the tokenizer puts nothing before a text; here '<|endoftext|>' comes first, as in training",
+        "note: left out: the chat template",
+        "note: left out: all tokens that end a text but '<|endoftext|>', of the ids [0, 7]",
+        "note: left out: temperature of generation_config.json",
+    ]
+
+
+@pytest.mark.usefixtures("in_this_process")
 @pytest.mark.parametrize(
     "name",
     [name if name in KINDS.values() else pytest.param(name, marks=pytest.mark.slow) for name in hub_models.CASES],

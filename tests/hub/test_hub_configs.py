@@ -141,7 +141,7 @@ PUBLISHED: list[tuple[dict[str, Any], dict[str, Any]]] = [  # as the vendors' fi
             "feed_forward": {"d_ff": 12288},
             "moe": {
                 **{"n_experts": 160, "top_k": 6, "d_expert": 1536, "n_shared_experts": 2, "first_moe_layer": 1},
-                "balancers": [{"name": "sequence", "coef": 0.001}],
+                "balancers": [{"name": "sequence", "coef": 0.001, "over_layers": "sum"}],
                 "router": {"name": "top_k", "route_scale": 16.0, "n_groups": 8, "top_k_groups": 3},
             },
             **{"n_layers": 60, "d_model": 5120, "vocab_size": 102400, "norm_eps": 1e-6},
@@ -157,7 +157,7 @@ PUBLISHED: list[tuple[dict[str, Any], dict[str, Any]]] = [  # as the vendors' fi
             "feed_forward": {"d_ff": 11264},
             "moe": {
                 **{"n_experts": 64, "top_k": 6, "d_expert": 1408, "n_shared_experts": 2, "first_moe_layer": 1},
-                "balancers": ["loss_free", {"name": "sequence", "coef": 0.001}],
+                "balancers": ["loss_free", {"name": "sequence", "coef": 0.001, "over_layers": "sum"}],
                 "router": {
                     **{"name": "top_k", "score": "sigmoid", "normalize_gates": "after_top_k", "route_scale": 2.446},
                     "selection_bias": True,
@@ -245,6 +245,13 @@ def test_a_published_config_means_what_its_paper_says(hf: dict, wanted: dict):
     init = {"std": 0.02, "scale_residual": False}
     assert read(hf) == ours(**wanted, tied_embeddings=False, init=init)
     assert hf == before
+
+
+def test_a_loss_that_is_a_mean_over_layers_is_written_as_part_of_a_sum():
+    model = read(DEEPSEEK_V2)
+    balancer: Any = model.moe.balancers[0]
+    balancer.over_layers, balancer.coef = "mean", 0.59
+    assert write_config(model)[1]["aux_loss_alpha"] == pytest.approx(0.59 / 59)
 
 
 @every_published
