@@ -543,15 +543,28 @@ def up_product(
 
 
 @gluon.jit
+def _fetch_gate_up(gate_up_desc, pieces, loaded, row, turn, column, N: gl.constexpr, BN: gl.constexpr):
+    """The gate and up that a turn of a tile needs, two turns ahead: loads into registers would be waited for sooner."""
+    TURNS: gl.constexpr = BN // 32
+    stage = turn % 2
+    at = column * BN + turn % TURNS * 32
+    mbarrier.expect(loaded.index(stage), 2 * gate_up_desc.block_type.nbytes)
+    load(gate_up_desc, [row + turn // TURNS * 64, at], loaded.index(stage), pieces.index(2 * stage))
+    load(gate_up_desc, [row + turn // TURNS * 64, N + at], loaded.index(stage), pieces.index(2 * stage + 1))
+
+
+@gluon.jit
 def _swiglu_backward(
     results,
+    pieces,
     ready,
     taken,
+    loaded,
     tiles_ptr,
     offsets_ptr,
     gates_ptr,
     choice_ptr,
-    gate_up_ptr,
+    gate_up_desc,
     grad_gate_up_ptr,
     gated_h_ptr,
     grad_gates_ptr,
@@ -562,9 +575,11 @@ def _swiglu_backward(
     BN: gl.constexpr,
     GROUP: gl.constexpr,
 ):
-    """Four warps, as `rows.swiglu_backward`, on the gradient of h as it comes out, 32 columns at a time."""
+    """Four warps, as `rows.swiglu_backward`, on the gradient of h as it comes out: a turn for 32 columns of a half."""
     n_columns: gl.constexpr = (N + BN - 1) // BN
+    TURNS: gl.constexpr = BN // 32
     lines: gl.constexpr = gl.BlockedLayout([1, 8], [8, 4], [4, 1], [1, 0])
+    dots: gl.constexpr = gl.BlockedLayout([1, 1], [8, 4], [4, 1], [1, 0])
     r = gl.arange(0, 64, gl.SliceLayout(1, lines))
     i = r[:, None]
     j = gl.arange(0, 32, gl.SliceLayout(0, lines))[None, :]
@@ -573,36 +588,27 @@ def _swiglu_backward(
     for index in range(gl.program_id(0), n_row_tiles * n_columns, gl.num_programs(0)):
         expert, row, stop, column = _tile(index, tiles_ptr, n_row_tiles, n_columns, GROUP)
         if expert >= 0:
+            _fetch_gate_up(gate_up_desc, pieces, loaded, row, 0, column, N, BN)
+            _fetch_gate_up(gate_up_desc, pieces, loaded, row, 1, column, N, BN)
             end = gl.where(stop == n_used, n_rows, stop)  # 0 in rows of nobody, which the sums over rows may reach
             for half in range(2):
                 first = row + 64 * half
                 used = first + r < stop
                 choice = gl.load(choice_ptr + first + r, mask=used, other=0)
                 scale = gl.load(gates_ptr + choice, mask=used, other=0.0)[:, None]
-                dots: gl.constexpr = gl.BlockedLayout([1, 1], [8, 4], [4, 1], [1, 0])
                 dot = gl.zeros([64, 4], gl.float32, dots)
                 at_2N = first.to(gl.int64) * (2 * N) + column * BN
                 at_N = first.to(gl.int64) * N + column * BN
-                gates_in = gate_up_ptr + at_2N + i * (2 * N) + j
-                inside = (first + i < stop) & (column * BN + j < N)
-                g16 = gl.load(gates_in, mask=inside, other=0.0)
-                u16 = gl.load(gates_in + N, mask=inside, other=0.0)
-                inside = (first + i < stop) & (column * BN + 32 + j < N)
-                next_g16 = gl.load(gates_in + 32, mask=inside, other=0.0)
-                next_u16 = gl.load(gates_in + 32 + N, mask=inside, other=0.0)
                 mbarrier.wait(ready.index(half), phase)
-                for q in range(BN // 32):
+                for q in range(TURNS):
                     c = 32 * q + j
-                    g = g16.to(gl.float32)
-                    u = u16.to(gl.float32)
-                    # those of the turn after the next, so that they are there when it comes
-                    after = (first + i < stop) & (column * BN + 64 + c < N) & (q + 2 < BN // 32)
-                    g16 = next_g16
-                    u16 = next_u16
-                    next_g16 = gl.load(gates_in + 32 * q + 64, mask=after, other=0.0)
-                    next_u16 = gl.load(gates_in + 32 * q + 64 + N, mask=after, other=0.0)
-                    grad = results.index(8 * half + q).load(lines).to(gl.float32)
-                    grad = gl.where(first + i < stop, grad, 0.0)
+                    inside = (first + i < stop) & (column * BN + c < N)
+                    mbarrier.wait(loaded.index(q % 2), q // 2 % 2)
+                    g = gl.where(inside, pieces.index(q % 2 * 2).load(lines).to(gl.float32), 0.0)
+                    u = gl.where(inside, pieces.index(q % 2 * 2 + 1).load(lines).to(gl.float32), 0.0)
+                    grad = gl.where(inside, results.index(TURNS * half + q).load(lines).to(gl.float32), 0.0)
+                    if TURNS * half + q + 2 < 2 * TURNS:
+                        _fetch_gate_up(gate_up_desc, pieces, loaded, row, TURNS * half + q + 2, column, N, BN)
                     s = _sigmoid(g)
                     silu = g * s
                     h = (silu * u).to(gl.bfloat16).to(gl.float32)
@@ -630,7 +636,7 @@ def _down_backward(
     tiles_ptr,
     offsets_ptr,
     gates_ptr,
-    gate_up_ptr,
+    gate_up_desc,
     grad_gate_up_ptr,
     gated_h_ptr,
     grad_gates_ptr,
@@ -645,29 +651,32 @@ def _down_backward(
     STAGES: gl.constexpr,
     GROUP: gl.constexpr,
     ROWS_LAYOUT: gl.constexpr,
-    RESULTS_LAYOUT: gl.constexpr,
 ):
     rows = gl.allocate_shared_memory(weights_desc.dtype, [STAGES * 2, 64, BK], ROWS_LAYOUT)
     weights = gl.allocate_shared_memory(weights_desc.dtype, [STAGES, BN, BK], weights_desc.layout)
-    results = gl.allocate_shared_memory(weights_desc.dtype, [16, 64, 32], RESULTS_LAYOUT)
+    results = gl.allocate_shared_memory(weights_desc.dtype, [16, 64, 32], gate_up_desc.layout)
+    pieces = gl.allocate_shared_memory(weights_desc.dtype, [4, 64, 32], gate_up_desc.layout)
     full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
     empty = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
     ready = gl.allocate_shared_memory(gl.int64, [2, 1], mbarrier.MBarrierLayout())
     taken = gl.allocate_shared_memory(gl.int64, [2, 1], mbarrier.MBarrierLayout())
+    loaded = gl.allocate_shared_memory(gl.int64, [2, 1], mbarrier.MBarrierLayout())
     for i in gl.static_range(STAGES):
         mbarrier.init(full.index(i), count=129 if spread_desc is None else 1)
         mbarrier.init(empty.index(i), count=2)
     for i in gl.static_range(2):
         mbarrier.init(ready.index(i), count=1)
         mbarrier.init(taken.index(i), count=1)
+        mbarrier.init(loaded.index(i), count=1)
     # fmt: off
     gl.warp_specialize([
         (_multiply_tokens, (0, rows, weights, results, full, empty, ready, taken, tiles_ptr, n_row_tiles,
                             K, N, False, BN, BK, STAGES, GROUP)),
         (_multiply_tokens, (1, rows, weights, results, full, empty, ready, taken, tiles_ptr, n_row_tiles,
                             K, N, False, BN, BK, STAGES, GROUP)),
-        (_swiglu_backward, (results, ready, taken, tiles_ptr, offsets_ptr, gates_ptr, choice_ptr, gate_up_ptr,
-                            grad_gate_up_ptr, gated_h_ptr, grad_gates_ptr, n_row_tiles, n_rows, E, N, BN, GROUP)),
+        (_swiglu_backward, (results, pieces, ready, taken, loaded, tiles_ptr, offsets_ptr, gates_ptr, choice_ptr,
+                            gate_up_desc, grad_gate_up_ptr, gated_h_ptr, grad_gates_ptr, n_row_tiles, n_rows, E,
+                            N, BN, GROUP)),
         (_gather_rows, (grad_y_ptr, choice_ptr, spread_desc, weights_desc, rows, weights, full, empty, tiles_ptr,
                         n_row_tiles, TOP_K, K, N, N, False, BN, BK, STAGES, GROUP, 4)),
     ], [4, 4, 4], [160, 144, 48])
@@ -702,7 +711,7 @@ def down_backward(
             tiles_N3,
             offsets_E,
             gates_TK.contiguous(),
-            gate_up_R2F,
+            _blocks_of(gate_up_R2F, ROWS // 2, COLUMNS // 8),
             grad_gate_up_R2F,
             gated_h_RF,
             grad_gates_TKc,
@@ -717,7 +726,6 @@ def down_backward(
             STAGES - 1,
             GROUP,
             _layout(ROWS // 2, DEPTH),
-            _layout(ROWS // 2, COLUMNS // 8),
             num_warps=4,
             maxnreg=128,
         )
