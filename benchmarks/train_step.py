@@ -83,8 +83,7 @@ def bare_loop(config: Config, device: str) -> list[Interval]:
     model.to_empty(device=device)
     initialize_once(model, config.run.seed)
     accumulation = config.optim.batch_tokens // (config.optim.micro_batch_size * config.data.seq_len)
-    graphs = accumulation == 1 or config.trainer.compile == "cuda_graphs"  # as the trainer does
-    model.compile_blocks(cuda_graphs=device == "cuda" and graphs)
+    model.compile_blocks(cuda_graphs=device == "cuda" and config.trainer.compile is not True)  # as the trainer does
     model.activation_checkpointing = config.trainer.activation_checkpointing
     module.model = model
     optimizer = build_optimizer(model, config.optim)

@@ -38,7 +38,7 @@ def test_cuda_graphs_are_refused_where_there_is_no_gpu(tiny: Callable[..., Confi
         build_trainer(tiny({"trainer.compile": "cuda_graphs"}))
 
 
-def test_auto_records_cuda_graphs_where_a_step_has_one_micro_batch(
+def test_auto_records_cuda_graphs_on_one_device_or_where_a_step_has_one_micro_batch(
     tiny: Callable[..., Config], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     gpu = property(lambda strategy: torch.device("cuda", 0))
@@ -47,12 +47,14 @@ def test_auto_records_cuda_graphs_where_a_step_has_one_micro_batch(
     monkeypatch.setattr(GPT, "compile_blocks", lambda model, cuda_graphs: found.append(cuda_graphs))
     monkeypatch.setattr(GPT, "to_empty", lambda model, device: model)
     monkeypatch.setattr("moelm.training.lightning_module.initialize", lambda *_: None)
-    for compiled, micro_batch in (("auto", 16), ("auto", 8), ("cuda_graphs", 8), (True, 16)):
+    cases = [("auto", 16, 1), ("auto", 8, 1), ("auto", 8, 2), ("auto", 4, 2), ("cuda_graphs", 4, 2), (True, 16, 1)]
+    for compiled, micro_batch, n_devices in cases:
         config = tiny({"trainer.compile": compiled, "optim.micro_batch_size": micro_batch})
         module = MoELightningModule(config, [], 0)
+        monkeypatch.setattr(SingleDeviceStrategy, "world_size", n_devices, raising=False)
         module.trainer = build_trainer(config)
         module.configure_model()
-    assert found == [True, False, True, False]
+    assert found == [True, True, True, False, True, False]
 
 
 def test_cuda_graphs_want_gathered_weights_and_unsent_gradients_to_stay(
