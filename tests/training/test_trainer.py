@@ -51,8 +51,9 @@ def test_auto_records_cuda_graphs_on_one_device_or_where_a_step_has_one_micro_ba
     for compiled, micro_batch, n_devices in cases:
         config = tiny({"trainer.compile": compiled, "optim.micro_batch_size": micro_batch})
         module = MoELightningModule(config, [], 0)
-        monkeypatch.setattr(SingleDeviceStrategy, "world_size", n_devices, raising=False)
         module.trainer = build_trainer(config)
+        module.trainer.accumulate_grad_batches //= n_devices
+        module.trainer.strategy.world_size = n_devices  # type: ignore[attr-defined]
         module.configure_model()
     assert found == [True, True, True, False, True, False]
 
