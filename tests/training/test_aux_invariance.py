@@ -104,7 +104,7 @@ def config(corpus: dict[str, Any], tmp_path_factory: pytest.TempPathFactory) -> 
                 "top_k": 2,
                 "d_expert": 16,
                 "router": {"name": "top_k", "n_groups": 4, "top_k_groups": 2, "selection_bias": True},
-                "balancers": list(BALANCERS),
+                "balancers": [*BALANCERS, {"name": "loss_free", "rate": 1e-30}],
             },
             "init": {"router_std": 0.2},  # uneven loads
         },
