@@ -94,6 +94,7 @@ def test_a_variant_that_cannot_be_built_or_is_wrong_is_reported_and_not_timed(mo
     assert plot.layer_bars({"layer": {"tiny": found}}) == (["tiny"], {"ours": [found["ours"]["of_limit"]["median"]]})
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not INTERPRETED, reason="needs Triton's interpreter")
 def test_products_are_timed_if_they_are_right(monkeypatch: pytest.MonkeyPatch) -> None:
     import products

@@ -108,6 +108,8 @@ def first(rows: Any, lab: Lab, full: bool) -> Iterator[Row]:
     return islice(rows(lab, False), 1)
 
 
+@pytest.mark.slow
+@pytest.mark.timeout(300)
 def test_one_promise_of_each_subject_is_kept(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from dataclasses import replace
 from typing import Any
 
@@ -16,6 +16,18 @@ from moelm.config import ModelConfig, RouterConfig, registered
 
 TOP_K = {"switch": 1}  # where the default of 2 is refused
 ROUTERS = sorted(registered("router"))
+QUICKLY = ("top_k", "expert_choice", "reinforce")  # of the routers, what is compiled in `make test` too
+
+
+def with_each_contract(name: str, things: dict[str, Any], quickly: Collection[str]) -> pytest.MarkDecorator:
+    """To compile takes seconds: only some of the things do so where tests are to be quick."""
+    cases = []
+    for key, thing in things.items():
+        for contract in CONTRACTS:
+            is_slow = contract is router_contracts.compiled_equals_eager and key not in quickly
+            marks = [pytest.mark.slow] if is_slow else []
+            cases.append(pytest.param(thing, contract, id=f"{key}-{contract.__name__}", marks=marks))
+    return pytest.mark.parametrize((name, "contract"), cases)
 
 
 def config_with(tiny_config: Callable[..., ModelConfig], router: str, **options: Any) -> ModelConfig:
@@ -27,8 +39,7 @@ def config_with(tiny_config: Callable[..., ModelConfig], router: str, **options:
     return tiny_config(moe=moe)
 
 
-@pytest.mark.parametrize("contract", CONTRACTS, ids=lambda contract: contract.__name__)
-@pytest.mark.parametrize("router", ROUTERS)
+@with_each_contract("router", dict(zip(ROUTERS, ROUTERS, strict=True)), QUICKLY)
 def test_every_router_keeps_the_contract(tiny_config, router, contract):
     contract(config_with(tiny_config, router))
 
@@ -65,8 +76,7 @@ ATTENTION_OPTIONS = {
 }
 
 
-@pytest.mark.parametrize("contract", CONTRACTS, ids=lambda contract: contract.__name__)
-@pytest.mark.parametrize("options", ATTENTION_OPTIONS.values(), ids=ATTENTION_OPTIONS)
+@with_each_contract("options", ATTENTION_OPTIONS, ["two kinds in turn"])
 def test_the_options_of_attentions_keep_it_too(tiny_config, options, contract):
     contract(tiny_config(attention=options))
 

@@ -555,7 +555,7 @@ def test_gradients_of_experts_are_what_the_op_wrote_in_float32_or_in_bfloat16_if
         model.zero_grad()
 
 
-@pytest.mark.parametrize(("compiled", "mode"), [(False, "full"), (True, "none")])
+@pytest.mark.parametrize(("compiled", "mode"), [(False, "full"), pytest.param(True, "none", marks=pytest.mark.slow)])
 def test_gradients_of_experts_are_summed_where_they_always_lie(tiny_config, kernel_device, monkeypatch, compiled, mode):
     """Three micro-batches a step, three steps, in the last of which nothing that a step before left may show: the
     gradients that autograd would add up, in one place."""
