@@ -312,11 +312,12 @@ def set_aside_later(run_folder: Path, step: int) -> None:
 
 
 def finish_rename(run_folder: Path) -> None:
-    """A stage with its manifest is a checkpoint that only lacks its name, since a kill came right before. By the first
-    rank, before a run looks for what it continues."""
-    for stage in run_folder.glob(".step-*.tmp-*[0-9]"):  # what is deleted ends in -old
-        target = stage.with_name(stage.name[1:].partition(".")[0])
-        if is_whole(stage) and not target.exists():
+    """Where a kill came between the two renames that put a checkpoint in another's place (`saving.py`), the second.
+    By the first rank, before a run looks for what it continues."""
+    for replaced in run_folder.glob(".step-*.tmp-*-old"):
+        stage = replaced.with_name(replaced.name.removesuffix("-old"))
+        target = replaced.with_name(replaced.name[1:].partition(".")[0])
+        if not target.exists() and is_valid(stage):
             stage.rename(target)
 
 

@@ -350,8 +350,9 @@ def test_a_checkpoint_that_lacks_only_its_name_is_continued_and_a_stage_is_not(t
     last = step_folder(config.run_folder, 2)
     stage = last.rename(last.with_name(f".{last.name}.tmp-123"))
     shutil.copytree(stage, f"{stage}-old")
-    shutil.copytree(stage, unfinished := stage.with_name(".step-00000003.tmp-123"))
-    (unfinished / "manifest.json").unlink()
+    for name in (".step-00000008.tmp-123", ".step-00000009.tmp-123", ".step-00000009.tmp-123-old"):
+        shutil.copytree(stage, stage.with_name(name))  # the first replaces none
+    (stage.with_name(".step-00000009.tmp-123") / "manifest.json").write_text("{")
     longer = dataclasses.replace(config, trainer=dataclasses.replace(config.trainer, max_steps=3))
     train(longer, resume="auto")
     assert [len(each.losses) for each in Recorder.made] == [2, 1]
