@@ -17,7 +17,7 @@ from lightning.pytorch.callbacks import Callback
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 
-from moelm.config import Config, NamedConfig, register, setting
+from moelm.config import Config, ConfigError, NamedConfig, register, setting
 from moelm.moe.types import TokenChoice
 
 
@@ -105,7 +105,14 @@ class Tape(Witness):
             self._begin()
 
 
-@register("callback", "verify_counts", NamedConfig)
+@dataclass
+class CountsConfig(NamedConfig):
+    def check(self, key: str, config: Config) -> None:
+        if config.model.moe is None:
+            raise ConfigError(key, "a dense model counts no experts", "remove it, or set model.moe")
+
+
+@register("callback", "verify_counts", CountsConfig)
 class Counts(Witness):
     """By optimizer step: choices and tokens, counted at the outputs of this rank's routers and in its batches; and what
     the run says of all ranks."""
