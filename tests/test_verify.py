@@ -33,7 +33,7 @@ COUNTS_READ = """self.accumulator.finish(received(self.trainer) is not None)
         self.last_step.load_ME = all_reduce_sums({"load": counts_ME})["load"]
         for layer in self.model.moe_layers:
             layer.count_E.zero_()"""
-COUNTS_MADE = """seed_rank(self.config.run.seed, self.global_rank, self._first_step)
+COUNTS_MADE = """seed_rank(self.config.run.seed, self.global_rank, first_step)
         for layer in self.model.moe_layers:
             layer.register_buffer("count_E", torch.zeros(layer.experts.gate_up.shape[0]), persistent=False)"""
 MODULE = "training/lightning_module.py"
@@ -48,7 +48,7 @@ MUTATIONS: dict[str, tuple[str, list[tuple[str, str, str]]]] = {  # subject, and
         [
             ("moe/layer.py", "\n        x_TD = chunk_BLD.flatten(0, 1)", COUNTS_IN_FORWARD),
             (MODULE, "self.accumulator.finish(received(self.trainer) is not None)", COUNTS_READ),
-            (MODULE, "seed_rank(self.config.run.seed, self.global_rank, self._first_step)", COUNTS_MADE),
+            (MODULE, "seed_rank(self.config.run.seed, self.global_rank, first_step)", COUNTS_MADE),
             ("training/strategies.py", "broadcast_buffers=False", "broadcast_buffers=True"),
         ],
     ),

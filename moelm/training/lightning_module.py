@@ -23,7 +23,7 @@ from moelm.model.size import flops_per_token
 from moelm.moe.balancing.base import Balancer, auxiliary_losses
 from moelm.moe.load_metrics import dead_experts, max_violation
 from moelm.training.bad_steps import BadStepError, Evidence, LossSpikeError, NonFiniteError, RecentLosses
-from moelm.training.checkpoint_io import continue_together
+from moelm.training.checkpoint_io import continue_together, step_of
 from moelm.training.evaluation import Evaluation, EvaluationSums, forward_batch
 from moelm.training.gradient_clipping import clip_gradients, is_finite, tensor_norms
 from moelm.training.optim import build_optimizer, lr_factor, parameter_names, place_gradients
@@ -71,7 +71,6 @@ class MoELightningModule(pl.LightningModule):
         self.flops_per_token = flops_per_token(config.model, config.data.seq_len)
         self._rng_to_restore: dict[str, Any] | None = None
         self.continued: Path | None = None  # the checkpoint that this rank found; set it before `fit`
-        self._first_step = 0  # its optimizer steps
         self._step_before_batch = 0
         self._is_first_micro_batch = True  # of its optimizer step
         self.must_stop = False  # one rank was told to end, and all know: this step is saved, and the run ends
@@ -143,7 +142,8 @@ class MoELightningModule(pl.LightningModule):
         return self.config.optim.batch_tokens // self.config.data.seq_len
 
     def on_fit_start(self) -> None:
-        seed_rank(self.config.run.seed, self.global_rank, self._first_step)
+        first_step = 0 if self.continued is None else step_of(self.continued)  # `fsdp` loads it later
+        seed_rank(self.config.run.seed, self.global_rank, first_step)
 
     def on_train_start(self) -> None:
         """A checkpoint brings the numbers that the optimizer had; those of the config count."""
@@ -412,7 +412,6 @@ class MoELightningModule(pl.LightningModule):
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         state = checkpoint["moelm"]
         states = state["rng_by_rank"]
-        self._first_step = state["step"]
         # another number of ranks: their streams cannot be continued, so the seeds of on_fit_start stand
         self._rng_to_restore = states[self.global_rank] if len(states) == self.trainer.world_size else None
         self.recent_load.ring = state["recent_load"]

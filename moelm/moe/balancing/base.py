@@ -61,7 +61,7 @@ class Balancer:
 
     def update_bias(self, bias_ME: Tensor, load_ME: Tensor, step: int) -> Tensor | None:
         """The new expert_bias, float32 [M, E], from the load of the whole optimizer step, float64; None to keep it.
-        `step` counts optimizer steps from 0."""
+        `step` counts optimizer steps from 0. The config of a balancer that moves it has the ClassVar `moves_bias`."""
         return None
 
 

@@ -14,7 +14,7 @@ from moelm.moe.balancing.base import Balancer
 
 @dataclass
 class LossFreeConfig(NamedConfig):
-    moves_bias: ClassVar[bool] = True
+    moves_bias: ClassVar[bool] = True  # without such a balancer a router's selection_bias is refused
 
     rate: float = setting(0.001, gt=0)  # step of the bias, in units of the router's scores
     rule: str = setting("sign", allowed=("sign", "proportional"))  # of the step: +-rate, or rate x relative shortage

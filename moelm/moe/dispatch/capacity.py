@@ -22,7 +22,7 @@ from moelm.moe.types import TokenChoice
 class CapacityConfig(DispatchConfig):
     drops: ClassVar[bool] = True
 
-    capacity_factor: float = setting(1.25, gt=0)  # in training: C = ceil(factor x T x K / E), T as below
+    capacity_factor: float = setting(1.25, gt=0)  # in training: C = ceil(factor x T x K / E) for T unmasked tokens
     eval_capacity_factor: float = setting(2.0, gt=0)
     of: str = setting("expert", allowed=("expert", "group"))  # group: of the router's, such as those on one device
     drop: str = setting("position", allowed=("position", "probability"))  # who goes first when an expert is full
