@@ -5,6 +5,9 @@ every log interval after the first two. `--check` adds one device with the batch
 compares the loss and the gradient norm of each step with that run's. `--profile` traces five steps of rank 0 and tells
 how much of the communication ran beside other kernels; traces lie beside the results.
 
+`--check` needs no second GPU: with NCCL 2.30 or newer, NCCL_MULTI_RANK_GPU_ENABLE=1 and CUDA's MPS all ranks run on the
+only one there is. Their rates then say nothing.
+
 Left out on purpose: saving.
 """
 
@@ -19,6 +22,8 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -26,6 +31,7 @@ from unittest.mock import patch
 
 import measure
 import torch
+from lightning.pytorch.accelerators import CUDAAccelerator
 from lightning.pytorch.callbacks import Callback
 from measure import ROOT, spread
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
@@ -108,6 +114,22 @@ class EveryStep(Callback):
         (self.folder / f"rank-{trainer.global_rank}.json").write_text(json.dumps(found))
 
 
+def share_a_gpu(n_ranks: int) -> bool:
+    return os.environ.get("NCCL_MULTI_RANK_GPU_ENABLE") == "1" and torch.cuda.device_count() == 1 < n_ranks
+
+
+@contextmanager
+def all_on_one_gpu(n_ranks: int) -> Iterator[None]:
+    """Lightning would give each rank a GPU of its own, and so would a mesh of devices."""
+    only, set_device = torch.device("cuda", 0), torch.cuda.set_device
+    with (
+        patch("lightning.fabric.accelerators.cuda.num_cuda_devices", lambda: n_ranks),
+        patch.object(CUDAAccelerator, "get_parallel_devices", staticmethod(lambda devices: [only] * len(devices))),
+        patch("torch.cuda.set_device", lambda _: set_device(only)),
+    ):
+        yield
+
+
 def run_rank(file: str) -> None:
     """Called in the launched process and, by Lightning, in those of the other ranks."""
     command_line.import_builtins()
@@ -115,7 +137,11 @@ def run_rank(file: str) -> None:
     compiled_at: list[float] = []
     torch._dynamo.on_compile_start(lambda _: compiled_at.append(time.time()))
     config = load_config(file, [])
-    with patch.object(FolderCheckpointIO, "save_checkpoint", lambda *_, **__: None):
+    n_ranks = int(config.trainer.devices)
+    with (
+        patch.object(FolderCheckpointIO, "save_checkpoint", lambda *_, **__: None),
+        all_on_one_gpu(n_ranks) if share_a_gpu(n_ranks) else nullcontext(),
+    ):
         train(config)
     if os.environ.get("LOCAL_RANK", "0") == "0":
         (config.run_folder / "compiled.json").write_text(json.dumps(compiled_at))
@@ -202,7 +228,7 @@ def rows_of(runs: list[dict[str, Any]], device: str) -> list[dict[str, Any]]:
         rate, peak = median(run["tokens_per_s"]), peak_flops(device)
         row |= {"tokens_per_s": spread(run["tokens_per_s"]), "ms": 1e3 * run["batch_tokens"] / rate}
         row["mfu"] = None if peak is None else mfu(rate, run["flops_per_token"], peak, run["n_devices"])
-        if one is not None and run["n_devices"] > 1:
+        if one is not None and run["n_devices"] > 1 and not share_a_gpu(run["n_devices"]):
             row["efficiency"] = rate / run["n_devices"] / median(one["tokens_per_s"])
         row |= {key: run[key] for key in ("peak_gib", "info_gib", "recompiled", "communication") if key in run}
         if same is not None and run["n_devices"] > 1:
@@ -276,7 +302,7 @@ def main() -> None:
     if unknown := [name for name in names if name not in known]:
         parser.error(f"{unknown[0]!r} is not one of {'; '.join(known)}")
     if arguments.quick:
-        arguments.steps = 5 * (WARM_INTERVALS + 2)
+        arguments.steps = 5 * (WARM_INTERVALS + 3)
     if arguments.check:
         names = [*dict.fromkeys(["one, same batch", *names])]
     result = run(arguments, names)
@@ -291,6 +317,8 @@ def run(arguments: argparse.Namespace, names: list[str]) -> dict[str, Any]:
     if arguments.accumulate > 1:
         micro_batch = f"{arguments.accumulate} micro-batches of {micro_batch}"
     what = f"{micro_batch} a device and step, {base.trainer.precision}"
+    if share_a_gpu(arguments.devices):
+        what += ", all ranks on one GPU (only differences and memory count)"
     facts = measure.facts()
     result: dict[str, Any] = {"facts": facts, "model": short_name(model_size(base.model)), "what": what, "runs": []}
     prepare(base.data.corpus)  # once, and not by each run

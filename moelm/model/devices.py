@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from math import comb
 
-from moelm.config import Config, ConfigError, MoEConfig
+from moelm.config import Config, ConfigError, MoEConfig, TrainerConfig
 from moelm.model.size import row_bytes, shapes_of, training_memory
 
 BUSIEST = 1.5  # times its share has the rank with most choices, in the first steps of a run
@@ -77,6 +77,13 @@ def _ddp(config: Config, counts: Counts, n_devices: int) -> OnDevices:
     return OnDevices("ddp", memory.weights + memory.optimizer + buckets + both + memory.working, sent)
 
 
+def gathers_experts(options: TrainerConfig, n_experts: int, n_ranks: int) -> bool:
+    """With `fsdp`, without `expert_parallel`: are experts gathered and reduced by themselves, whole ones of each rank
+    and kept until the next step? Else FSDP2 does it with the rest of their block."""
+    stay = not options.reshard_after_forward and not options.accumulate_unreduced
+    return stay and options.replicas == 1 < n_ranks and n_experts % n_ranks == 0
+
+
 def _fsdp(config: Config, counts: Counts, n_devices: int, n_ep: int) -> OnDevices:
     mixed, moe, n_replicas = config.trainer.precision == "bf16-mixed", config.model.moe, config.trainer.replicas
     s, W = 2 if mixed else 4, n_devices // n_replicas  # ranks that share a replica
@@ -89,8 +96,11 @@ def _fsdp(config: Config, counts: Counts, n_devices: int, n_ep: int) -> OnDevice
     # two units gathered, or all, and the gradients of one; the rest with its gradients
     keeps, experts_stay = not config.trainer.reshard_after_forward, n_ep > 1 and n_fsdp == n_replicas == 1
     unit, experts_of_unit = counts.largest_block, counts.largest_experts // n_ep
+    gathers = moe is not None and n_ep == 1 and gathers_experts(config.trainer, moe.n_experts, n_devices)
+    if experts_stay or gathers:
+        unit = min(max(unit, SMALL_UNIT), counts.blocks)
     if experts_stay:
-        unit, experts_of_unit = min(max(unit, SMALL_UNIT), counts.blocks), 0
+        experts_of_unit = 0
     gathered_blocks = counts.blocks if keeps else min(2 * unit, counts.blocks)
     gathered_experts = counts.experts // n_ep if keeps else 2 * experts_of_unit
     whole = s * (unit + experts_of_unit + gathered_blocks) + 8 * counts.rest
@@ -98,14 +108,16 @@ def _fsdp(config: Config, counts: Counts, n_devices: int, n_ep: int) -> OnDevice
         whole += s * gathered_experts
     elif mixed:
         whole += 2 * counts.experts // n_ep  # working copies
+    r = 2 if config.trainer.reduce_dtype == "bfloat16" else 4
+    if gathers:
+        whole += (2 * r - s) * experts_of_unit  # gradients of a layer, and those of the one before on their way
     copies = 2 * counts.total if mixed else 0
     activations, gradients = memory.activations, 4 * held
     both = gradients + activations if n_micro_batches > 1 else max(gradients, activations)
     gathered, reduced = n_micro_batches, 1 if config.trainer.accumulate_unreduced else n_micro_batches
     times = 1 if keeps else 2  # that a block is gathered
-    r = 2 if config.trainer.reduce_dtype == "bfloat16" else 4
     others = (times * s * gathered + r * reduced) * counts.blocks + 4 * (gathered + reduced) * counts.rest
-    experts = (times * s * gathered + r * reduced) * (counts.experts // n_ep)
+    experts = (times * s * (1 if gathers else gathered) + r * reduced) * (counts.experts // n_ep)
     sent = others * (W - 1) / W + experts * (n_fsdp - 1) / n_fsdp + 8 * counts.routers * (n_devices - 1) / n_devices
     of_replica = r * (counts.blocks + counts.experts) + 4 * counts.rest
     sent += 2 * reduced * of_replica / W * (n_replicas - 1) / n_replicas

@@ -208,9 +208,9 @@ class Experts(nn.Module):
     def refresh(self) -> None:
         """Bring the working copies up to date, if the dtype and the device want copies at all. Where gradients are to
         have their dtype, or to be summed in place, `stand_ins` take the weights' place in the next forward pass."""
-        self.stand_ins = ()
         if not self.keeps_copies:
             return
+        self.stand_ins = ()
         dtype = compute_dtype(self.gate_up)
         if self.backend == "fused" and self.gate_up.is_cuda and dtype != torch.bfloat16:
             _say("grouped", f"fused computes in bfloat16, not {dtype}")

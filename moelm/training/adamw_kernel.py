@@ -66,7 +66,7 @@ def _adamw(
     p -= lr / correction1 * m / (tl.sqrt(v) / tl.sqrt(correction2) + eps)
     tl.store(parameter + start + i, p, mask)
     if working_copy is not None:
-        tl.store(working_copy + start + i, p.to(tl.bfloat16), mask)
+        tl.store(working_copy + start + i, p.to(working_copy.dtype.element_ty), mask)
     if exp_avg.dtype.element_ty == tl.bfloat16:
         random = _hash((start + i).to(tl.uint32) ^ _hash(_hash(t.to(tl.uint32)) ^ index.to(tl.uint32)))
         tl.store(exp_avg + start + i, _round(m, random & 0xFFFF), mask)

@@ -18,19 +18,20 @@ from lightning.pytorch.strategies.parallel import ParallelStrategy
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
-from torch.distributed.tensor import DTensor, Shard
+from torch.distributed.tensor import Shard
 from torch.nn.parallel import DistributedDataParallel
 from torch.optim import Optimizer
 
 from moelm.config import Config, TrainerConfig
 from moelm.model.block import Block
-from moelm.model.devices import SMALL_UNIT
+from moelm.model.devices import SMALL_UNIT, gathers_experts
 from moelm.model.gpt import GPT
 from moelm.moe import kernels
 from moelm.moe.dispatch.expert_parallel import ExpertParallel
 from moelm.moe.experts import Experts
 from moelm.moe.layer import MoELayer
 from moelm.training.checkpoint_io import Held, load_training, verify_together
+from moelm.training.gathered_experts import GatheredExperts, deal_out
 from moelm.training.launch import end_with_launcher
 from moelm.training.shards import held_part, like
 from moelm.training.statistics import all_reduce_sums
@@ -118,6 +119,7 @@ class ShardedStrategy(ModelParallelStrategy):
         super().__init__(process_group_backend=process_group_backend, save_distributed_checkpoint=False)
         self.options = options
         self._is_last_micro_batch = True
+        self._gathered: list[GatheredExperts] = []
 
     def setup_environment(self) -> None:
         self._setup_distributed()
@@ -133,10 +135,10 @@ class ShardedStrategy(ModelParallelStrategy):
 
     def shard(self, model: GPT) -> None:
         """In place, before the model has memory. Units are the blocks, experts included, and the rest; no hook of FSDP2
-        lies inside a block, where it would break up what is compiled and disturb what is recomputed. Experts that are
-        dealt out over "ep" are a unit of their own, gathered around their block; with nothing to gather they are none,
-        and are multiplied from working copies as on one device. What is left of blocks is little then, and several make
-        a unit.
+        lies inside a block, where it would break up what is compiled and disturb what is recomputed. Experts that stay
+        whole after a pass are none of FSDP2's (`GatheredExperts`). Those that are dealt out over "ep" are a unit of
+        their own, gathered around their block; with nothing to gather they are none, and are multiplied from working
+        copies as on one device. What is left of blocks without their experts is little, and several make a unit.
 
         Routers stay whole on every rank: small (experts x d_model a layer), and float32 however the rest is sent.
         Under bf16-mixed the weights of blocks are sent as bfloat16; those of the rest, where the residual stream
@@ -154,8 +156,14 @@ class ShardedStrategy(ModelParallelStrategy):
         alone = set(router_parameters(model))  # what FSDP2 leaves as it is
         for block in model.all_blocks:
             if block.moe is not None:
-                alone |= self._place_experts(block, block.moe, mixed)
-        units = units_of(model, alone if self.device_mesh["ep"].size() == self.world_size > 1 else set())
+                alone |= self._place_experts(block, block.moe, mixed, shard)
+        for before, after in pairwise(self._gathered):
+            before.after = after
+        if self._gathered:
+            first = self._gathered[0]  # gathered beside the embedding
+            model.register_forward_pre_hook(torch.compiler.disable(lambda *_: first.fetch()))
+        experts_are_alone = self._gathered or self.device_mesh["ep"].size() == self.world_size > 1
+        units = units_of(model, alone if experts_are_alone else set())
         for unit in units:
             fully_shard(
                 list[nn.Module](unit),
@@ -174,12 +182,20 @@ class ShardedStrategy(ModelParallelStrategy):
         if not self.options.reshard_after_forward:
             keep_memory(model.all_blocks)
 
-    def _place_experts(self, block: Block, moe: MoELayer, policy: MixedPrecisionPolicy) -> set[nn.Parameter]:
+    def _place_experts(
+        self, block: Block, moe: MoELayer, policy: MixedPrecisionPolicy, shard: DeviceMesh
+    ) -> set[nn.Parameter]:
         """Over "ep", if it has several ranks, and the share of each over "fsdp" likewise; what needs no FSDP2 then."""
         fsdp, ep, experts = self.device_mesh["fsdp"], self.device_mesh["ep"], moe.experts
         experts.keeps_copies = False  # what is sent has the dtype that is multiplied
         if ep.size() == 1:
-            return set()
+            if not gathers_experts(self.options, experts.gate_up.shape[0], shard.size()):
+                return set()
+            dtypes = policy.param_dtype or torch.float32, policy.reduce_dtype or torch.float32
+            gathered = GatheredExperts(experts, shard, *dtypes)
+            block.register_forward_pre_hook(torch.compiler.disable(lambda *_: gathered.hold()))  # after those of FSDP2
+            self._gathered.append(gathered)
+            return set(experts.parameters())
         moe.exchange = ExpertParallel(ep.get_group(), experts.gate_up.shape[0], self.options.static_exchange)
         deal_out(experts, ep)
         block.register_forward_pre_hook(hold_experts)  # after those of FSDP2, which go first
@@ -229,6 +245,8 @@ class ShardedStrategy(ModelParallelStrategy):
 
     def post_backward(self, closure_loss: Tensor) -> None:
         """The routers' gradients become the sums over ranks, in one all-reduce an optimizer step."""
+        for gathered in self._gathered:
+            gathered.collect()
         if not self._is_last_micro_batch:
             return
         gradients = [each.grad for each in router_parameters(self._gpt) if each.grad is not None]
@@ -283,15 +301,6 @@ def placement_of(parameter: nn.Parameter, n_ranks: int, n_shares: int = 1) -> Sh
     of each, if that can."""
     uneven = parameter.ndim == 3 and parameter.shape[0] // n_shares % n_ranks != 0
     return Shard(1) if uneven and parameter.shape[1] % n_ranks == 0 else Shard(0)
-
-
-def deal_out(experts: Experts, mesh: DeviceMesh) -> None:
-    """Each rank of `mesh` gets an equal share of the experts, in order. In place, on the meta device."""
-    for name, parameter in experts.named_parameters():
-        share = parameter.detach().chunk(mesh.size())[0]
-        whole = parameter.shape, parameter.stride()
-        part = DTensor.from_local(share, mesh, [Shard(0)], run_check=False, shape=whole[0], stride=whole[1])
-        setattr(experts, name, nn.Parameter(part))
 
 
 @torch.compiler.disable  # type: ignore[untyped-decorator]

@@ -34,6 +34,7 @@ CHANGES = {
 }
 TWO = {"trainer.devices": 2}
 DDP, FSDP = {**TWO, "trainer.strategy": "ddp"}, {**TWO, "trainer.strategy": "fsdp"}
+KEPT = {**FSDP, "trainer.reshard_after_forward": False}
 VARIANTS: dict[str, dict[str, Any]] = {
     "plain": {"trainer.limit_val_batches": None},
     # 255 experts and 513 words are not dealt out evenly to two
@@ -97,8 +98,9 @@ def test_two_processes_equal_one(make: Make, tmp_path: Path) -> None:
         train(config)
     fsdp = {name: make(f"fsdp-{i}", FSDP, changes) for i, (name, changes) in enumerate(VARIANTS.items())}
     ddp, unreduced = make("ddp", DDP), make("unreduced", FSDP, {"trainer.accumulate_unreduced": True})
-    kept = make("kept", FSDP, {"trainer.reshard_after_forward": False})
+    kept = make("kept", KEPT)
     short_sums = make("short-sums", FSDP, VARIANTS["bf16"], {"trainer.reduce_dtype": "bfloat16"})
+    kept_short = make("kept-short-sums", KEPT, VARIANTS["bf16"], {"trainer.reduce_dtype": "bfloat16"})
     straight, short = make("straight", ADAMW), {"trainer.max_steps": 3}
     train(straight)
     train(make("back", ADAMW, short))
@@ -109,8 +111,9 @@ def test_two_processes_equal_one(make: Make, tmp_path: Path) -> None:
             unreduced,
             kept,
             short_sums,
+            kept_short,
             make("there", ADAMW, FSDP, short),
-            make("back", ADAMW, FSDP),
+            make("back", ADAMW, KEPT),
         ],
         tmp_path,
         n_ranks=2,
@@ -130,15 +133,18 @@ def test_two_processes_equal_one(make: Make, tmp_path: Path) -> None:
     assert tapes(fsdp["plain"])[0]["sent_early"]
     assert not tapes(unreduced)[0]["sent_early"]
     assert min(step["load"].min() for step in tapes(one["idle experts, recomputation"])[0]["steps"]) == 0
-    for config, share in ((ddp, 1.0), (fsdp["plain"], 0.505), (fsdp["idle experts, recomputation"], 0.519)):
+    shares = (ddp, 1.0), (fsdp["plain"], 0.505), (kept, 0.505), (fsdp["idle experts, recomputation"], 0.519)
+    for config, share in shares:
         assert [tape["share"] for tape in tapes(config, 2)] == pytest.approx([share] * 2, abs=2e-3)
     assert [tape["val_ce"] for tape in tapes(fsdp["plain"], 2)] == pytest.approx([tapes(one["plain"])[0]["val_ce"]] * 2)
 
     assert_close_steps(tapes(one["bf16"])[0], tapes(fsdp["bf16"], 2)[1])
-    assert_close_steps(tapes(one["bf16"])[0], tapes(short_sums, 2)[1])
-    first, summed_short = (tapes(each, 2)[1]["steps"][0]["gradients"] for each in (fsdp["bf16"], short_sums))
-    rounded = {name for name in first if not torch.equal(first[name], summed_short[name])}
-    assert rounded == {name for name in first if name.startswith("blocks.") and ".router." not in name}
+    first = tapes(fsdp["bf16"], 2)[1]["steps"][0]["gradients"]
+    for config in (short_sums, kept_short):
+        assert_close_steps(tapes(one["bf16"])[0], tapes(config, 2)[1])
+        summed_short = tapes(config, 2)[1]["steps"][0]["gradients"]
+        rounded = {name for name in first if not torch.equal(first[name], summed_short[name])}
+        assert rounded == {name for name in first if name.startswith("blocks.") and ".router." not in name}
 
     (_, a), (before, b) = tapes(one["muon"])[0]["steps"], tapes(fsdp["muon"], 2)[1]["steps"]
     moved = {name: b["weights"][name] - before["weights"][name] for name in b["weights"]}
@@ -171,12 +177,13 @@ def test_fused_experts_of_two_processes_follow_those_of_one(make: Make, tmp_path
     fused = {"model.moe.experts": {"backend": "fused"}, "trainer.precision": "bf16-mixed", **small}
     one, two = make("one", fused), make("two", FSDP, fused, {"trainer.activation_checkpointing": "selective"})
     ddp = make("ddp", DDP, fused)  # two micro-batches each, the second's gradients added in place
+    kept = [make(f"kept-{dtype}", KEPT, fused, {"trainer.reduce_dtype": dtype}) for dtype in ("float32", "bfloat16")]
     train(one)
-    run_all([two, ddp], tmp_path, n_ranks=2)
-    for many in (two, ddp):
+    run_all([two, ddp, *kept], tmp_path, n_ranks=2)
+    for many in (two, ddp, *kept):
         assert_close_steps(tapes(one)[0], tapes(many, 2)[1])
-    assert len(tapes(one)[0]["copies"]) == len(tapes(ddp)[0]["copies"]) == 4
-    assert tapes(two)[0]["copies"] == []
+        assert len(tapes(many)[0]["copies"]) == (0 if many is two else 4)
+    assert len(tapes(one)[0]["copies"]) == 4
 
 
 @pytest.mark.slow
@@ -186,6 +193,7 @@ def test_compiled_and_recomputed_under_fsdp_equals_one_process(make: Make, tmp_p
     one = make("one")
     train(one)
     compiled = [make(name, FSDP, changes, {"trainer.compile": True}) for name, changes in modes.items()]
+    compiled.append(make("kept", KEPT, modes["full-0"], {"trainer.compile": True}))
     run_all(compiled, tmp_path, n_ranks=2, timeout=800)
     for config in compiled:
         assert_same_steps(*tapes(one), tapes(config, 2))
