@@ -18,6 +18,7 @@ import pytest
 import scaling
 import torch
 import train_step
+from lightning.pytorch.accelerators import CUDAAccelerator
 from peers import Layer, Shape
 from torch.optim import Optimizer
 
@@ -216,6 +217,22 @@ def test_communication_is_hidden_while_other_kernels_run() -> None:
     kernels = [{"name": name, "cat": "kernel", "ts": ts, "dur": dur} for name, ts, dur in spans]
     assert parallel.overlap([step, *kernels]) == pytest.approx({"ms": 6.0, "hidden": 1 / 6})
     assert parallel.overlap([step, kernels[2]]) is None
+
+
+def test_all_ranks_are_given_the_only_gpu_if_that_is_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("torch.cuda.device_count", lambda: 1)
+    assert not parallel.share_a_gpu(2)
+    monkeypatch.setenv("NCCL_MULTI_RANK_GPU_ENABLE", "1")
+    assert [parallel.share_a_gpu(n) for n in (1, 2)] == [False, True]
+    chosen: list[torch.device] = []
+    monkeypatch.setattr("torch.cuda.set_device", chosen.append)
+    with parallel.all_on_one_gpu(2):
+        devices = CUDAAccelerator.get_parallel_devices(CUDAAccelerator.parse_devices(2))
+        torch.cuda.set_device(1)
+    assert devices == [torch.device("cuda", 0)] * 2
+    assert chosen == [torch.device("cuda", 0)]
+    monkeypatch.setattr("torch.cuda.device_count", lambda: 2)
+    assert not parallel.share_a_gpu(2)
 
 
 def test_strategies_are_compared_with_one_device_by_tokens_and_with_its_steps_by_loss_and_norm() -> None:

@@ -17,9 +17,12 @@ from torch.autograd.function import once_differentiable
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, Shard
 
+from moelm.moe.dispatch.expert_parallel import all_gather
 from moelm.moe.experts import Experts
 from moelm.moe.working_copies import refreshed
 from moelm.training.shards import like, local
+
+reduce_scatter = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor  # renamed in torch 2.13
 
 
 class GatheredExperts:
@@ -59,7 +62,7 @@ class GatheredExperts:
                 work.wait()
             refreshed(parameter, share, self.dtype)
             sent = share if share.is_cuda else share.clone()  # gloo would read what it writes
-            work = dist.all_gather_into_tensor(self._whole[name], sent, self.group, async_op=True)
+            work = all_gather(self._whole[name], sent, self.group, async_op=True)
             assert work is not None
             self._arriving.append(work)
             self._versions[name] = copied._version
@@ -99,7 +102,7 @@ class GatheredExperts:
             self.after.collect()
         gradient = gradient.to(self.reduce_dtype).contiguous()
         share = gradient.new_empty(gradient.shape[0] // self.group.size(), *gradient.shape[1:])
-        work = dist.reduce_scatter_tensor(share, gradient, group=self.group, async_op=True)
+        work = reduce_scatter(share, gradient, group=self.group, async_op=True)
         assert work is not None
         # with what is read on another stream: CUDA graphs write again where nobody in Python holds a tensor
         self._leaving.append((getattr(self.experts, name), work, share, gradient))

@@ -77,11 +77,11 @@ def all_to_all(monkeypatch):
             return Landing(group, result, message, received, sent)
         return group.exchange(result, message, received, sent)
 
-    def all_gather_into_tensor(result, message, group=None):
+    def all_gather(result, message, group=None):
         group.gather(result, message)
 
     monkeypatch.setattr(dist, "all_to_all_single", all_to_all_single)
-    monkeypatch.setattr(dist, "all_gather_into_tensor", all_gather_into_tensor)
+    monkeypatch.setattr(expert_parallel, "all_gather", all_gather)
     torch.use_deterministic_algorithms(True, warn_only=True)  # fills what is not initialised
     yield
     torch.use_deterministic_algorithms(False)

@@ -13,6 +13,7 @@ from torch.distributed.device_mesh import init_device_mesh
 
 from moelm.config import ExpertsConfig, MoEConfig
 from moelm.moe.experts import Experts
+from moelm.training import gathered_experts
 from moelm.training.adamw import AdamW
 from moelm.training.gathered_experts import GatheredExperts
 from moelm.training.shards import local
@@ -41,13 +42,13 @@ def two_layers(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[GatheredExperts
 @pytest.fixture
 def gathered(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     """Tensors gathered by each call of `hold`, the last entry those since."""
-    counts, plain = [0], dist.all_gather_into_tensor
+    counts, plain = [0], gathered_experts.all_gather
 
     def counted(*arguments: Any, **options: Any) -> Any:
         counts[-1] += 1
         return plain(*arguments, **options)
 
-    monkeypatch.setattr(dist, "all_gather_into_tensor", counted)
+    monkeypatch.setattr(gathered_experts, "all_gather", counted)
     return counts
 
 

@@ -36,6 +36,7 @@ from moelm.moe.types import TokenChoice
 if HAS_TRITON:
     from moelm.moe.kernels.rows import gather_sum
 
+all_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor  # renamed in torch 2.13
 STEPS = 64  # experts get multiples of T / 64 tokens and T K / 64 rows, so that memory of the same size is there again
 _groups: dict[str, dist.ProcessGroup] = {}  # by the name that the ops are given
 _under_way: dict[int, tuple[Any, Tensor, Tensor]] = {}  # storage of the [S, D] tensor -> handle, what was sent, result
@@ -159,7 +160,7 @@ class ExpertParallel:
 def gather_choices(message_T2K: Tensor, n_ranks: int, group: str) -> Tensor:
     """[V, 2 K], in the order of ranks. 8 T K bytes sent to each of the other ranks."""
     choices_V2K = message_T2K.new_empty(n_ranks * len(message_T2K), message_T2K.shape[1])
-    dist.all_gather_into_tensor(choices_V2K, message_T2K, group=_groups[group])
+    all_gather(choices_V2K, message_T2K, group=_groups[group])
     return choices_V2K
 
 
