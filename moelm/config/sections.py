@@ -265,8 +265,8 @@ class TrainerConfig:
     # routers' choices
     activation_checkpointing: str = setting("none", allowed=("none", "selective", "full"))
     # per block; cuda_graphs: its kernels are launched at once, as recorded; under fsdp only without
-    # reshard_after_forward. auto: false on a CPU; cuda_graphs on one device, and on several with one micro-batch a step
-    # where they can be; else true
+    # reshard_after_forward. auto: false on a CPU; cuda_graphs where they can be, under fsdp only with one micro-batch a
+    # step; else true
     compile: bool | str = setting("auto", allowed=("auto", True, False, "cuda_graphs"))
     float32_matmul_precision: str = setting("highest", allowed=("highest", "high", "medium"))
     expert_parallel: int = setting(1, ge=1)  # fsdp: ranks that share the experts, each holding some whole ones

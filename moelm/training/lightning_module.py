@@ -98,8 +98,8 @@ class MoELightningModule(pl.LightningModule):
         model.activation_checkpointing = options.activation_checkpointing
         if options.compile in (True, "cuda_graphs") or (options.compile == "auto" and device.type == "cuda"):
             graphs = strategy is not None and options.compile is not True and not why_no_cuda_graphs(self.trainer)
-            if options.compile == "auto":  # with several of both it was not tried
-                graphs &= self.trainer.accumulate_grad_batches == 1 or self.trainer.world_size == 1
+            if options.compile == "auto":  # with both it was not tried
+                graphs &= self.trainer.accumulate_grad_batches == 1 or not isinstance(strategy, ShardedStrategy)
             model.compile_blocks(cuda_graphs=graphs)
         if isinstance(strategy, ShardedStrategy):
             strategy.shard(model)

@@ -14,7 +14,7 @@ from moelm.model.gpt import GPT
 from moelm.moe import kernels
 from moelm.training.lightning_module import MoELightningModule
 from moelm.training.preemption import StopSignals
-from moelm.training.strategies import ShardedStrategy
+from moelm.training.strategies import ReplicatedStrategy, ShardedStrategy
 from moelm.training.trainer import build_trainer
 
 
@@ -38,24 +38,26 @@ def test_cuda_graphs_are_refused_where_there_is_no_gpu(tiny: Callable[..., Confi
         build_trainer(tiny({"trainer.compile": "cuda_graphs"}))
 
 
-def test_auto_records_cuda_graphs_on_one_device_or_where_a_step_has_one_micro_batch(
+def test_auto_records_cuda_graphs_but_under_fsdp_with_several_micro_batches_a_step(
     tiny: Callable[..., Config], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    gpu = property(lambda strategy: torch.device("cuda", 0))
-    monkeypatch.setattr(SingleDeviceStrategy, "root_device", gpu)
     found = []
+    for strategy in (SingleDeviceStrategy, ReplicatedStrategy, ShardedStrategy):
+        monkeypatch.setattr(strategy, "root_device", property(lambda _: torch.device("cuda", 0)))
+    monkeypatch.setattr(ShardedStrategy, "shard", lambda *_: None)
     monkeypatch.setattr(GPT, "compile_blocks", lambda model, cuda_graphs: found.append(cuda_graphs))
     monkeypatch.setattr(GPT, "to_empty", lambda model, device: model)
     monkeypatch.setattr("moelm.training.lightning_module.initialize", lambda *_: None)
-    cases = [("auto", 16, 1), ("auto", 8, 1), ("auto", 8, 2), ("auto", 4, 2), ("cuda_graphs", 4, 2), (True, 16, 1)]
-    for compiled, micro_batch, n_devices in cases:
-        config = tiny({"trainer.compile": compiled, "optim.micro_batch_size": micro_batch})
-        module = MoELightningModule(config, [], 0)
-        module.trainer = build_trainer(config)
-        module.trainer.accumulate_grad_batches //= n_devices
-        module.trainer.strategy.world_size = n_devices  # type: ignore[attr-defined]
-        module.configure_model()
-    assert found == [True, True, True, False, True, False]
+    kept = {"trainer.devices": 2, "trainer.strategy": "fsdp", "trainer.reshard_after_forward": False}
+    ddp = {"trainer.devices": 2, "trainer.strategy": "ddp"}
+    spreads: list[dict[str, Any]] = [{}, ddp, kept]
+    for compiled, micro_batch in (("auto", 8), ("auto", 4), ("cuda_graphs", 4), (True, 8)):
+        for spread in spreads:
+            config = tiny({"trainer.compile": compiled, "optim.micro_batch_size": micro_batch, **spread})
+            module = MoELightningModule(config, [], 0)
+            module.trainer = build_trainer(config)
+            module.configure_model()
+    assert found == [True, True, True, True, True, False, True, True, True, False, False, False]
 
 
 def test_cuda_graphs_want_gathered_weights_and_unsent_gradients_to_stay(
