@@ -83,6 +83,9 @@ class Tape(Callback):
 
         router.project = watched
 
+    def on_train_start(self, trainer: Any, pl_module: Any) -> None:
+        self.seed = torch.initial_seed()
+
     def on_train_batch_start(self, trainer: Any, pl_module: Any, batch: Any, batch_idx: int) -> None:
         self.samples.append((pl_module.step, batch["sample_ids"].tolist()))
 
@@ -104,7 +107,7 @@ class Tape(Callback):
 
     def on_fit_end(self, trainer: Any, pl_module: Any) -> None:
         tape = {"steps": self.steps, "router": self.router_dtypes, "share": self.share, "samples": self.samples}
-        tape["sent_early"] = self.sent_early
+        tape |= {"sent_early": self.sent_early, "seed": self.seed}
         tape["bytes_left"] = self.multiplied.untyped_storage().nbytes() if hasattr(self, "multiplied") else None
         tape["copies"] = [name for name, _ in pl_module.named_buffers() if name.endswith("_copy")]
         tape["val_ce"] = pl_module.evaluation["all"].ce
