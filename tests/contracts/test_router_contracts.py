@@ -53,8 +53,7 @@ def test_jitter_and_the_common_options_keep_it_too(tiny_config, router, contract
     getattr(router_contracts, contract)(config)
 
 
-@pytest.mark.parametrize("contract", CONTRACTS, ids=lambda contract: contract.__name__)
-@pytest.mark.parametrize("dispatch", sorted(registered("dispatch")))
+@with_each_contract("dispatch", {name: name for name in sorted(registered("dispatch"))}, ["capacity"])
 def test_every_dispatcher_keeps_it_too(tiny_config, dispatch, contract):
     contract(tiny_config(moe={"dispatch": dispatch}))
 
@@ -76,7 +75,7 @@ ATTENTION_OPTIONS = {
 }
 
 
-@with_each_contract("options", ATTENTION_OPTIONS, ["two kinds in turn"])
+@with_each_contract("options", ATTENTION_OPTIONS, [])
 def test_the_options_of_attentions_keep_it_too(tiny_config, options, contract):
     contract(tiny_config(attention=options))
 

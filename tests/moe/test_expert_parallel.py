@@ -400,7 +400,9 @@ def test_choices_of_experts_elsewhere_take_no_memory_in_fused_experts(kernel_dev
 FUSED = {"experts": {"backend": "fused"}}
 
 
-@pytest.mark.parametrize("moe", [{}, pytest.param(FUSED, marks=NEEDS_TRITON)], ids=["", "fused"])
+@pytest.mark.parametrize(
+    "moe", [pytest.param({}, marks=pytest.mark.slow), pytest.param(FUSED, marks=NEEDS_TRITON)], ids=["", "fused"]
+)
 @pytest.mark.parametrize("mode", [pytest.param("none", marks=pytest.mark.slow), "full"])
 def test_a_block_compiles_whole_and_once_for_any_number_of_tokens(all_to_all, mode, moe, static):
     def steps(group=None):
