@@ -274,7 +274,7 @@ class TrainerConfig:
     # never waits for their number
     static_exchange: bool = False
     replicas: int = setting(1, ge=1)  # fsdp: groups of ranks of which each holds a whole model, sharded inside it
-    reshard_after_forward: bool = True  # fsdp; false: blocks stay whole until the backward pass, and are sent once
+    reshard_after_forward: bool = True  # fsdp; false: blocks are sent once a micro-batch, experts once a step
     # fsdp with bf16-mixed: in which the gradients of blocks are sent and summed over ranks; bfloat16: half the bytes,
     # rounded once more for each rank on their way
     reduce_dtype: str = setting("float32", allowed=("float32", "bfloat16"))

@@ -9,7 +9,7 @@ from moelm.config import Config, ConfigError, MoEConfig, TrainerConfig
 from moelm.model.size import row_bytes, shapes_of, training_memory
 
 BUSIEST = 1.5  # times its share has the rank with most choices, in the first steps of a run
-SMALL_UNIT = 2**24  # parameters that FSDP2 gathers together, of blocks that hold less; where experts are not gathered
+SMALL_UNIT = 2**24  # parameters that FSDP2 gathers together, of blocks that hold less; where it gathers no experts
 
 
 @dataclass(frozen=True)

@@ -25,9 +25,9 @@ class AdamW(torch.optim.AdamW):
 
     On a GPU a large parameter is updated by itself, in one pass that also multiplies the gradient (float32 or bfloat16)
     by `gradient_scale` and writes the new value, rounded, into the parameter's `working_copy` where it has one
-    (bfloat16, same shape; its `working_version` is the version this is a copy of). `gradient_scale` is a float32 scalar
-    on the device that holds for one step; a NaN is for a step that changes nothing, no moment or count either. All
-    others are updated together by torch, their gradients scaled in place.
+    (bfloat16 or float32, same shape; its `working_version` is the version this is a copy of). `gradient_scale` is a
+    float32 scalar on the device that holds for one step; a NaN is for a step that changes nothing, no moment or count
+    either. All others are updated together by torch, their gradients scaled in place.
 
     `moments` is the dtype of exp_avg and exp_avg_sq of large parameters. In bfloat16 they are rounded up or down at
     random, right in the mean: to the nearest, exp_avg_sq could not decay with beta2 > 0.998, where a step takes less

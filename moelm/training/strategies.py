@@ -160,8 +160,7 @@ class ShardedStrategy(ModelParallelStrategy):
         for before, after in pairwise(self._gathered):
             before.after = after
         if self._gathered:
-            first = self._gathered[0]  # gathered beside the embedding
-            model.register_forward_pre_hook(torch.compiler.disable(lambda *_: first.fetch()))
+            model.register_forward_pre_hook(torch.compiler.disable(lambda *_: begin(self._gathered)))
         experts_are_alone = self._gathered or self.device_mesh["ep"].size() == self.world_size > 1
         units = units_of(model, alone if experts_are_alone else set())
         for unit in units:
@@ -245,8 +244,6 @@ class ShardedStrategy(ModelParallelStrategy):
 
     def post_backward(self, closure_loss: Tensor) -> None:
         """The routers' gradients become the sums over ranks, in one all-reduce an optimizer step."""
-        for gathered in self._gathered:
-            gathered.collect()
         if not self._is_last_micro_batch:
             return
         gradients = [each.grad for each in router_parameters(self._gpt) if each.grad is not None]
@@ -290,6 +287,13 @@ class ShardedStrategy(ModelParallelStrategy):
             }
             states.append({**saved, "state": parts})
         ParallelStrategy.load_optimizer_state_dict(self, {"optimizer_states": states})
+
+
+def begin(layers: list[GatheredExperts]) -> None:
+    """A forward pass: the first layer's experts are gathered beside the embedding."""
+    for layer in layers:
+        layer.forget()
+    layers[0].fetch()
 
 
 def router_parameters(model: GPT) -> list[nn.Parameter]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from moelm.config import Config, ConfigError, from_dict, to_dict
-from moelm.model.devices import count, on_devices, ranks_of_token
+from moelm.model.devices import count, gathers_experts, on_devices, ranks_of_token
 from moelm.model.gpt import GPT
 from moelm.model.size import model_size
 
@@ -59,17 +59,36 @@ def test_what_is_sent_is_what_the_formulas_of_the_docs_say(tiny_config):
     assert on_devices(again, 2)[2].sent - shared.sent == int(2 * 2 * rows * 4 * 32 / 2)
 
 
-def test_what_stays_whole_takes_memory(tiny_config):
-    config = make(tiny_config)
+@pytest.mark.parametrize(
+    ("precision", "reduce_dtype", "s", "r"),
+    [("32-true", "float32", 4, 4), ("bf16-mixed", "float32", 2, 4), ("bf16-mixed", "bfloat16", 2, 2)],
+)
+def test_what_stays_whole_takes_memory(tiny_config, precision, reduce_dtype, s, r):
+    config = make(tiny_config, precision=precision, reduce_dtype=reduce_dtype)
     config.model.n_layers = 6
     n, resharded = count(config), on_devices(config, 2)[1]
     config.trainer.reshard_after_forward = False
     kept = on_devices(config, 2)[1]
     assert kept.strategy == "fsdp, reshard_after_forward=false"
-    # all is whole, and a unit is what all blocks hold but experts, of which one layer's gradients are on their way;
-    # else three units
-    experts, rest = n.experts + 2 * n.largest_experts, 2 * n.blocks
-    assert kept.memory - resharded.memory == 4 * (experts + rest - 3 * (n.largest_block + n.largest_experts))
+    # all is whole, and a unit is what all blocks hold but experts, of which two layers' gradients are there, one on
+    # their way; else three units
+    three_units = 3 * (n.largest_block + n.largest_experts)
+    assert kept.memory - resharded.memory == s * (n.experts + 2 * n.blocks - three_units) + 2 * r * n.largest_experts
+
+
+def test_experts_are_gathered_by_themselves_where_they_stay_and_are_dealt_out_evenly(tiny_config):
+    def gathers(n_experts=8, n_ranks=2, **options):
+        return gathers_experts(
+            make(tiny_config, **{"reshard_after_forward": False, **options}).trainer, n_experts, n_ranks
+        )
+
+    assert gathers()
+    assert gathers(n_ranks=8)
+    assert not gathers(reshard_after_forward=True)
+    assert not gathers(accumulate_unreduced=True)
+    assert not gathers(replicas=2, n_ranks=4)
+    assert not gathers(n_experts=9)
+    assert not gathers(n_ranks=1)
 
 
 def test_a_rank_has_room_for_half_as_many_choices_again(tiny_config, monkeypatch):

@@ -17,6 +17,7 @@ import torch
 from lightning.pytorch.callbacks import Callback
 from torch.distributed.tensor import DTensor
 
+import moelm
 from moelm import command_line
 from moelm.config import Config, NamedConfig, load_config, register, to_yaml
 from moelm.train import train
@@ -126,6 +127,7 @@ def run_all(configs: list[Config], folder: Path, n_ranks: int, timeout: float = 
         port = found.getsockname()[1]
     shared = {"WORLD_SIZE": str(n_ranks), "LOCAL_WORLD_SIZE": str(n_ranks), "GROUP_RANK": "0", "OMP_NUM_THREADS": "1"}
     shared |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "TORCHELASTIC_RUN_ID": "tests"}
+    shared["PYTHONPATH"] = os.pathsep.join((str(Path(moelm.__file__).parents[1]), os.environ.get("PYTHONPATH", "")))
     command = [sys.executable, __file__, str(folder / "jobs.json")]
     processes, logs = [], []
     for rank in range(n_ranks):

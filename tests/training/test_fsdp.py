@@ -99,7 +99,7 @@ def test_two_processes_equal_one(make: Make, tmp_path: Path) -> None:
         train(config)
     fsdp = {name: make(f"fsdp-{i}", FSDP, changes) for i, (name, changes) in enumerate(VARIANTS.items())}
     ddp, unreduced = make("ddp", DDP), make("unreduced", FSDP, {"trainer.accumulate_unreduced": True})
-    kept = make("kept", KEPT)
+    kept, kept_bf16 = make("kept", KEPT, VARIANTS["plain"]), make("kept-bf16", KEPT, VARIANTS["bf16"])
     short_sums = make("short-sums", FSDP, VARIANTS["bf16"], {"trainer.reduce_dtype": "bfloat16"})
     kept_short = make("kept-short-sums", KEPT, VARIANTS["bf16"], {"trainer.reduce_dtype": "bfloat16"})
     straight, short = make("straight", ADAMW), {"trainer.max_steps": 3}
@@ -111,6 +111,7 @@ def test_two_processes_equal_one(make: Make, tmp_path: Path) -> None:
             ddp,
             unreduced,
             kept,
+            kept_bf16,
             short_sums,
             kept_short,
             make("there", ADAMW, FSDP, short),
@@ -137,10 +138,12 @@ def test_two_processes_equal_one(make: Make, tmp_path: Path) -> None:
     shares = (ddp, 1.0), (fsdp["plain"], 0.505), (kept, 0.505), (fsdp["idle experts, recomputation"], 0.519)
     for config, share in shares:
         assert [tape["share"] for tape in tapes(config, 2)] == pytest.approx([share] * 2, abs=2e-3)
-    assert [tape["val_ce"] for tape in tapes(fsdp["plain"], 2)] == pytest.approx([tapes(one["plain"])[0]["val_ce"]] * 2)
+    for many in (fsdp["plain"], kept):
+        assert [tape["val_ce"] for tape in tapes(many, 2)] == pytest.approx([tapes(one["plain"])[0]["val_ce"]] * 2)
 
     assert_close_steps(tapes(one["bf16"])[0], tapes(fsdp["bf16"], 2)[1])
     first = tapes(fsdp["bf16"], 2)[1]["steps"][0]["gradients"]
+    assert worst(first, tapes(kept_bf16, 2)[1]["steps"][0]["gradients"]) == 0
     for config in (short_sums, kept_short):
         assert_close_steps(tapes(one["bf16"])[0], tapes(config, 2)[1])
         summed_short = tapes(config, 2)[1]["steps"][0]["gradients"]
