@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import sys
+
 from moelm import command_line
 from moelm.config import load_corpus
-from moelm.data.prepare import prepare
+from moelm.data.prepare import prepare, why_stale
 from moelm.data.token_shards import SPLITS, TokenShards
 
 EXAMPLE = """example:
@@ -21,7 +23,10 @@ def main(arguments: list[str]) -> None:
     parser.add_argument("--force", action="store_true", help="prepare again and replace what is there")
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="change a setting of the config")
     options = command_line.parse(parser, arguments)
-    shards = prepare(load_corpus(options.config, options.overrides), force=options.force)
+    corpus = load_corpus(options.config, options.overrides)
+    shards = prepare(corpus, force=options.force)
+    if stale := why_stale(corpus, shards):
+        print(f"note   {stale}", file=sys.stderr)
     print(table(shards))
 
 

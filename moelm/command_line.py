@@ -4,6 +4,7 @@ never a traceback."""
 from __future__ import annotations
 
 import argparse
+import errno
 import importlib
 import importlib.util
 import os
@@ -13,6 +14,7 @@ from collections.abc import Callable, Iterable
 from functools import partial
 from importlib.metadata import entry_points
 from pathlib import Path
+from typing import Any, TextIO, cast
 
 from moelm.config import UserError
 
@@ -90,8 +92,40 @@ def _import_file(name: str) -> None:
         raise
 
 
-def run(main: Callable[[list[str]], None]) -> None:
-    """Call a command's `main` with the command line and end the process as the shell expects."""
+class _Console:
+    """Standard output or standard error of a command that goes on where nobody reads them any more: the pipe or the
+    terminal has gone."""
+
+    def __init__(self, stream: TextIO) -> None:
+        self._stream = stream
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._stream, name)
+
+    def write(self, text: str) -> int:
+        try:
+            return self._stream.write(text)
+        except OSError as error:
+            self._lost(error)
+            return len(text)
+
+    def flush(self) -> None:
+        try:
+            self._stream.flush()
+        except OSError as error:
+            self._lost(error)
+
+    def _lost(self, error: OSError) -> None:
+        if error.errno not in (errno.EPIPE, errno.EIO):
+            raise error
+        os.dup2(os.open(os.devnull, os.O_WRONLY), self._stream.fileno())
+
+
+def run(main: Callable[[list[str]], None], outlives_console: bool = False) -> None:
+    """Call a command's `main` with the command line and end the process as the shell expects. `outlives_console`: what
+    it does is not done when nobody reads what it says."""
+    if outlives_console:
+        sys.stdout, sys.stderr = (cast(TextIO, _Console(stream)) for stream in (sys.stdout, sys.stderr))
     try:
         main(sys.argv[1:])
         sys.stdout.flush()

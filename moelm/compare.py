@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any, cast
@@ -41,9 +42,19 @@ def main(argv: list[str]) -> None:
 
 def compare(folders: Iterable[str | Path]) -> list[dict[str, Any]]:
     """One row a finished run, best last validation first. `dead_share` is of all routed experts; None where a run has
-    no such number. Raises UserError for a folder without a finished run or a file in it that cannot be read."""
+    no such number. A run that cannot be read, say for want of its plugin, is left out with a line that says so. Raises
+    UserError for a folder without a finished run, and where none can be read."""
     runs = {run.resolve(): run for folder in folders for run in finished_runs(Path(folder))}
-    rows = [read_run(run) for run in runs.values()]
+    rows = []
+    for run in runs.values():
+        try:
+            rows.append(read_run(run))
+        except UserError as error:
+            if len(runs) == 1:
+                raise
+            print(f"left out {run}: {error}", file=sys.stderr)
+    if not rows:
+        raise UserError("none of the runs can be read, see above")
     return sorted(rows, key=lambda row: (row["val_ce"] is None, row["val_ce"]))
 
 

@@ -12,6 +12,7 @@ from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
+import lightning.pytorch as pl
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.utilities import rank_zero_only
 
@@ -19,7 +20,7 @@ from moelm import command_line
 from moelm.callbacks.collapse_alarm import read_alarms
 from moelm.config import Config, ConfigError, UserError, differences, load_config, to_dict, to_yaml
 from moelm.data.datamodule import TokenDataModule
-from moelm.data.prepare import prepare
+from moelm.data.prepare import prepare, why_stale
 from moelm.data.token_shards import TokenShards
 from moelm.model.size import flops_per_token, model_size, short_name
 from moelm.training.bad_steps import BadStepError
@@ -29,6 +30,7 @@ from moelm.training.checkpoint_io import (
     load_checkpoint_config,
     newest_checkpoint,
     set_aside_later,
+    step_folders,
     step_of,
     training_state,
     validation_is_due,
@@ -39,6 +41,7 @@ from moelm.training.memory import check_memory, out_of_memory
 from moelm.training.preemption import Preempted, exit_code
 from moelm.training.run_lock import run_lock
 from moelm.training.trainer import build_trainer, hardware
+from moelm.training.weight_files import CheckpointError
 
 EPILOG = """example:
   python -m moelm.train --config configs/quickstart.yaml trainer.max_steps=200 run.name=short
@@ -106,14 +109,14 @@ def _train(config: Config, resume: str | None) -> dict[str, Any]:
     if step is not None and step >= config.trainer.max_steps and not only_validates:
         raise ConfigError(
             "trainer.max_steps",
-            f"{config.trainer.max_steps} steps are done already in {checkpoint}",
-            "raise it",
+            f"{config.trainer.max_steps} steps are done already: {checkpoint} is of step {step}",
+            f"set more than {step}, or --resume an earlier checkpoint",
         )
     data.consumed_samples = (step or 0) * module.batch_samples
     if trainer.is_global_zero:
         set_aside_later(config.run_folder, step or 0)
         _write(config.run_folder / "config.yaml", to_yaml(config))
-        _say_start(config, shards, hardware(trainer), checkpoint, changed)
+        _say_start(config, shards, trainer, checkpoint, changed)
     if only_validates:  # or the loop would not begin; `on_train_start` ends it
         trainer.fit_loop.epoch_loop.max_steps = config.trainer.max_steps + 1
     started = time.perf_counter()
@@ -167,6 +170,10 @@ def _checkpoint_to_resume(config: Config, resume: str | None) -> Path | None:
     share = slice(None) if is_first else None  # the others read theirs together, once they can talk
     checkpoint = newest_checkpoint(folder, share) if resume == "auto" else find_checkpoint(resume, share)
     if checkpoint is None and is_first:
+        if damaged := step_folders(folder):
+            problem = f"none of its {len(damaged)} checkpoints is valid, the newest is {damaged[-1].name}"
+            remedy = "put a copy in its place, or start another run.name: this one would begin anew over its logs"
+            raise CheckpointError(f"{folder}: {problem}\n  remedy: {remedy}")
         print(f"no checkpoint in {folder} yet: starting from step 0", file=sys.stderr)
     return checkpoint
 
@@ -196,7 +203,7 @@ def check_same_run(config: Config, checkpoint: Path) -> list[str]:
 
 MAY_CHANGE = {
     "run": ("name", "dir", "preset"),
-    "data": ("corpus.dir", "n_workers", "val_every_n_steps"),
+    "data": ("corpus.dir", "corpus.tokenizer.start_of_text", "n_workers", "val_every_n_steps"),
     "optim": ("micro_batch_size",),
 }
 MAY_CHANGE_AND_IS_SAID = (
@@ -218,24 +225,26 @@ def _write(file: Path, text: str) -> None:
         raise UserError(f"{file}: cannot be written: {error}") from error
 
 
-def _say_start(config: Config, shards: TokenShards, device: str, checkpoint: Path | None, changed: list[str]) -> None:
+def _say_start(
+    config: Config, shards: TokenShards, trainer: pl.Trainer, checkpoint: Path | None, changed: list[str]
+) -> None:
     size = model_size(config.model)
     caution = config.model.moe.router.caution if config.model.moe is not None else ""
     texts = shards.split_counts("train")
     tokens = sum(counts.tokens for counts in texts.values())
     seq_len = config.data.seq_len
     short = [name for name in shards.domains if name not in texts or texts[name].tokens < seq_len]
-    notes = [caution] if caution else []
+    notes = [note for note in (caution, why_stale(config.data.corpus, shards)) if note]
     if short:  # of each domain training takes whole sequences
         notes.append(f"less than one sequence of {seq_len} tokens, so never trained on: {', '.join(short)}")
-    accumulation = config.optim.batch_tokens // (config.optim.micro_batch_size * seq_len)
+    accumulation = int(trainer.accumulate_grad_batches)
     print(
         f"run    {config.run_folder}" + (f", continuing {checkpoint.name}" if checkpoint else "") + "\n"
         f"model  {short_name(size)}: {size.total:,} parameters, {size.active:,} active a token\n"
         f"data   {config.data.corpus.path}: {tokens / 1e6:.1f} M training tokens\n"
         f"steps  {config.trainer.max_steps:,} of {config.optim.batch_tokens:,} tokens "
-        f"({accumulation} micro-batches on one device)\n"
-        f"device {device}, {config.trainer.precision}"
+        f"({accumulation} micro-batch{'es' * (accumulation > 1)} on each device)\n"
+        f"device {hardware(trainer)}, {config.trainer.precision}"
         + (f"\nchange {', '.join(changed)}" if changed else "")
         + "".join(f"\nnote   {note}" for note in notes),
         file=sys.stderr,
@@ -293,4 +302,4 @@ def _say_summary(summary: dict[str, Any], config: Config) -> None:
 
 
 if __name__ == "__main__":
-    command_line.run(main)
+    command_line.run(main, outlives_console=True)

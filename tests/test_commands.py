@@ -8,6 +8,7 @@ import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -304,6 +305,26 @@ def test_a_mistake_ends_a_real_process_without_a_traceback(tmp_path: Path) -> No
     assert result.returncode == 2
     assert result.stderr.startswith("error: nowhere: no such folder")
     assert "Traceback" not in result.stderr
+
+
+@pytest.mark.parametrize("outlives", [True, False])
+def test_what_trains_goes_on_when_nobody_reads_what_it_says(tmp_path: Path, outlives: bool) -> None:
+    program = f"""
+import sys
+from moelm import command_line
+def main(argv):
+    sys.stdin.readline()  # until the pipes are closed
+    for stream in 2 * (sys.stdout, sys.stderr):
+        print("a line", file=stream, flush=True)
+    open("done", "w").close()
+command_line.run(main, outlives_console={outlives})
+"""
+    options: dict[str, Any] = dict.fromkeys(("stdin", "stdout", "stderr"), subprocess.PIPE)
+    process = subprocess.Popen([sys.executable, "-c", program], cwd=tmp_path, **options)
+    for pipe in (process.stdout, process.stderr, process.stdin):
+        pipe.close()  # type: ignore[union-attr]
+    assert process.wait() == 0
+    assert (tmp_path / "done").exists() == outlives
 
 
 @pytest.mark.parametrize("module", MAINS)

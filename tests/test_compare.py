@@ -11,6 +11,7 @@ from tiny_runs import scalars_of, summary_of
 from moelm import command_line
 from moelm.compare import as_table, compare
 from moelm.compare import main as compare_main
+from moelm.config import UserError
 from moelm.train import train
 
 CHANGES = {"trainer.max_steps": 12, "data.val_every_n_steps": 4}
@@ -68,7 +69,7 @@ def test_what_is_no_run_is_one_message(runs, tmp_path, monkeypatch, capsys):
     (tmp_path / "broken/summary.json").write_text('{"run": "x"}')
     (tmp_path / "broken/config.yaml").write_text("run: {name: x}")
     for folder, problem in ((tmp_path / "nowhere", "no finished run"), (tmp_path / "broken", "not the summary")):
-        monkeypatch.setattr("sys.argv", ["moelm.compare", str(runs), str(folder)])
+        monkeypatch.setattr("sys.argv", ["moelm.compare", str(folder)])
         with pytest.raises(SystemExit) as ended:
             command_line.run(compare_main)
         out, err = capsys.readouterr()
@@ -76,3 +77,18 @@ def test_what_is_no_run_is_one_message(runs, tmp_path, monkeypatch, capsys):
         assert err.startswith("error: ")
         assert problem in err
         assert str(folder) in err
+
+
+def test_a_run_that_cannot_be_read_takes_no_other_away(runs, tmp_path, capsys):
+    for name in ("one", "two"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "summary.json").write_text("{}")
+        (tmp_path / name / "config.yaml").write_text("model: {moe: {router: of_a_plugin}}")
+    assert compare([runs, tmp_path]) == compare([runs])
+    said = capsys.readouterr().err
+    assert [line.partition(": ")[0] for line in said.splitlines() if line.startswith("left out")] == [
+        f"left out {tmp_path / name}" for name in ("one", "two")
+    ]
+    assert "'of_a_plugin' is not a known router" in said
+    with pytest.raises(UserError, match="none of the runs can be read"):
+        compare([tmp_path])

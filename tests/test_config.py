@@ -581,11 +581,22 @@ def test_what_two_parents_have_in_common_undoes_nothing():
     assert (config.optim.weight_decay, config.optim.schedule.warmup_steps, config.model.n_layers) == (0.7, 1, 3)
 
 
-def test_a_section_that_names_another_thing_replaces_the_old_one_whole():
-    assert load("optim: {schedule: {name: linear}}").optim.schedule == ScheduleConfig(name="linear")
-    assert load("", "optim.schedule.name=linear").optim.schedule == ScheduleConfig(name="linear")
+def test_a_section_that_names_another_thing_replaces_the_old_one_whole_but_for_the_warm_up_of_schedules():
+    linear = ScheduleConfig(name="linear", warmup_steps=2)
+    assert load("optim: {schedule: {name: linear}}").optim.schedule == linear
+    assert load("", "optim.schedule.name=linear").optim.schedule == linear
+    router = load("", "model.moe.router.name=hash", "model.moe.balancers=[]").model.moe.router
+    assert not hasattr(router, "score")
     kept = load("optim: {schedule: {name: cosine, min_lr_ratio: 0.5}}").optim.schedule
     assert kept == ScheduleConfig(name="cosine", warmup_steps=2, min_lr_ratio=0.5)
+
+
+def test_what_an_override_says_of_a_thing_holds_wherever_another_names_the_thing():
+    schedule = ["optim.schedule.warmup_steps=1", "optim.schedule.min_lr_ratio=0.25", "optim.schedule.name=linear"]
+    assert load("", *schedule).optim.schedule == ScheduleConfig(name="linear", warmup_steps=1, min_lr_ratio=0.25)
+    router = ["model.moe.router.jitter=0.5", "model.moe.balancers.0.coef=0.5", "model.moe.router=switch"]
+    moe = load("", *router, "model.moe.top_k=1", "model.moe.balancers=[switch]").model.moe
+    assert (moe.router.name, moe.router.jitter, moe.balancers[0].coef) == ("switch", 0.5, 0.5)
 
 
 def test_the_name_of_a_run_or_of_a_corpus_replaces_nothing_else():

@@ -20,7 +20,7 @@ import moelm
 from moelm.config import UserError
 from moelm.verify import __main__ as command
 from moelm.verify import kill
-from moelm.verify.lab import TINY, Broken, Lab, Row
+from moelm.verify.lab import TINY, Broken, Lab, Row, Run
 
 COUNTS_IN_FORWARD = """
         with torch.no_grad():
@@ -156,6 +156,11 @@ def test_a_run_that_does_not_go_on_after_a_kill_is_a_promise_broken(monkeypatch:
         (["everything"], "everything: no subject"),
         (["all", "--devices", "9"], "--devices: 1 to 8 here"),
         (["model.n_layer=3"], "did you mean n_layers"),
+        (["--n", "0"], "--n and --minutes: must be more than 0"),
+        (
+            ["optim.batch_tokens=192", "data.seq_len=64", "optim.micro_batch_size=1"],
+            "3 sequences .* divided among 2 dev",
+        ),
         (["counters", "model.moe=null"], "a dense model counts no experts"),
         (["strategies", "model.moe.router=noisy_top_k", "model.moe.balancers=[load]"], "draws numbers on each rank"),
     ],
@@ -163,3 +168,25 @@ def test_a_run_that_does_not_go_on_after_a_kill_is_a_promise_broken(monkeypatch:
 def test_a_mistake_is_said(arguments: list[str], message: str, tmp_path: Path) -> None:
     with pytest.raises(UserError, match=message):
         command.main([f"run.dir={tmp_path}", *arguments])
+
+
+def test_a_config_whose_step_is_one_micro_batch_is_divided_among_devices(tmp_path: Path) -> None:
+    step = ["data.seq_len=32", "optim.batch_tokens=256", "optim.micro_batch_size=8"]
+    lab = Lab(None, [f"run.dir={tmp_path}", *step], devices=[1, 2])
+    try:
+        assert lab.config.optim.micro_batch_size == 2  # on four as well
+        for ranks in (1, 2):
+            lab.start(f"of-{ranks}", "trainer.max_steps=3", ranks=ranks).must_end_with(0)
+    finally:
+        lab.close(keep=False)
+
+
+def test_the_last_words_of_a_run_are_its_whole_error(tmp_path: Path) -> None:
+    log = tmp_path / "log"
+    run: Any = SimpleNamespace(log=log)
+    words: Any = Run.last_words
+    assert words.fget(run) == ""
+    log.write_text("a\nb")
+    assert words.fget(run) == ": b"
+    log.write_text("a\nerror: key: problem\n  remedy: do\n")
+    assert words.fget(run) == ": error: key: problem\n  remedy: do"

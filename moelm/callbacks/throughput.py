@@ -31,7 +31,8 @@ PEAK_BF16 = {
 
 def peak_flops(device_name: str) -> float | None:
     """None for a chip that is not in the table: no figure is better than a wrong one."""
-    if "laptop" in device_name.lower():  # the same name, another chip
+    others = r"laptop|\bMIG\b|H200 NVL|4090 D"  # the same name, another chip or a part of one
+    if re.search(others, device_name, re.IGNORECASE):
         return None
     fits = (peak for name, peak in PEAK_BF16.items() if re.search(rf"\b{name}\b", device_name, re.IGNORECASE))
     return next(fits, None)

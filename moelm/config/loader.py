@@ -91,7 +91,9 @@ def _read_over(
 
 
 def _override(raw: dict[str, Any], overrides: Iterable[str]) -> dict[str, Any]:
-    for text in overrides:
+    """What names another thing goes first, whatever the order: it replaces a section whole, and would take back what
+    another override says of that."""
+    for text in sorted(overrides, key=lambda text: text.partition("=")[0].removesuffix(".name").count(".")):
         key = text.partition("=")[0]
         if "=" not in text or not re.fullmatch(r"\w+(\.\w+)*", key):
             raise ConfigError(text, "is not of the form key=value", "for example trainer.max_steps=100")
@@ -115,8 +117,8 @@ def _merge_file(base: Any, change: Any, folder: Path, seen: tuple[Path, ...] = (
 
 def _merge(base: Any, change: Any, key: str = "") -> Any:
     """`change` over `base`. A section that names another thing (`name`) replaces the old one whole, since the
-    old one's fields mean nothing to it; the names of runs and corpora are only names. `{0: ...}` changes an
-    element of a list; a list replaces a list."""
+    old one's fields mean nothing to it; the names of runs and corpora are only names, and all schedules warm up.
+    `{0: ...}` changes an element of a list; a list replaces a list."""
     indices = isinstance(change, dict) and change and all(str(index).isdecimal() for index in change)
     if isinstance(base, list) and indices:
         merged = list(base)
@@ -135,7 +137,7 @@ def _merge(base: Any, change: Any, key: str = "") -> Any:
         return change
     only_a_name = key in ("", "run", "data.corpus") or "name" not in base or "name" not in change
     if not only_a_name and base["name"] != change["name"]:
-        return change
+        return change if key != "optim.schedule" else {k: base[k] for k in ("warmup_steps",) if k in base} | change
     return base | {
         name: _merge(base[name], value, join(key, name)) if name in base else value for name, value in change.items()
     }

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, TypeVar
 
 from moelm.config.errors import ConfigError
@@ -80,6 +81,10 @@ class DispatchConfig(NamedConfig):
 class SourceConfig(NamedConfig):
     def check_files(self, key: str) -> None:
         """Is what text is read from there? Raises ConfigError."""
+
+    def files(self) -> list[Path]:
+        """Those on this machine that text is read from."""
+        return []
 
 
 _registry: dict[str, dict[str, tuple[type[NamedConfig], Callable[..., Any]]]] = {}

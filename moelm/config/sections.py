@@ -279,7 +279,7 @@ class TrainerConfig:
     # rounded once more for each rank on their way
     reduce_dtype: str = setting("float32", allowed=("float32", "bfloat16"))
     accumulate_unreduced: bool = False  # fsdp: a device sums its own gradients of all weights, sent once a step
-    stop_within_s: float = setting(600.0, gt=0, le=10**6)  # after SIGTERM, SIGINT or SIGUSR1; then it ends anyhow
+    stop_within_s: float = setting(600.0, gt=0, le=10**6)  # after a signal to end; then it ends anyhow
     # without the end of a batch; then the run ends; null: never
     stall_timeout_s: float | None = setting(900.0, gt=0, le=10**6)
     # steps that a run may leave out because loss or gradient norm is not finite, or the loss jumps; at the next one it

@@ -212,7 +212,7 @@ def _as_it_is(batch: Batch) -> Batch:
 def _leave_signals(worker: int) -> None:
     """To the parent, when the whole group is told to end: it needs its workers for as long as it goes on, and they end
     with it."""
-    for each in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1):
+    for each in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGHUP):
         signal.signal(each, signal.SIG_IGN)
 
 

@@ -12,6 +12,7 @@ import contextlib
 import dataclasses
 import fcntl
 import gzip
+import hashlib
 import json
 import lzma
 import os
@@ -20,9 +21,10 @@ import re
 import shutil
 import sys
 import time
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
+from itertools import islice
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -32,7 +34,17 @@ import tokenizers
 from tokenizers import Tokenizer
 from tqdm import tqdm
 
-from moelm.config import CorpusConfig, TokenizerConfig, UserError, build, check_corpus, differences, from_dict, to_dict
+from moelm.config import (
+    CorpusConfig,
+    SourceConfig,
+    TokenizerConfig,
+    UserError,
+    build,
+    check_corpus,
+    differences,
+    from_dict,
+    to_dict,
+)
 from moelm.data.sampler import hash64
 from moelm.data.sources import Piece
 from moelm.data.token_shards import (
@@ -46,13 +58,15 @@ from moelm.data.token_shards import (
     read_manifest,
     sealed,
 )
-from moelm.data.tokenizer import Sample, load_tokenizer, train_tokenizer
+from moelm.data.tokenizer import Sample, check_tokens, load_tokenizer, read_tokenizer, train_tokenizer
 
 _BATCH_BYTES = 4 * 2**20  # of text tokenised in one call; about 50 times as many bytes are held meanwhile
 _BATCH_PIECES = 8192
 _BATCHES_IN_FLIGHT = 3  # two in the tokenizer, one written
 _MAX_BASELINE_BYTES = 32 * 2**20
 _FEWEST_TOKENS = 16  # in a split
+_SAMPLED = 2**16  # characters that a given tokenizer is tried with
+_MOST_LOST = 0.002  # of them, without a word: a normal form may change some
 
 
 def prepare(corpus: CorpusConfig, *, force: bool = False, progress: bool = True) -> TokenShards:
@@ -78,7 +92,10 @@ def prepare(corpus: CorpusConfig, *, force: bool = False, progress: bool = True)
                     ) from error
                 finally:
                     shutil.rmtree(stage, ignore_errors=True)
-    return TokenShards(folder)
+    shards = TokenShards(folder)
+    if corpus.tokenizer.start_of_text is not None:  # which nothing needs before a model is to write
+        check_tokens(corpus.tokenizer, read_tokenizer(str(shards.tokenizer_file)), str(shards.tokenizer_file))
+    return shards
 
 
 def prepare_for_tokenizer(corpus: CorpusConfig, tokenizer_file: Path, end_of_text: str) -> TokenShards:
@@ -104,6 +121,10 @@ def _build(corpus: CorpusConfig, stage: Path, progress: bool) -> None:
         tokenizer = train_tokenizer(sample.texts(), corpus.tokenizer)
     else:
         tokenizer, total = load_tokenizer(corpus.tokenizer, corpus.tokenizer.file), None
+        share = _lost(tokenizer, "".join(piece.text for piece in islice(_pieces(corpus), 100))[:_SAMPLED])
+        if share > _MOST_LOST and progress:
+            lost = f"{corpus.tokenizer.file} gives {share:.1%} of the characters of the text not back"
+            print(f"note   {lost}: what is lost costs no bits, so bits per byte are too low", file=sys.stderr)
     (stage / "tokenizer.json").write_text(tokenizer.to_str(pretty=True), encoding="utf-8")
     tokenising = time.perf_counter()
     writer = _Writer(corpus, stage, tokenizer)
@@ -121,6 +142,13 @@ def _build(corpus: CorpusConfig, stage: Path, progress: bool) -> None:
             f"tokenised at {n_bytes / 1e6 / (ended - tokenising):.1f} MB/s",
             file=sys.stderr,
         )
+
+
+def _lost(tokenizer: Tokenizer, text: str) -> float:
+    """The share of the characters that are not there, wherever, when ids are decoded."""
+    ids = tokenizer.encode(text, add_special_tokens=False).ids
+    lost = Counter(text) - Counter(tokenizer.decode(ids, skip_special_tokens=False))
+    return lost.total() / max(1, len(text))
 
 
 # ------------------------------------------------------------------------------------------ text and split
@@ -293,6 +321,7 @@ def write_manifest(corpus: CorpusConfig, writer: _Writer) -> None:
     manifest = {
         "format_version": FORMAT_VERSION,
         "corpus": to_dict(corpus),
+        "made_of": made_of(corpus),
         "made_with": {"python": platform.python_version(), "tokenizers": tokenizers.__version__},
         "tokenizer_sha256": hash_file(writer.folder / "tokenizer.json"),
         "vocab_size": writer.vocab_size,
@@ -302,6 +331,28 @@ def write_manifest(corpus: CorpusConfig, writer: _Writer) -> None:
         "baselines": writer.baselines(),
     }
     (writer.folder / "manifest.json").write_text(json.dumps(sealed(manifest), indent=1) + "\n", encoding="utf-8")
+
+
+def made_of(corpus: CorpusConfig) -> str | None:
+    """A hash of the names and sizes of the files that text is read from, and of the tokenizer's file; None where none
+    of them is on this machine."""
+    files = sorted({file for source in corpus.sources if isinstance(source, SourceConfig) for file in source.files()})
+    lines = [f"{file.name} {file.stat().st_size}" for file in files]
+    if corpus.tokenizer.file is not None and Path(corpus.tokenizer.file).is_file():
+        lines.append(hash_file(Path(corpus.tokenizer.file)))
+    return hashlib.sha256("\n".join(lines).encode("utf-8", "surrogateescape")).hexdigest() if lines else None
+
+
+def why_stale(corpus: CorpusConfig, shards: TokenShards) -> str | None:
+    """What to tell the user of shards that were made of other text, or with another tokenizer file, than the config's
+    are now. None where they were not, or where that is not known."""
+    before, now = shards.manifest.get("made_of"), made_of(corpus)
+    if before is None or now is None or before == now:
+        return None
+    return (
+        f"{shards.folder} was made of other files than are there now (their names or sizes, or the tokenizer's file, "
+        "have changed) and is used as it is; python -m data_prep.prepare --config ... --force makes it again"
+    )
 
 
 # ---------------------------------------------------------------------------------------- the folder on disk

@@ -101,11 +101,14 @@ class FilesConfig(SourceConfig):
     def check_files(self, key: str) -> None:
         _check_files(key, self.path, self.pattern, made_by=self.made_by)
 
+    def files(self) -> list[Path]:
+        return _find_files(self.path, self.pattern)
+
 
 @register("source", "files", FilesConfig)
 def read_files(config: FilesConfig) -> Iterator[Piece]:
     """Plain UTF-8 text, line ends kept as they are."""
-    for file in _find_files(config.path, config.pattern):
+    for file in config.files():
         domain = config.domain or _domain_of(file, config.path)
         yield from _read_documents(file, domain, config.separator)
 
@@ -157,11 +160,14 @@ class RowFilesConfig(RowsConfig):
     def check_files(self, key: str) -> None:
         _check_files(key, self.path, *_PATTERNS[self.name], made_by=self.made_by)
 
+    def files(self) -> list[Path]:
+        return _find_files(self.path, *_PATTERNS[self.name])
+
 
 @register("source", "jsonl", RowFilesConfig)
 def read_jsonl(config: RowFilesConfig) -> Iterator[Piece]:
     """One JSON object a line, in a file or in all `*.jsonl` and `*.jsonl.gz` of a folder."""
-    for file in _find_files(config.path, *_PATTERNS["jsonl"]):
+    for file in config.files():
         domain = config.domain or _domain_of(file, config.path)
         for number, line in enumerate(_read_lines(file), 1):
             if line.isspace():
@@ -182,7 +188,7 @@ def read_parquet(config: RowFilesConfig) -> Iterator[Piece]:
     import pyarrow  # type: ignore[import-untyped]
     import pyarrow.parquet  # type: ignore[import-untyped]
 
-    for path in _find_files(config.path, *_PATTERNS["parquet"]):
+    for path in config.files():
         domain = config.domain or _domain_of(path, config.path)
         try:
             with pyarrow.parquet.ParquetFile(path) as file:

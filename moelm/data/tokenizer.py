@@ -76,16 +76,20 @@ def read_tokenizer(file: str) -> Tokenizer:
 
 
 def load_tokenizer(config: TokenizerConfig, file: str) -> Tokenizer:
-    """Raises UserError for a file that is none, or lacks the end-of-text token."""
+    """Raises UserError for a file that is none, or lacks the token at the end or at the start of a text."""
     tokenizer = read_tokenizer(file)
-    if tokenizer.token_to_id(config.end_of_text) is None:
-        raise UserError(
-            f"{file}: has no token {config.end_of_text!r}\n"
-            "  remedy: set data.corpus.tokenizer.end_of_text to the one that it has"
-        )
+    check_tokens(config, tokenizer, file)
     tokenizer.add_special_tokens([AddedToken(config.end_of_text, special=True)])  # if it was an ordinary one
     leave_length(tokenizer)
     return tokenizer
+
+
+def check_tokens(config: TokenizerConfig, tokenizer: Tokenizer, file: str) -> None:
+    """Raises UserError for a tokenizer without those at the end and at the start of a text."""
+    for key, token in (("end_of_text", config.end_of_text), ("start_of_text", config.start_of_text)):
+        if token is not None and tokenizer.token_to_id(token) is None:
+            remedy = f"set data.corpus.tokenizer.{key} to one that it has"
+            raise UserError(f"{file}: has no token {token!r}\n  remedy: {remedy}")
 
 
 def leave_length(tokenizer: Tokenizer) -> None:

@@ -23,6 +23,7 @@ import sys
 from collections.abc import Mapping
 from fnmatch import fnmatchcase
 from importlib.metadata import version
+from itertools import count
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -300,11 +301,12 @@ def find_checkpoint(path: str | Path, share: slice | None = slice(None)) -> Path
 
 def set_aside_later(run_folder: Path, step: int) -> None:
     """Before a run continues from `step`: later checkpoints, damaged or of a branch that is left, are renamed to
-    `step-XXXXXXXX.left`, so that neither `auto` nor the pruning takes them for this run's; stale stages go."""
+    `step-XXXXXXXX.left`, `.left-2` and so on, so that neither `auto` nor the pruning takes them for this run's; stale
+    stages go."""
     for folder in step_folders(run_folder):
         if int(folder.name.removeprefix("step-")) > step:
-            left = folder.with_name(f"{folder.name}.left")
-            shutil.rmtree(left, ignore_errors=True)
+            names = (f"{folder.name}.left{f'-{i}' * (i > 1)}" for i in count(1))  # none that is there already
+            left = next(path for path in map(folder.with_name, names) if not path.exists())
             folder.rename(left)
             print(f"{folder} is later than the checkpoint that is continued: renamed to {left.name}", file=sys.stderr)
     for stage in run_folder.glob(".step-*.tmp-*"):

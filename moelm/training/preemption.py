@@ -16,7 +16,7 @@ import lightning.pytorch as pl
 from lightning.fabric.plugins.environments.lightning import LightningEnvironment
 from lightning.pytorch.utilities import rank_zero_only
 
-SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
+SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGHUP)  # the last: the terminal has gone
 EXIT_CODE = 75  # EX_TEMPFAIL of sysexits.h: try again
 
 
@@ -52,7 +52,8 @@ class StopSignals:
         os.set_blocking(writer, False)
         threading.Thread(target=self._watch, args=(reader,), daemon=True).start()
         self._pipe, self._pipe_before = writer, signal.set_wakeup_fd(writer, warn_on_full_buffer=False)
-        self._handlers = {each: signal.signal(each, _do_nothing) for each in SIGNALS}
+        heeded = [each for each in SIGNALS if signal.getsignal(each) != signal.SIG_IGN]  # nohup ignores SIGHUP
+        self._handlers = {each: signal.signal(each, _do_nothing) for each in heeded}
 
     def teardown(self) -> None:
         """As it was before."""

@@ -13,7 +13,7 @@ from collections.abc import Iterator
 from datetime import datetime
 from pathlib import Path
 
-from moelm.config import ConfigError, UserError
+from moelm.config import ConfigError
 
 NO_LOCKS = (errno.ENOLCK, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS)
 
@@ -34,7 +34,8 @@ def run_lock(folder: Path) -> Iterator[None]:
         folder.mkdir(parents=True, exist_ok=True)
         descriptor = _locked(file)
     except OSError as error:
-        raise UserError(f"{file}: cannot be written: {error.strerror}") from error
+        problem = f"{folder}: nothing can be written there: {error.strerror}"
+        raise ConfigError("run.dir", problem, "name a folder that can be, or make room") from error
     try:
         yield
     finally:

@@ -44,9 +44,13 @@ def main(argv: list[str]) -> None:
         EPILOG,
     )
     parser.add_argument("words", nargs="*", metavar="WHAT | key=value", help="subjects, and changes of the config")
-    parser.add_argument("--config", metavar="F", help="a YAML file of your own; only its number of steps is changed")
+    parser.add_argument(
+        "--config",
+        metavar="F",
+        help="a YAML file of your own; changed are only its number of steps, and micro-batches for several devices",
+    )
     parser.add_argument("--devices", type=numbers, default=[], metavar="N[,N]", help="devices of a run: 1,2")
-    parser.add_argument("--n", type=int, default=0, metavar="N", help="kills of each kind (all: 5, kill: 25)")
+    parser.add_argument("--n", type=int, metavar="N", help="kills of each kind (all: 5, kill: 25)")
     parser.add_argument("--minutes", type=float, default=30.0, metavar="M", help="of soak")
     arguments = command_line.parse(parser, argv)
     overrides = [word for word in arguments.words if "=" in word]
@@ -54,9 +58,9 @@ def main(argv: list[str]) -> None:
     for word in named:
         if word not in (*SUBJECTS, "all", "soak"):
             raise UserError(f"{word}: no subject\n  remedy: {', '.join(SUBJECTS)}, all or soak")
-    if arguments.n < 0 or arguments.minutes <= 0:
+    if (arguments.n is not None and arguments.n < 1) or arguments.minutes <= 0:
         raise UserError("--n and --minutes: must be more than 0")
-    lab = Lab(arguments.config, overrides, arguments.devices, arguments.n, arguments.plugin)
+    lab = Lab(arguments.config, overrides, arguments.devices, arguments.n or 0, arguments.plugin)
     n_failed = 0
     try:
         n_failed = verify(lab, named, arguments.minutes)

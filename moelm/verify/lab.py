@@ -13,6 +13,7 @@ import sysconfig
 import tempfile
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from math import lcm
 from multiprocessing import get_all_start_methods, get_context, set_start_method
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -109,6 +110,7 @@ class Lab:
             file = str(self.folder / "tiny.yaml")
             Path(file).write_text(json.dumps(TINY))
         self.arguments = ["--config", file, *overrides, *SHRUNK, *own, f"run.dir={self.folder}"]
+        self.arguments.append(f"optim.micro_batch_size={self._micro_batch(config)}")
         self.config = load_config(file, self.arguments[2:])
         self.shards = prepare(self.config.data.corpus, progress=False)
         self.other_disk = other_disk(self.folder)
@@ -116,6 +118,16 @@ class Lab:
         os.environ.setdefault("PYTORCH_NVML_BASED_CUDA_CHECK", "1")  # a process that asked CUDA itself cannot be forked
         self.context = get_context("forkserver")
         self.context.set_forkserver_preload([__name__])
+
+    def _micro_batch(self, config: Config) -> int:
+        """Sequences, at most as many as the config has, so that a step can be divided among all numbers of devices."""
+        samples, wanted = config.optim.batch_tokens // config.data.seq_len, config.optim.micro_batch_size
+        ranks = lcm(*self.devices)
+        if samples % ranks:
+            problem = f"a step of {samples} sequences cannot be divided among {ranks} devices"
+            raise UserError(f"--devices: {problem}\n  remedy: --devices 1, or other optim.batch_tokens")
+        ranks = lcm(ranks, 4) if samples % lcm(ranks, 4) == 0 else ranks
+        return max(n for n in range(1, wanted + 1) if samples % (ranks * n) == 0)
 
     @property
     def bound(self) -> float:
@@ -222,7 +234,8 @@ class Run:
     @property
     def last_words(self) -> str:
         lines = self.log.read_text(errors="replace").strip().splitlines() if self.log.exists() else []
-        return f": {lines[-1]}" if lines else ""
+        errors = [i for i, line in enumerate(lines) if line.startswith("error: ")]
+        return ": " + "\n".join(lines[errors[-1] if errors else -1 :]) if lines else ""
 
     @property
     def newest_step(self) -> int:

@@ -36,7 +36,8 @@ def rows(lab: Lab, full: bool) -> Iterator[Row]:
         raise UserError(f"model.moe.router: {moe.router.name} draws numbers on each rank\n  remedy: router=top_k")
     quiet = [] if not hasattr(moe and moe.router, "jitter") else ["model.moe.router.jitter=0"]
     for name, (ranks, overrides) in SPREADS.items():
-        if (ranks in lab.devices or (full and ranks == 4 and lab.most >= 4)) and (moe or "experts" not in name):
+        can_be = lab.batch_samples % ranks == 0 and (moe or "experts" not in name)
+        if can_be and (ranks in lab.devices or (full and ranks == 4 and lab.most >= 4)):
             yield Row(f"1 = {ranks} x {name}", partial(spread, lab, ranks, *quiet, *overrides))
 
 

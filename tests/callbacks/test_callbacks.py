@@ -169,6 +169,9 @@ def test_mfu_counts_active_parameters_and_is_absent_for_an_unknown_chip(tiny: Ca
     assert peak_flops("NVIDIA GH200 480GB") == 989e12
     for other in (
         "NVIDIA GeForce RTX 4090 Laptop GPU",
+        "NVIDIA GeForce RTX 4090 D",
+        "NVIDIA H200 NVL",
+        "NVIDIA H100 80GB HBM3 MIG 1g.10gb",
         "Some Other Chip",
         "NVIDIA L40",
         "NVIDIA RTX A1000 Laptop GPU",

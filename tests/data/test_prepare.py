@@ -12,12 +12,14 @@ from pathlib import Path
 
 import pytest
 from tokenizers import AddedToken, Tokenizer
+from tokenizers.models import WordLevel
+from tokenizers.pre_tokenizers import Whitespace
 
 import data_prep.prepare as command
 import moelm.data.prepare as preparation
 from moelm.command_line import run
 from moelm.config import ConfigError, CorpusConfig, UserError, check_corpus, from_dict, load_corpus
-from moelm.data.prepare import Sample, prepare
+from moelm.data.prepare import Sample, prepare, why_stale
 from moelm.data.token_shards import TokenShards
 
 ROOT = Path(__file__).parents[2]
@@ -175,6 +177,19 @@ def test_a_given_tokenizer_is_used_without_its_truncation_and_its_special_tokens
     assert set(stored["train", "a"]) == {"an <end> in the text"}
 
 
+def test_a_tokenizer_that_loses_a_part_of_the_text_is_said(corpus, tmp_path, capsys):
+    prepare(corpus, progress=False)
+    whole = Tokenizer.from_file(str(corpus.path / "tokenizer.json"))
+    words = Tokenizer(WordLevel({"[UNK]": 0, "<|endoftext|>": 1, "the": 2}, unk_token="[UNK]"))
+    words.pre_tokenizer = Whitespace()
+    for name, tokenizer in (("whole", whole), ("words", words)):
+        tokenizer.save(str(tmp_path / f"{name}.json"))
+        prepare(
+            corpus_of(tmp_path / "text", dir=str(tmp_path / name), tokenizer={"file": str(tmp_path / f"{name}.json")})
+        )
+        assert ("% of the characters of the text not back" in capsys.readouterr().err) == (name == "words")
+
+
 def test_a_tokenizer_without_the_end_of_text_token_is_refused(corpus, tmp_path):
     prepare(corpus, progress=False)
     corpus.tokenizer.file = str(corpus.path / "tokenizer.json")
@@ -182,7 +197,16 @@ def test_a_tokenizer_without_the_end_of_text_token_is_refused(corpus, tmp_path):
     corpus.dir = str(tmp_path / "other")
     with pytest.raises(UserError, match=r"tokenizer\.json: has no token '</s>'\n  remedy"):
         prepare(corpus, progress=False)
+    corpus.tokenizer.end_of_text = "<|endoftext|>"
+    corpus.tokenizer.start_of_text = "<s>"
+    for _ in range(2):  # to make it, and to open what is made
+        with pytest.raises(UserError, match=r"has no token '<s>'\n  remedy: set data.corpus.tokenizer.start_of_text"):
+            prepare(corpus, progress=False)
+        corpus.tokenizer.start_of_text = None
+        prepare(corpus, progress=False)
+        corpus.tokenizer.start_of_text = "<s>"
     (tmp_path / "bad.json").write_text("{}")
+    corpus.dir = str(tmp_path / "bad")
     corpus.tokenizer.file = str(tmp_path / "bad.json")
     with pytest.raises(UserError, match=r"bad\.json: not a tokenizer"):
         prepare(corpus, progress=False)
@@ -227,6 +251,29 @@ def test_prepared_data_is_opened_and_not_made_again(corpus, monkeypatch):
     prepare(corpus, progress=False)
     monkeypatch.setattr(preparation, "_build", None)
     assert prepare(corpus, progress=False).split_counts("train")["a"].documents > 0
+
+
+def test_text_or_a_tokenizer_that_has_changed_since_is_said(corpus, tmp_path):
+    shards = prepare(corpus, progress=False)
+    assert why_stale(corpus, shards) is None
+    file = tmp_path / "text/a/00000.txt"
+    before = file.read_text()
+    file.write_text(before + "more")
+    assert "made of other files than are there now" in why_stale(corpus, shards)
+    file.write_text(before)
+    (tmp_path / "text/a/new.txt").write_text("more")
+    assert "--force makes it again" in why_stale(corpus, shards)
+    assert why_stale(corpus, prepare(corpus, force=True, progress=False)) is None
+    shutil.rmtree(tmp_path / "text")
+    assert why_stale(corpus, TokenShards(corpus.path)) is None
+
+    shutil.copy(corpus.path / "tokenizer.json", tmp_path / "mine.json")
+    given = corpus_of(write_corpus(tmp_path / "text", {"a": texts(30)}), dir=str(tmp_path / "given"))
+    given.tokenizer.file = str(tmp_path / "mine.json")
+    shards = prepare(given, progress=False)
+    assert why_stale(given, shards) is None
+    (tmp_path / "mine.json").write_text((tmp_path / "mine.json").read_text() + " ")
+    assert why_stale(given, shards) is not None
 
 
 def test_prepared_data_goes_where_its_text_does_not(corpus):

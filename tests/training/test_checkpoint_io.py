@@ -27,6 +27,7 @@ from moelm.training.checkpoint_io import (
     load_training,
     load_weights,
     newest_checkpoint,
+    set_aside_later,
     step_folder,
     step_folders,
     write_manifest,
@@ -307,6 +308,25 @@ def test_continuing_from_an_earlier_checkpoint_sets_the_later_ones_aside(run: Co
     assert [folder.name for folder in step_folders(run.run_folder)] == ["step-00000005"]
     assert {folder.name for folder in run.run_folder.glob("*.left")} == {"step-00000004.left", "step-00000006.left"}
     assert not stale.exists()
+
+
+def test_a_checkpoint_that_was_set_aside_stays_when_another_of_its_step_is(run: Config) -> None:
+    for i in range(3):
+        folder = step_folder(run.run_folder, 8)
+        folder.mkdir()
+        (folder / "which").write_text(str(i))
+        set_aside_later(run.run_folder, 6)
+    left = [step_folder(run.run_folder, 8).with_name(f"step-00000008.left{end}") for end in ("", "-2", "-3")]
+    assert [(folder / "which").read_text() for folder in left] == ["0", "1", "2"]
+
+
+def test_a_run_whose_checkpoints_are_all_damaged_does_not_begin_anew_over_them(run: Config) -> None:
+    before = sorted(run.run_folder.iterdir())
+    for folder in step_folders(run.run_folder):
+        (folder / "training.pt").write_text("x")
+    with pytest.raises(UserError, match=r"none of its 3 checkpoints is valid, the newest is step-00000006\n  remedy"):
+        train(run, resume="auto")
+    assert sorted(run.run_folder.iterdir()) == before
 
 
 def test_a_renamed_checkpoint_can_be_continued(run: Config) -> None:

@@ -27,7 +27,7 @@ from moelm.train import train
 from moelm.training.checkpoint_io import newest_checkpoint, step_folder, step_of
 from moelm.training.preemption import EXIT_CODE, Preempted, StopSignals, exit_code, requeue
 
-SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
+SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGHUP)
 CHANGES = {
     "model.dropout": 0.1,
     "trainer.max_steps": 14,
@@ -117,7 +117,12 @@ def send(*signals: signal.Signals) -> Callable[[], None]:
 
 @pytest.mark.parametrize(
     ("signals", "code"),
-    [((signal.SIGTERM,), 1), ((signal.SIGTERM, signal.SIGINT, signal.SIGUSR1), 1), ((signal.SIGINT,) * 2, 130)],
+    [
+        ((signal.SIGTERM,), 1),
+        ((signal.SIGHUP,), 1),
+        ((signal.SIGTERM, signal.SIGINT, signal.SIGUSR1), 1),
+        ((signal.SIGINT,) * 2, 130),
+    ],
 )
 def test_a_run_that_hangs_ends_at_the_deadline_or_with_the_second_interrupt(
     signals: tuple[signal.Signals, ...], code: int
@@ -127,6 +132,14 @@ def test_a_run_that_hangs_ends_at_the_deadline_or_with_the_second_interrupt(
 
 def test_no_signal_no_deadline() -> None:
     assert end_of(send()) is None
+
+
+def test_a_run_that_was_started_to_outlive_its_terminal_does() -> None:
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)  # as nohup does
+    try:
+        assert end_of(send(signal.SIGHUP)) is None
+    finally:
+        signal.signal(signal.SIGHUP, before)
 
 
 def test_a_slurm_job_asks_to_start_again_only_after_the_signal_for_that(
