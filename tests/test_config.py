@@ -679,3 +679,13 @@ def test_an_error_names_its_key():
     with pytest.raises(ConfigError) as error:
         load("", "optim.lr=-1")
     assert error.value.key == "optim.lr"
+
+
+def test_a_corpus_and_the_config_of_a_run_are_told_apart():
+    write("sources: [stdlib]", "texts.yaml")
+    with pytest.raises(
+        ConfigError, match=r"texts\.yaml: is a corpus, not the config of a run\n.*data\.corpus=texts\.yaml"
+    ):
+        load_config("texts.yaml")
+    with pytest.raises(ConfigError, match=r"base\.yaml: is the config of a run, not a corpus"):
+        load_corpus("base.yaml")

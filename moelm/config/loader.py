@@ -29,6 +29,9 @@ def load_config(file: str | Path, overrides: Iterable[str] = ()) -> Config:
     Raises ConfigError; touches no device and no data.
     """
     raw = _override(read_yaml(file), overrides)
+    if "sources" in raw:
+        remedy = f"give the config of a run, in which data.corpus={file} names it"
+        raise ConfigError(str(file), "is a corpus, not the config of a run", remedy)
     run = raw.setdefault("run", {})
     if isinstance(run, dict):
         run["name"] = Path(file).stem if run.get("name") is None else run["name"]
@@ -41,6 +44,9 @@ def load_config(file: str | Path, overrides: Iterable[str] = ()) -> Config:
 def load_corpus(file: str | Path, overrides: Iterable[str] = ()) -> CorpusConfig:
     """The same for a `configs/data/*.yaml`."""
     raw = {"name": Path(file).stem} | _override(read_yaml(file), overrides)
+    if "model" in raw or "trainer" in raw:
+        remedy = "give a file such as configs/data/stdlib.yaml"
+        raise ConfigError(str(file), "is the config of a run, not a corpus", remedy)
     corpus = from_dict(CorpusConfig, raw)
     check_corpus(corpus, "")
     return corpus

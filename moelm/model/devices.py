@@ -37,15 +37,25 @@ class Counts:
 
 def on_devices(config: Config, n_devices: int) -> list[OnDevices]:
     """ddp, fsdp, and fsdp with each degree of expert parallelism that the experts and the devices allow."""
-    if n_devices % config.trainer.replicas:
-        problem = f"{config.trainer.replicas} does not divide the {n_devices} devices"
-        raise ConfigError("trainer.replicas", problem, "choose a divisor, or other trainer.devices")
+    check_degrees(config.trainer, n_devices)
     counts, moe = count(config), config.model.moe
     degrees = [1]
     if moe is not None and config.model.moe_layers and moe.router.routing == "token_choice":
         n_sharing = n_devices // config.trainer.replicas
         degrees = [n for n in range(1, n_sharing + 1) if n_sharing % n == moe.n_experts % n == 0]
     return [_ddp(config, counts, n_devices), *(_fsdp(config, counts, n_devices, n) for n in degrees)]
+
+
+def check_degrees(options: TrainerConfig, n_devices: int) -> None:
+    """Can `n_devices` share experts and make replicas as they are told? Raises ConfigError."""
+    n_left = n_devices
+    for key, value in (("expert_parallel", options.expert_parallel), ("replicas", options.replicas)):
+        if n_left % value:
+            problem = f"{value} does not divide the {n_devices} devices"
+            if n_left < n_devices:
+                problem += f" / {n_devices // n_left} (trainer.expert_parallel)"
+            raise ConfigError(f"trainer.{key}", problem, "choose a divisor, or other trainer.devices")
+        n_left //= value
 
 
 def count(config: Config) -> Counts:

@@ -20,6 +20,7 @@ from tensorboard.compat.proto.summary_pb2 import Summary  # type: ignore[import-
 from moelm.callbacks.profile import Profile
 from moelm.callbacks.progress_bar import StepProgressBar
 from moelm.config import OWN_TRAINER_KEYS, Config, ConfigError, build
+from moelm.model.devices import check_degrees
 from moelm.moe.kernels import HAS_TRITON, INTERPRETED
 from moelm.training.preemption import StopSignals
 from moelm.training.saving import FolderCheckpointIO, StepCheckpoint
@@ -108,14 +109,7 @@ class RunLogger(TensorBoardLogger):
 
 def _set_intervals(trainer: pl.Trainer, config: Config) -> None:
     """Accumulation and validation in micro-batches, now that the number of devices is known."""
-    n_devices = trainer.world_size
-    for key, value in (("expert_parallel", config.trainer.expert_parallel), ("replicas", config.trainer.replicas)):
-        if n_devices % value:
-            problem = f"{value} does not divide the {trainer.world_size} devices"
-            if n_devices < trainer.world_size:
-                problem += f" / {trainer.world_size // n_devices} (trainer.expert_parallel)"
-            raise ConfigError(f"trainer.{key}", problem, "choose a divisor, or other trainer.devices")
-        n_devices //= value
+    check_degrees(config.trainer, trainer.world_size)
     micro_tokens = config.optim.micro_batch_size * config.data.seq_len * trainer.world_size
     if config.optim.batch_tokens % micro_tokens:
         multiple = max(1, round(config.optim.batch_tokens / micro_tokens)) * micro_tokens

@@ -140,3 +140,15 @@ def test_the_degrees_are_those_that_devices_and_experts_allow(tiny_config):
     assert len(on_devices(config, 8)) == 5
     memory = [each.memory for each in on_devices(config, 8)]
     assert memory[0] > max(memory[1:])
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"expert_parallel": 16}, "trainer.expert_parallel: 16 does not divide the 8 devices"),
+        ({"expert_parallel": 8, "replicas": 2}, r"trainer.replicas: 2 does not divide the 8 devices / 8 \(trainer.exp"),
+    ],
+)
+def test_what_devices_cannot_be_is_refused(tiny_config, options, message):
+    with pytest.raises(ConfigError, match=message):
+        on_devices(make(tiny_config, **options), 8)

@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 
-from moelm.config import MoEConfig, build, from_dict, registered
+from moelm.config import MoEConfig, UserError, build, from_dict, registered
 from moelm.model.gpt import GPT
 from moelm.model.init import initialize
 from moelm.moe.balancing.base import LossConfig, auxiliary_losses
@@ -218,3 +218,12 @@ def test_probabilities_of_a_sigmoid_router_sum_to_one_so_switch_keeps_its_scale(
     scores_BLE = LOGITS_BLE.sigmoid()
     p_E = (scores_BLE / scores_BLE.sum(-1, keepdim=True)).mean((0, 1))
     torch.testing.assert_close(raw_loss("switch", stats), (3 * (0.75 * p_E[0] + 0.25 * p_E[2])).view(1))
+
+
+def test_a_loss_that_is_no_number_a_layer_is_refused(monkeypatch):
+    balancer, stats = make_balancer("switch"), stack_stats([route(identity_router(), LOGITS_BLE)] * 2)
+    monkeypatch.setattr(balancer, "loss", lambda *_: torch.tensor(1.0))
+    with pytest.raises(
+        UserError, match=r"the balancer switch: its loss is of shape \[\], not \[2\], one number a layer"
+    ):
+        auxiliary_losses([balancer], stats)

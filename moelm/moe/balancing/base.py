@@ -8,7 +8,7 @@ from typing import ClassVar, NamedTuple
 
 from torch import Tensor
 
-from moelm.config import ConfigError, MoEConfig, NamedConfig, setting
+from moelm.config import ConfigError, MoEConfig, NamedConfig, UserError, setting
 from moelm.moe.types import RouterStats
 
 
@@ -80,6 +80,9 @@ def auxiliary_losses(
         if raw_M is not None:
             config = balancer.config
             assert isinstance(config, LossConfig)
+            if raw_M.shape != stats.load_BE.shape[:1]:
+                wanted = f"not [{len(stats.load_BE)}], one number a layer"
+                raise UserError(f"the balancer {config.name}: its loss is of shape {list(raw_M.shape)}, {wanted}")
             joined = raw_M.mean() if config.over_layers == "mean" else raw_M.sum()
             losses[config.name] = AuxLoss(raw_M.detach(), config.coef * joined)
     return losses
