@@ -19,6 +19,8 @@ from data_prep.prepare import main as prepare_main
 from moelm import command_line, generate, info
 from moelm.compare import main as compare_main
 from moelm.config import Config, ConfigError, UserError, registered, to_yaml
+from moelm.data.datamodule import validation_loader
+from moelm.data.token_shards import TokenShards
 from moelm.evaluate import as_dict, evaluate
 from moelm.evaluate import main as evaluate_main
 from moelm.generate import main as generate_main
@@ -28,6 +30,7 @@ from moelm.model.init import initialize
 from moelm.train import main as train_main
 from moelm.train import train
 from moelm.training.checkpoint_io import step_folder
+from moelm.training.evaluation import EvaluationSums, forward_batch
 from moelm.training.loading import load_model
 
 MAINS = {
@@ -53,6 +56,23 @@ def test_evaluate_on_the_last_checkpoint_equals_the_logged_validation(
     logged = summary_of(config.run_folder)
     assert result.ce == pytest.approx(logged["val/ce"], abs=1e-6)
     assert result.bits_per_byte == pytest.approx(logged["val/bits_per_byte"], abs=1e-6)
+
+
+def test_evaluation_and_validation_stay_within_documents_where_training_does(tiny: Callable[..., Config]) -> None:
+    config = tiny({"data.mask_documents": True, "trainer.max_steps": 3, "model.init": {"std": 0.2}})
+    train(config)
+    model, _, _ = load_model(step_folder(config.run_folder, 3))
+    shards = TokenShards(config.data.corpus.path)
+    ce = {}
+    for separator in (None, shards.end_of_text_id):
+        sums = EvaluationSums(shards.domains)
+        with torch.no_grad():
+            for batch in validation_loader(shards, 32, 16):
+                sums.add(batch, forward_batch(model, batch, separator))
+        ce[separator] = sums.results()["all"].ce
+    assert abs(ce[None] - ce[shards.end_of_text_id]) > 1e-4
+    assert evaluate(config.run_folder)["all"].ce == pytest.approx(ce[shards.end_of_text_id], abs=1e-6)
+    assert summary_of(config.run_folder)["val/ce"] == pytest.approx(ce[shards.end_of_text_id], abs=1e-6)
 
 
 def test_the_domains_of_an_evaluation_add_up(run: Config) -> None:
@@ -206,6 +226,14 @@ def test_sampling_repeats_under_a_seed_and_top_p_cuts_the_tail(tiny: Callable[..
     assert drawn == {0, 1}
 
 
+@pytest.mark.parametrize("temperature", [0.5, 1.0, 2.0])
+def test_temperature_is_the_root_that_is_drawn_of_a_probability(temperature: float) -> None:
+    logits, generator = torch.tensor([0.6, 0.4]).log(), torch.Generator().manual_seed(0)
+    drawn = [int(generate.choose_token(logits, temperature, 1.0, generator)) for _ in range(2000)]
+    first, second = 0.6 ** (1 / temperature), 0.4 ** (1 / temperature)
+    assert sum(drawn) / 2000 == pytest.approx(second / (first + second), abs=0.04)  # 3.5 deviations
+
+
 def test_generation_stops_at_the_end_of_a_document(tiny: Callable[..., Config]) -> None:
     model, prompt = small_model(tiny), torch.tensor([[3, 1, 4]])
     ids = list(generate.generate(model, prompt, 20))
@@ -336,7 +364,6 @@ def test_help_has_an_example(module: str, capsys: pytest.CaptureFixture[str]) ->
 
 
 def test_another_tokenizer_is_refused(run: Config) -> None:
-    from moelm.data.token_shards import TokenShards
     from moelm.training.loading import check_tokenizer
 
     shards = TokenShards(run.data.corpus.path)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import io
 import re
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -19,10 +20,11 @@ from tiny_runs import scalars_of
 from moelm.callbacks.expert_counts import read_expert_counts
 from moelm.callbacks.expert_usage import PER_LAYER as ALL_PER_LAYER
 from moelm.callbacks.expert_usage import ExpertUsageConfig
-from moelm.callbacks.throughput import mfu, peak_flops
+from moelm.callbacks.throughput import Throughput, ThroughputConfig, mfu, peak_flops
 from moelm.config import Config, build, load_config
 from moelm.model.size import flops_per_token
 from moelm.train import train
+from moelm.training.lightning_module import MoELightningModule
 
 ROOT = Path(__file__).parent.parent.parent
 PER_LAYER = list(ALL_PER_LAYER)
@@ -180,13 +182,30 @@ def test_mfu_counts_active_parameters_and_is_absent_for_an_unknown_chip(tiny: Ca
         assert peak_flops(other) is None, other
 
 
+def test_the_throughput_is_of_the_steps_since_the_last_log(
+    tiny: Callable[..., Config], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class Module(MoELightningModule):
+        step, is_step_end, is_log_step, device = 0, True, True, torch.device("cpu")
+
+        def __init__(self) -> None:
+            self.paused_s, self.rates = 0.0, []
+
+        def log_scalars(self, scalars: Any) -> None:
+            self.rates.append(scalars["perf/tokens_per_s"])
+
+    now = [0.0]
+    monkeypatch.setattr(time, "perf_counter", lambda: now[0])
+    throughput, module = Throughput(ThroughputConfig("throughput"), tiny()), Module()
+    for step, seconds, paused in ((1, 10.0, 0.0), (5, 12.0, 0.0), (10, 15.5, 1.0)):
+        Module.step, now[0], module.paused_s = step, seconds, paused
+        throughput.on_train_batch_end(None, module, None, None, 0)  # type: ignore[arg-type]
+    assert module.rates == [4 * 512 / 2, 5 * 512 / 2.5]
+
+
 def test_validation_and_saving_are_no_part_of_the_throughput(
     tiny: Callable[..., Config], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    import time
-
-    from moelm.training.lightning_module import MoELightningModule
-
     real = MoELightningModule.on_validation_epoch_end
 
     def slow(self: MoELightningModule) -> None:

@@ -10,6 +10,7 @@ import sys
 import time
 from pathlib import Path
 
+import numpy as np
 import pytest
 from tokenizers import AddedToken, Tokenizer
 from tokenizers.models import WordLevel
@@ -210,6 +211,19 @@ def test_a_tokenizer_without_the_end_of_text_token_is_refused(corpus, tmp_path):
     corpus.tokenizer.file = str(tmp_path / "bad.json")
     with pytest.raises(UserError, match=r"bad\.json: not a tokenizer"):
         prepare(corpus, progress=False)
+
+
+@pytest.mark.parametrize(
+    ("n_words", "end_of_text_id", "dtype"),
+    [(2**16 - 1, 2**16 - 1, "<u2"), (2**16, 2**16, "<u4"), (9, 14, "<u2"), (9, 2**16, "<u4")],
+)
+def test_ids_are_stored_as_the_largest_of_them_needs_whatever_is_left_out_below_it(
+    corpus, tmp_path, n_words, end_of_text_id, dtype
+):
+    words = {f"word{i}": i for i in range(n_words)} | {END: end_of_text_id}
+    writer = preparation._Writer(corpus, tmp_path, Tokenizer(WordLevel(words, unk_token="word0")))
+    assert writer.dtype == np.dtype(dtype)
+    assert writer.vocab_size == writer.end_of_text_id + 1 == end_of_text_id + 1
 
 
 def test_the_sample_covers_all_domains_over_their_whole_length_within_its_budget():

@@ -7,6 +7,7 @@ import torch.nn.functional as F
 from moelm.model.gpt import GPT, IGNORE, chunked_cross_entropy
 from moelm.model.init import initialize
 from moelm.model.rope import rotate, rotation
+from moelm.moe.types import RouteContext
 
 
 def make_model(config, seed=0):
@@ -328,6 +329,32 @@ def test_dropout_is_off_in_evaluation(tiny_config):
     assert not torch.allclose(first, second)
     model.eval()
     assert torch.equal(model(tokens_BL).logits, model(tokens_BL).logits)
+
+
+@pytest.mark.parametrize("silent", ["attention.out", "feed_forward.down"])
+def test_dropout_halves_what_each_part_of_a_block_adds_and_doubles_the_rest(tiny_config, silent):
+    block = make_model(tiny_config(dropout=0.5, n_layers=1, moe=None)).blocks[0]
+    block.get_submodule(silent).weight.data.zero_()  # so that the other part adds all
+    x_BLD = torch.randn(4, 8, 32, generator=torch.Generator().manual_seed(0))
+    context = RouteContext(torch.zeros(4, 8, dtype=torch.long), None, True)
+    rotation_L = block.attention.rotation(torch.arange(8))
+    torch.manual_seed(0)
+    with torch.no_grad():
+        whole, dropped = (block.train(mode)(x_BLD, rotation_L, None, context)[0] - x_BLD for mode in (False, True))
+    gone = dropped.abs() < 1e-6
+    assert 0.4 < gone.float().mean() < 0.6
+    torch.testing.assert_close(dropped[~gone], 2 * whole[~gone], rtol=1e-3, atol=1e-5)
+
+
+def test_dropout_takes_half_of_the_embedding(tiny_config):
+    model, seen = make_model(tiny_config(dropout=0.5, n_layers=1)), []
+    model.blocks[0].register_forward_pre_hook(lambda module, inputs: seen.append(inputs[0]))
+    torch.manual_seed(0)
+    tokens_BL = make_tokens()
+    model(tokens_BL)
+    gone = seen[0] == 0
+    assert 0.4 < gone.float().mean() < 0.6
+    torch.testing.assert_close(seen[0][~gone], 2 * model.embedding(tokens_BL)[~gone])
 
 
 def test_compiled_blocks_equal_eager_ones(tiny_config):

@@ -188,6 +188,32 @@ def test_the_experts_of_a_group_may_share_its_places_unevenly():
         make_layer(of="group")
 
 
+def make_dispatcher(**dispatch: Any) -> Any:
+    """Of 8 experts in 2 groups, with a capacity factor of 1."""
+    raw = {
+        **{"n_experts": 8, "top_k": 2, "router": {"name": "top_k", "n_groups": 2, "top_k_groups": 2}},
+        "dispatch": {"name": "capacity", "capacity_factor": 1.0, **dispatch},
+    }
+    moe = from_dict(MoEConfig, raw, "model.moe")
+    return build("dispatch", moe.dispatch, moe)
+
+
+def test_the_places_go_to_the_tokens_with_the_largest_gate():
+    gates_TK = torch.tensor([[0.5, 0.45], [0.9, 0.05], [0.6, 0.3]])
+    routing = TokenChoice(torch.tensor([[0, 1], [0, 2], [0, 3]]), gates_TK)
+    kept_TK = make_dispatcher(drop="probability").kept(routing, True)  # one place an expert
+    assert kept_TK.tolist() == [[8, 1], [0, 2], [8, 3]]
+    turned = TokenChoice(routing.expert_ids_TK.flip(1), gates_TK.flip(1))  # the largest need not come first
+    kept_TK = make_dispatcher(drop="probability").kept(turned, True)
+    assert kept_TK.tolist() == [[1, 8], [2, 0], [3, 8]]
+
+
+def test_a_group_has_as_many_experts_as_there_are_for_each_group():
+    routing = TokenChoice(torch.tensor([[0, 3], [1, 2], [2, 5]]), torch.ones(3, 2))
+    kept_TK = make_dispatcher(of="group").kept(routing, True)  # 3 places for experts 0 to 3, 3 for 4 to 7
+    assert kept_TK.tolist() == [[0, 8], [1, 8], [2, 5]]
+
+
 def test_shapes_are_static_and_the_layer_is_one_graph(tiny_config):
     model = GPT(tiny_config(moe={"dispatch": {"name": "capacity", "capacity_factor": 0.8, "drop": "probability"}}))
     initialize(model, 0)

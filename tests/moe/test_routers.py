@@ -406,6 +406,16 @@ def test_the_policy_gradient_of_reinforce_by_hand():
     assert alone.item() == pytest.approx(by_hand, rel=1e-5)
 
 
+def test_the_rewards_of_reinforce_are_scaled_by_the_deviation_of_their_own_layer():
+    router = make_router("reinforce", 2, 1, policy_coef=1.0, baseline_coef=0.0)
+    stats = router(torch.zeros(1, 2, 2), context_for(torch.zeros(1, 2, 2)))[1]
+    baseline_MBL = torch.tensor([[[1.0, -1.0]], [[100.0, -100.0]]])
+    extra = {"baseline_BL": baseline_MBL, "log_prob_BL": torch.tensor([[[-1.0, -2.0]], [[-1.0, -4.0]]])}
+    loss = router.loss(stats._replace(extra=extra), torch.zeros(1, 2), torch.ones(1, 2, dtype=torch.bool))
+    # rewards (1, -1) of both layers: -(-1 + 2) / 2 and -(-1 + 4) / 2
+    assert loss.item() == pytest.approx((-0.5 - 1.5) / 2)
+
+
 def test_reinforce_learns_which_expert_is_good():
     router = make_router("reinforce", 4, 1, d_model=8, policy_coef=1.0)
     optimizer = torch.optim.Adam(router.parameters(), lr=0.05)

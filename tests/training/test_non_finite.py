@@ -90,6 +90,8 @@ def test_a_weight_that_is_not_finite_is_not_saved(tiny: Callable[..., Config], m
 
 
 JUMPS = {
+    "model.moe.router": CHANGES["model.moe.router"],
+    "model.moe.balancers": CHANGES["model.moe.balancers"],
     "trainer.max_steps": 24,
     "trainer.max_loss_spike": 1.5,
     "data.val_every_n_steps": 50,
@@ -115,6 +117,9 @@ def test_a_loss_that_jumps_is_left_out_or_ends_the_run_and_what_is_usual_survive
     assert "left out, 2 of at most 2" in said
     before, after = (load_weights(step_folder(straight.run_folder, step)) for step in (19, 20))
     assert_same(before, after)
+    biases = Recorder.made[-1].biases
+    assert torch.equal(biases[18], biases[19])
+    assert not torch.equal(biases[17], biases[18])
     Recorder.raise_after = 18
     with pytest.raises(RuntimeError, match="the machine is gone"):
         train(broken)

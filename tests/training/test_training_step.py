@@ -10,10 +10,14 @@ import pytest
 import torch
 from tiny_runs import Recorder, scalars_of
 
-from moelm.config import Config, make_named
+from moelm.config import Config, ModelConfig, make_named
+from moelm.model.gpt import GPT
+from moelm.model.init import initialize
 from moelm.train import train
 from moelm.training.checkpoint_io import load_training, load_weights, step_folder
+from moelm.training.evaluation import forward_batch
 from moelm.training.lightning_module import MoELightningModule
+from moelm.training.statistics import WINDOW, RecentLoad
 
 LOSS_FREE = {
     "model.moe.router": {"name": "top_k", "score": "sigmoid", "selection_bias": True},
@@ -62,6 +66,22 @@ def test_the_bias_follows_a_numpy_copy_of_the_rule_fed_with_the_counts(tiny: Cal
         assert seen_ME is not None
         assert np.array_equal(bias_ME, seen_ME.numpy())
     assert np.abs(bias_ME).max() > 0.02
+
+
+def test_from_the_stop_step_on_a_run_keeps_its_bias(tiny: Callable[..., Config]) -> None:
+    balancers = [{"name": "loss_free", "rate": 0.01, "stop_step": 2}]
+    train(recorded(tiny({**LOSS_FREE, "model.moe.balancers": balancers, "trainer.max_steps": 4})))
+    first, second, *later = Recorder.made[-1].biases
+    assert not torch.equal(first, second)
+    assert len(later) == 2
+    assert all(torch.equal(bias_ME, second) for bias_ME in later)
+
+
+def test_the_recent_load_forgets_what_is_older_than_its_window() -> None:
+    recent = RecentLoad()
+    for step in range(WINDOW + 5):
+        recent.add(torch.tensor([[float(step < 5), 1.0]]), step)
+    assert recent.total().tolist() == [[0, WINDOW]]
 
 
 def test_validation_touches_neither_bias_nor_counters(tiny: Callable[..., Config]) -> None:
@@ -218,3 +238,18 @@ def test_attention_can_stay_within_documents(tiny: Callable[..., Config]) -> Non
         losses.append(Recorder.made[-1].losses)
     assert losses[0] != losses[1]
     assert losses[1][-1] < losses[1][0]
+
+
+def test_a_document_of_a_batch_begins_with_the_token_that_ends_the_one_before(
+    tiny_config: Callable[..., ModelConfig],
+) -> None:
+    model = GPT(tiny_config())
+    initialize(model, 0)
+    model.eval()
+    inputs_BL = torch.tensor([[0, 5, 6, 7, 0, 8, 9]])
+    targets_BL = torch.tensor([[5, 6, 7, 0, 8, 9, 0]])
+    with torch.no_grad():
+        together = forward_batch(model, {"inputs": inputs_BL, "targets": targets_BL}, 0)
+        alone = [model(inputs_BL[:, part], targets_BL[:, part]) for part in (slice(4), slice(4, None))]
+    expected_BL = torch.cat([output.ce_BL for output in alone], 1)  # RoPE knows distances only
+    torch.testing.assert_close(together.ce_BL, expected_BL, rtol=1e-4, atol=1e-4)
