@@ -10,9 +10,10 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
-from tiny_runs import summary_of
+from tiny_runs import scalars_of, summary_of
 from tokenizers import Tokenizer
 
 from data_prep.prepare import main as prepare_main
@@ -27,6 +28,7 @@ from moelm.generate import main as generate_main
 from moelm.info import main as info_main
 from moelm.model.gpt import GPT
 from moelm.model.init import initialize
+from moelm.moe.dispatch.capacity import CapacityDispatcher
 from moelm.train import main as train_main
 from moelm.train import train
 from moelm.training.checkpoint_io import step_folder
@@ -87,6 +89,33 @@ def test_the_domains_of_an_evaluation_add_up(run: Config) -> None:
     total = sum(torch.tensor(result.load) for result in domains.values())
     assert total.tolist() == everything.load  # type: ignore[union-attr]
     assert as_dict(everything)["perplexity"] == pytest.approx(2.718281828**everything.ce)
+
+
+def test_what_an_evaluation_says_of_load_and_capacity_is_what_the_experts_got(
+    tiny: Callable[..., Config], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    dispatch = {"name": "capacity", "eval_capacity_factor": 0.5}
+    usage = {"name": "expert_usage", "per_layer": ["val_dropped"]}
+    config = tiny({"model.moe.dispatch": dispatch, "trainer.max_steps": 2, "callbacks": [usage]})
+    train(config)
+    counts, kept = [], CapacityDispatcher.kept
+
+    def watched(self: Any, routing: Any, training: bool) -> Any:
+        ids_TK = kept(self, routing, training)
+        counts.append([np.bincount(each.flatten(), minlength=9)[:8] for each in (routing.expert_ids_TK, ids_TK)])
+        return ids_TK
+
+    monkeypatch.setattr(CapacityDispatcher, "kept", watched)
+    found = as_dict(evaluate(config.run_folder)["all"])
+    load_ME, kept_ME = np.array(counts).reshape(-1, 2, 2, 8).sum(0).swapaxes(0, 1)  # layers take turns
+    dropped_M = 1 - kept_ME.sum(1) / load_ME.sum(1)
+    assert (dropped_M > 0.3).all()
+    assert found["load"] == load_ME.tolist()
+    assert found["dropped"] == pytest.approx(dropped_M)
+    assert found["max_violation"] == pytest.approx(load_ME.max(1) / load_ME.mean(1) - 1)
+    curves = scalars_of(config.run_folder)
+    for layer in (0, 1):
+        assert curves[f"moe/layer_{layer:02d}/val_dropped"] == [(2, pytest.approx(dropped_M[layer], rel=1e-5))]
 
 
 def test_evaluate_predicts_every_token_once_and_counts_every_byte(run: Config) -> None:

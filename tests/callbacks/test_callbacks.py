@@ -8,6 +8,7 @@ import re
 import time
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -19,7 +20,7 @@ from tiny_runs import scalars_of
 
 from moelm.callbacks.expert_counts import read_expert_counts
 from moelm.callbacks.expert_usage import PER_LAYER as ALL_PER_LAYER
-from moelm.callbacks.expert_usage import ExpertUsageConfig
+from moelm.callbacks.expert_usage import ExpertUsageConfig, gate_map, load_map, training_numbers
 from moelm.callbacks.throughput import Throughput, ThroughputConfig, mfu, peak_flops
 from moelm.config import Config, build, load_config
 from moelm.model.size import flops_per_token
@@ -55,6 +56,9 @@ def test_scalars_are_logged_every_n_steps_and_at_the_last(tiny: Callable[..., Co
     curves = scalars_of(config.run_folder)
     for tag in ("train/ce", "moe/max_violation", "aux/switch", "perf/tokens_per_s"):
         assert [step for step, _ in curves[tag]] == [5, 10, 15, 17], tag
+    assert curves["train/tokens"] == [(step, 512 * step) for step in (5, 10, 15, 17)]
+    flops = 512 * flops_per_token(config.model, 32)
+    assert curves["train/flops"] == [(step, pytest.approx(flops * step, rel=1e-6)) for step in (5, 10, 15, 17)]
 
 
 def test_validation_scalars_are_logged_once_a_validation(tiny: Callable[..., Config]) -> None:
@@ -109,6 +113,51 @@ def test_the_raw_loss_is_shown_if_asked_for(raw: bool, tiny: Callable[..., Confi
     train(config)
     tags = {tag for tag in scalars_of(config.run_folder) if tag.startswith("aux/")}
     assert tags == ({"aux/switch", "aux/switch_raw"} if raw else {"aux/switch"})
+
+
+def test_the_curves_of_a_layer_have_the_number_of_the_layer_in_the_model(tiny: Callable[..., Config]) -> None:
+    callbacks = ["expert_usage", {"name": "balance", "raw": True, "raw_per_layer": True}]
+    layers = {"model.n_layers": 3, "model.moe.first_moe_layer": 1}
+    config = tiny({**layers, "trainer.max_steps": 1, "callbacks": callbacks})
+    train(config)
+    curves = {tag: points[0][1] for tag, points in scalars_of(config.run_folder).items()}
+    for prefix in ("aux", "moe"):
+        assert {tag.split("/")[1] for tag in curves if tag.startswith(f"{prefix}/layer")} == {"layer_01", "layer_02"}
+    by_layer = [curves[f"aux/layer_{layer:02d}/switch_raw"] for layer in (1, 2)]
+    assert curves["aux/switch_raw"] == pytest.approx(sum(by_layer) / 2, rel=1e-6)
+
+
+def test_logits_are_shown_by_their_root_and_biases_by_the_range_that_they_span(tiny: Callable[..., Config]) -> None:
+    load_ME = torch.tensor([[3.0, 1.0], [2.0, 2.0]])
+    module = SimpleNamespace(
+        last_step=SimpleNamespace(load_ME=load_ME, kept_ME=load_ME, observed_M={"logit_sq": torch.tensor([4.0, 2.25])}),
+        recent_load=SimpleNamespace(total=lambda: load_ME),
+        config=tiny(),
+        expert_bias_ME=torch.tensor([[0.25, 1.0], [-0.5, -0.25]]),
+        bias_update_ME=torch.tensor([[0.125, -0.5], [0.25, 0.0]]),
+    )
+    numbers = training_numbers(module)  # type: ignore[arg-type]
+    assert numbers["logit_rms"].tolist() == [2.0, 1.5]
+    assert numbers["bias_range"].tolist() == [0.75, 0.25]
+    assert numbers["bias_update"].tolist() == [0.5, 0.25]
+    assert "logit_sq" not in numbers
+
+
+def test_heat_maps_show_loads_and_combine_weights_over_the_mean_of_their_layer(monkeypatch: pytest.MonkeyPatch) -> None:
+    shown: list[dict[str, Any]] = []
+
+    def draw(values: Any, **options: Any) -> None:
+        shown.append({"values": values, **options})
+
+    monkeypatch.setattr("moelm.callbacks.expert_usage.draw_heat_map", draw)
+    load_ME = np.array([[6.0, 2.0, 0.0, 4.0], [30.0, 10.0, 10.0, 10.0]])
+    load_map(load_ME, ["0", "1"], 7)
+    np.testing.assert_allclose(shown[0]["values"], [[2, 2 / 3, 0, 4 / 3], [2, 2 / 3, 2 / 3, 2 / 3]])
+    gate_ME = np.array([[3.0, 0.5, 0.0, 2.5], [6.0, 4.0, 1.0, 1.0]])  # in the mean 6 / 12 and 12 / 60 a choice
+    gate_map(gate_ME, load_ME, ["0", "1"], 7)
+    expected = [[0.5 / 0.5, 0.25 / 0.5, np.nan, 0.625 / 0.5], [0.2 / 0.2, 0.4 / 0.2, 0.1 / 0.2, 0.1 / 0.2]]
+    np.testing.assert_allclose(shown[1]["values"], expected)
+    assert shown[1]["row_names"] == ["0: 0.50", "1: 0.20"]
 
 
 def test_heat_maps_are_drawn_at_the_first_step_every_n_and_the_last(tiny: Callable[..., Config]) -> None:

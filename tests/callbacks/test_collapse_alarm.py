@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
+import torch
 from tensorboard.backend.event_processing import plugin_event_accumulator
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from tiny_runs import summary_of
 
-from moelm.callbacks.collapse_alarm import CollapseAlarmConfig, judge, read_alarms
+from moelm.callbacks.collapse_alarm import CollapseAlarm, CollapseAlarmConfig, judge, read_alarms
 from moelm.config import Config
 from moelm.train import train
 from moelm.training.checkpoint_io import step_folder
@@ -42,6 +44,21 @@ HEALTHY: dict[str, Any] = {
 def test_the_bounds_by_hand(change: dict[str, Any], kinds: dict[str, int]) -> None:
     found = judge(CollapseAlarmConfig(), **{**HEALTHY, **change})
     assert {kind: layer for kind, (layer, _) in found.items()} == kinds
+
+
+def test_logits_may_grow_tenfold_from_what_they_were_at_the_end_of_the_grace(tiny: Callable[..., Config]) -> None:
+    said = []
+
+    class Alarm(CollapseAlarm):
+        def _warn(self, module: Any, kind: str, layer: int, what: str) -> None:
+            said.append((module.step, kind, layer))
+
+    alarm, load_ME = Alarm(CollapseAlarmConfig("collapse_alarm", grace_steps=50), tiny()), torch.ones(2, 8)
+    for step, rms in ((40, 0.1), (50, 2.0), (60, 19.0), (70, 21.0), (80, 25.0)):
+        last_step = SimpleNamespace(load_ME=load_ME, observed_M={"logit_sq": torch.tensor([1.0, rms**2])})
+        recent_load = SimpleNamespace(total=lambda: load_ME)
+        alarm.observe(SimpleNamespace(step=step, last_step=last_step, recent_load=recent_load))  # type: ignore[arg-type]
+    assert said == [(70, "logits", 1)]
 
 
 def collapsing(**alarm: Any) -> dict[str, Any]:

@@ -6,12 +6,15 @@ import math
 from collections.abc import Callable
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from tiny_runs import scalars_of
 
 from moelm.callbacks.expert_counts import read_expert_counts
+from moelm.callbacks.heat_map import draw_heat_map
+from moelm.callbacks.observer import LEAST_EXPECTED
 from moelm.config import Config
 from moelm.moe.load_metrics import mutual_information
 from moelm.train import train
@@ -36,7 +39,14 @@ def test_each_layer_is_measured_for_itself() -> None:
     assert mutual_information(both).tolist() == pytest.approx([math.log(2), COUNTS["a rare domain"][1]])
 
 
-def test_a_run_shows_what_its_counts_say(tiny: Callable[..., Config]) -> None:
+def test_a_run_shows_what_its_counts_say(tiny: Callable[..., Config], monkeypatch: pytest.MonkeyPatch) -> None:
+    drawn = []
+
+    def draw(values: Any, **options: Any) -> Any:
+        drawn.append((values, options["row_names"]))
+        return draw_heat_map(values, **options)
+
+    monkeypatch.setattr("moelm.callbacks.specialisation.draw_heat_map", draw)
     config = tiny({"trainer.max_steps": 20, "callbacks": ["specialisation", "expert_counts"]})
     train(config)
     counts = torch.tensor(list(read_expert_counts(config.run_folder).validations[20].values())).double()
@@ -46,6 +56,15 @@ def test_a_run_shows_what_its_counts_say(tiny: Callable[..., Config]) -> None:
     events = EventAccumulator(str(config.run_folder))
     events.Reload()
     assert [image.step for image in events.Images("moe/specialisation")] == [20]
+    ((shown, names),) = drawn
+    assert names == ["0 code", "0 more", "1 code", "1 more"]
+    counts_SDE = counts.transpose(0, 1).numpy()
+    share_SDE = counts_SDE / counts_SDE.sum(2, keepdims=True)
+    everywhere_SE = counts_SDE.sum(1) / counts_SDE.sum((1, 2))[:, None]
+    preference_SDE = share_SDE / everywhere_SE[:, None]
+    enough = everywhere_SE[:, None] * counts_SDE.sum(2, keepdims=True) >= LEAST_EXPECTED
+    np.testing.assert_allclose(shown, np.where(enough, preference_SDE, np.nan).reshape(4, 8))
+    assert enough.any()
 
 
 def test_one_domain_is_said_once(

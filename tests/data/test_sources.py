@@ -202,6 +202,13 @@ def test_a_row_is_a_document_and_a_column_can_be_its_domain(form, tmp_path):
 
 
 @FORMS
+def test_a_row_without_a_domain_has_that_of_its_source(form, tmp_path):
+    source = make_rows(form, tmp_path / "rows", [{"text": "one", "kind": None}, {"text": "two", "kind": "b"}])
+    default = "json" if form == "dataset files" else "rows"
+    assert documents(read(**source, domain_key="kind")) == [(default, "one"), ("b", "two")]
+
+
+@FORMS
 def test_a_missing_column_is_named_with_those_that_exist(form, tmp_path):
     source = make_rows(form, tmp_path / "rows", ROWS)
     with pytest.raises(UserError, match=r"no column 'content'\n.*text_key to one of: kind, text") as error:

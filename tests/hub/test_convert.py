@@ -34,7 +34,7 @@ from moelm.generate import main as generate_main
 from moelm.hub import exporting
 from moelm.hub.exporting import Export
 from moelm.hub.importing import Import
-from moelm.hub.streaming import ShardWriter, staged
+from moelm.hub.streaming import ShardWriter, cast, staged
 from moelm.hub.tokenizer_files import read_special_tokens, read_tokenizer
 from moelm.hub.verification import verify_export, verify_import
 from moelm.train import train
@@ -164,6 +164,15 @@ def test_a_selection_bias_stays_float32_in_both_directions_and_modules_of_multi_
     assert {tensor.dtype for name, tensor in after.items() if "expert_bias" not in name} == {torch.bfloat16}
     assert json.loads((rounded / "config.json").read_text())["dtype"] == "bfloat16"
     assert text_of_moelm(imported, "def ", capsys)  # a model in bfloat16 runs
+
+
+def test_what_is_stored_stays_as_it_is_but_for_float16_and_what_is_asked_for() -> None:
+    stored = torch.tensor([0.1, 3.0])
+    for dtype, wanted in ((torch.float32,) * 2, (torch.bfloat16,) * 2, (torch.float16, torch.float32)):
+        tensor = cast(stored.to(dtype), "weight", "auto", is_state=False)
+        assert (tensor.dtype, tensor.tolist()) == (wanted, stored.to(dtype).tolist())
+    for asked, is_state, wanted in (("bfloat16", False, torch.bfloat16), ("bfloat16", True, torch.float32)):
+        assert cast(stored.half(), "weight", asked, is_state).dtype == wanted
 
 
 KINDS = {kind: name for name, (kind, _) in reversed(hub_models.CASES.items())}  # the first case of each

@@ -7,7 +7,7 @@ import pytest
 from moelm.config import Config, ConfigError, from_dict, to_dict
 from moelm.model.devices import count, gathers_experts, on_devices, ranks_of_token
 from moelm.model.gpt import GPT
-from moelm.model.size import model_size
+from moelm.model.size import model_size, training_memory
 
 
 def make(tiny_config, **trainer):
@@ -113,6 +113,22 @@ def test_a_static_exchange_sends_all_tokens_to_all_ranks_and_has_room_for_all_th
     assert static.memory - exact.memory == pytest.approx(
         layers * (needless + 3 * 64 * moe.top_k * row) + gradients, abs=1
     )
+
+
+def test_all_that_lies_on_a_device_under_expert_parallelism_by_hand(tiny_config):
+    config = make(tiny_config, precision="bf16-mixed", activation_checkpointing="full")
+    n, shared, top_k = count(config), on_devices(config, 2)[2], config.model.moe.top_k
+    assert shared.strategy == "fsdp, expert_parallel=2"
+    held = n.routers + (n.blocks + n.experts + n.rest) // 2  # weights, two moments and gradients of each
+    gathered = 2 * (n.blocks + n.blocks) + 8 * n.rest + 2 * n.experts / 2  # with gradients; working copies of experts
+    exchanged = 64 * (ranks_of_token(config.model.moe, 2) - 1) * 2 * 32  # tokens of the other device, in one layer
+    plan, row = 13 * 64 * top_k * 2, 2 * 2 * 16 + 12
+    room = 64 * top_k / 2 * row  # for half as many choices again
+    chosen = 8 * 64 * top_k * 2 * 2  # kept of both layers for all devices
+    loss = 2 * 64 * 64 + 2 * 4 * 64 * 32 + 2 * 64 * 32  # logits, two gradients of the head, one of what it reads
+    activations = training_memory(config).activations
+    by_hand = 16 * held + gathered + int(exchanged + plan + room) + chosen + loss + activations
+    assert shared.memory == by_hand
 
 
 def test_replicas_hold_more_and_send_their_gradients_to_each_other(tiny_config):

@@ -12,6 +12,7 @@ import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -20,6 +21,7 @@ from tiny_runs import Recorder, scalars_of, summary_of
 
 from moelm.config import Config, ConfigError, to_yaml
 from moelm.data.token_shards import DataError, hash_file
+from moelm.model.size import flops_per_token
 from moelm.train import train
 from moelm.training import lightning_module
 from moelm.training.checkpoint_io import load_training, load_weights, step_folder
@@ -249,10 +251,16 @@ def test_a_run_is_not_continued_on_other_data(other: str, tiny: Callable[..., Co
         train(dataclasses.replace(moved, trainer=dataclasses.replace(trainer, max_steps=4)), resume="auto")
 
 
-def test_a_finished_run_can_be_made_longer(tiny: Callable[..., Config]) -> None:
+def test_a_finished_run_can_be_made_longer_and_its_summary_is_of_all_of_it_but_its_time(
+    tiny: Callable[..., Config], monkeypatch: pytest.MonkeyPatch
+) -> None:
     train(tiny({"trainer.max_steps": 4, "optim.schedule.name": "constant"}))
     longer = tiny({"trainer.max_steps": 7, "optim.schedule.name": "constant"})
-    assert train(longer, resume="auto")["step"] == 7
+    monkeypatch.setattr("moelm.train.time", SimpleNamespace(perf_counter=iter([10.0, 14.0]).__next__))
+    summary = train(longer, resume="auto")
+    assert (summary["step"], summary["tokens"]) == (7, 7 * 512)
+    assert summary["train_flops"] == 7 * 512 * flops_per_token(longer.model, 32)
+    assert (summary["wall_s"], summary["tokens_per_s"]) == (4, 3 * 512 / 4)
     with pytest.raises(ConfigError, match="7 steps are done already"):
         train(longer, resume="auto")
 
