@@ -317,6 +317,21 @@ def saved_bytes(run, model):
     return sum(t.untyped_storage().nbytes() for pointer, t in saved.items() if pointer not in weights)
 
 
+@pytest.mark.parametrize("score", ["softmax", "sigmoid"])
+def test_the_memory_of_a_router_is_what_autograd_keeps(tiny_config, score):
+    """Only what grows with the number of experts is compared: its input is kept by the norm too."""
+    kept, counted = [], []
+    for n_experts in (64, 128):
+        config = tiny_config(n_layers=1, moe={"n_experts": n_experts, "router": {"name": "top_k", "score": score}})
+        model = GPT(config)
+        initialize(model, 0)
+        x_BLD, ids_BL = torch.randn(2, 50, 32, requires_grad=True), torch.zeros(2, 50, dtype=torch.long)
+        router = model.moe_layers[0].router
+        kept.append(saved_bytes(lambda run=router, x=x_BLD, ids=ids_BL: run(x, RouteContext(ids, None, True)), router))
+        counted.append(_activation_bytes(config, 0, 100, False, False))
+    assert kept[1] - kept[0] == counted[1] - counted[0]
+
+
 @pytest.mark.parametrize("options", [{"sliding_window": 100}, {"sinks": True}, {"sinks": True, "sliding_window": 100}])
 def test_a_mask_and_sinks_make_grouped_attention_keep_more(tiny_config, options):
     """Compared is what they add: of plain attention the kernel on the CPU keeps a copy that is none on a GPU."""
