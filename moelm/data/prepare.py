@@ -24,7 +24,6 @@ import time
 from collections import Counter, deque
 from collections.abc import Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
-from itertools import islice
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -121,20 +120,21 @@ def _build(corpus: CorpusConfig, stage: Path, progress: bool) -> None:
         tokenizer = train_tokenizer(sample.texts(), corpus.tokenizer)
     else:
         tokenizer, total = load_tokenizer(corpus.tokenizer, corpus.tokenizer.file), None
-        share = _lost(tokenizer, "".join(piece.text for piece in islice(_pieces(corpus), 100))[:_SAMPLED])
-        if share > _MOST_LOST and progress:
-            lost = f"{corpus.tokenizer.file} gives {share:.1%} of the characters of the text not back"
-            print(f"note   {lost}: what is lost costs no bits, so bits per byte are too low", file=sys.stderr)
     (stage / "tokenizer.json").write_text(tokenizer.to_str(pretty=True), encoding="utf-8")
     tokenising = time.perf_counter()
-    writer = _Writer(corpus, stage, tokenizer)
+    writer, beginning = _Writer(corpus, stage, tokenizer), ""
     with _progress_bar("tokenise", progress, total) as bar:
         for pieces, ids in _tokenise(_pieces(corpus), tokenizer):
             writer.write(pieces, ids)
+            beginning = beginning or "".join(piece.text for piece in pieces)[:_SAMPLED]
             bar.update(sum(piece.n_bytes for piece in pieces))
     ended = time.perf_counter()
     write_manifest(corpus, writer)
     if progress:
+        share = 0.0 if corpus.tokenizer.file is None else _lost(tokenizer, beginning)
+        if share > _MOST_LOST:
+            lost = f"{corpus.tokenizer.file} gives {share:.1%} of the characters of the text not back"
+            print(f"note   {lost}: what is lost costs no bits, so bits per byte are too low", file=sys.stderr)
         documents, tokens, n_bytes = (sum(count) for count in zip(*writer.counts(), strict=True))
         print(
             f"prepared {corpus.path}: {documents:,} documents, {n_bytes / 1e6:.1f} MB, {tokens:,} tokens "
