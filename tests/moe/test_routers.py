@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from moelm.config import ConfigError, ModelConfig, MoEConfig, build, check_model, from_dict, registered
+from moelm.config import ConfigError, ModelConfig, MoEConfig, UserError, build, check_model, from_dict, registered
 from moelm.model.gpt import GPT
 from moelm.model.init import initialize
 from moelm.moe.layer import MoELayer
@@ -547,3 +547,16 @@ def test_what_a_router_cannot_do_is_refused(tiny_config, moe, key):
         tiny_config(moe=moe)
     assert error.value.key == key
     assert "remedy" in str(error.value) or "allowed" in str(error.value)
+
+
+def test_a_router_that_chooses_another_number_of_experts_than_it_is_told_is_refused(monkeypatch: pytest.MonkeyPatch):
+    router = make_router("top_k", 4, 2)
+
+    def one_less(x_TD: Tensor, context: RouteContext) -> Any:
+        routing, stats = type(router).route(router, x_TD, context)
+        return routing._replace(expert_ids_TK=routing.expert_ids_TK[:, :1]), stats
+
+    monkeypatch.setattr(router, "route", one_less)
+    x_BLD = torch.randn(2, 3, router.weight.shape[1])
+    with pytest.raises(UserError, match=r"TopKRouter: the ids of experts are of shape \[6, 1\], not \[6, 2\]"):
+        router(x_BLD, context_for(x_BLD))

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
-from moelm.config import MoEConfig, RouterConfig, setting
+from moelm.config import MoEConfig, RouterConfig, UserError, setting
 from moelm.moe.kernels import HAS_TRITON
 from moelm.moe.routing.product import float32_linear
 from moelm.moe.types import RouteContext, RouterStats, Routing, TokenChoice, count_per_sequence
@@ -43,7 +43,12 @@ class Router(nn.Module):
                 x_TD = x_TD.float()
             if context.token_mask_BL is not None:  # replaced, not multiplied: padding may hold NaN
                 x_TD = torch.where(context.token_mask_BL.reshape(-1, 1), x_TD, 0.0)
-            return self.route(x_TD, context)
+            routing, stats = self.route(x_TD, context)
+        if isinstance(routing, TokenChoice) and routing.expert_ids_TK.shape != (len(x_TD), self.top_k):
+            found = f"{type(self).__name__}: the ids of experts are of shape {list(routing.expert_ids_TK.shape)}"
+            wanted = f"not [{len(x_TD)}, {self.top_k}]; a choice that is not taken has the id {self.n_experts}"
+            raise UserError(f"{found}, {wanted}")
+        return routing, stats
 
     def route(self, x_TD: Tensor, context: RouteContext) -> tuple[Routing, RouterStats]:
         """`x_TD` float32 unless `float32_tokens` is False, 0 where the mask excludes a token. Random only if
