@@ -82,9 +82,9 @@ class SourceConfig(NamedConfig):
     def check_files(self, key: str) -> None:
         """Is what text is read from there? Raises ConfigError."""
 
-    def files(self) -> list[Path]:
-        """Those on this machine that text is read from."""
-        return []
+    def files(self) -> list[Path] | None:
+        """Those on this machine that text is read from; None where it is not read from files that are named."""
+        return None
 
 
 _registry: dict[str, dict[str, tuple[type[NamedConfig], Callable[..., Any]]]] = {}

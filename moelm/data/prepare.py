@@ -334,13 +334,15 @@ def write_manifest(corpus: CorpusConfig, writer: _Writer) -> None:
 
 
 def made_of(corpus: CorpusConfig) -> str | None:
-    """A hash of the names and sizes of the files that text is read from, and of the tokenizer's file; None where none
-    of them is on this machine."""
-    files = sorted({file for source in corpus.sources if isinstance(source, SourceConfig) for file in source.files()})
-    lines = [f"{file.name} {file.stat().st_size}" for file in files]
-    if corpus.tokenizer.file is not None and Path(corpus.tokenizer.file).is_file():
-        lines.append(hash_file(Path(corpus.tokenizer.file)))
-    return hashlib.sha256("\n".join(lines).encode("utf-8", "surrogateescape")).hexdigest() if lines else None
+    """A hash of the names and sizes of the files that text is read from, and of the tokenizer's file. None where some
+    of them are not on this machine."""
+    sources = [source.files() for source in corpus.sources if isinstance(source, SourceConfig)]
+    file = None if corpus.tokenizer.file is None else Path(corpus.tokenizer.file)
+    if [] in sources or (file is not None and not file.is_file()):
+        return None
+    lines = [f"{each.name} {each.stat().st_size}" for files in sources for each in files or []]
+    lines += [] if file is None else [hash_file(file)]
+    return hashlib.sha256("\n".join(lines).encode("utf-8", "surrogateescape")).hexdigest()
 
 
 def why_stale(corpus: CorpusConfig, shards: TokenShards) -> str | None:

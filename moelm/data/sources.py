@@ -108,7 +108,7 @@ class FilesConfig(SourceConfig):
 @register("source", "files", FilesConfig)
 def read_files(config: FilesConfig) -> Iterator[Piece]:
     """Plain UTF-8 text, line ends kept as they are."""
-    for file in config.files():
+    for file in _find_files(config.path, config.pattern):
         domain = config.domain or _domain_of(file, config.path)
         yield from _read_documents(file, domain, config.separator)
 
@@ -167,7 +167,7 @@ class RowFilesConfig(RowsConfig):
 @register("source", "jsonl", RowFilesConfig)
 def read_jsonl(config: RowFilesConfig) -> Iterator[Piece]:
     """One JSON object a line, in a file or in all `*.jsonl` and `*.jsonl.gz` of a folder."""
-    for file in config.files():
+    for file in _find_files(config.path, *_PATTERNS["jsonl"]):
         domain = config.domain or _domain_of(file, config.path)
         for number, line in enumerate(_read_lines(file), 1):
             if line.isspace():
@@ -188,7 +188,7 @@ def read_parquet(config: RowFilesConfig) -> Iterator[Piece]:
     import pyarrow  # type: ignore[import-untyped]
     import pyarrow.parquet  # type: ignore[import-untyped]
 
-    for path in config.files():
+    for path in _find_files(config.path, *_PATTERNS["parquet"]):
         domain = config.domain or _domain_of(path, config.path)
         try:
             with pyarrow.parquet.ParquetFile(path) as file:

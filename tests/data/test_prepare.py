@@ -288,6 +288,8 @@ def test_text_or_a_tokenizer_that_has_changed_since_is_said(corpus, tmp_path):
     assert why_stale(given, shards) is None
     (tmp_path / "mine.json").write_text((tmp_path / "mine.json").read_text() + " ")
     assert why_stale(given, shards) is not None
+    shutil.rmtree(tmp_path / "text")
+    assert why_stale(given, shards) is None
 
 
 def test_prepared_data_goes_where_its_text_does_not(corpus):
