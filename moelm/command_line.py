@@ -118,7 +118,14 @@ class _Console:
     def _lost(self, error: OSError) -> None:
         if error.errno not in (errno.EPIPE, errno.EIO):
             raise error
-        os.dup2(os.open(os.devnull, os.O_WRONLY), self._stream.fileno())
+        _silence(self._stream)
+
+
+def _silence(stream: TextIO) -> None:
+    """What is written to it from now on goes nowhere, also what Python flushes on its way out."""
+    nowhere = os.open(os.devnull, os.O_WRONLY)
+    os.dup2(nowhere, stream.fileno())
+    os.close(nowhere)
 
 
 def run(main: Callable[[list[str]], None], outlives_console: bool = False) -> None:
@@ -132,8 +139,8 @@ def run(main: Callable[[list[str]], None], outlives_console: bool = False) -> No
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(2)
-    except BrokenPipeError:  # `... | head` closed the pipe; Python would flush once more on its way out
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    except BrokenPipeError:  # `... | head` closed the pipe
+        _silence(sys.stdout)
         sys.exit(0)
     except OSError as error:
         if error.filename is None:

@@ -168,6 +168,7 @@ def test_a_run_that_does_not_go_on_after_a_kill_is_a_promise_broken(monkeypatch:
 def test_a_mistake_is_said(arguments: list[str], message: str, tmp_path: Path) -> None:
     with pytest.raises(UserError, match=message):
         command.main([f"run.dir={tmp_path}", *arguments])
+    assert not list(tmp_path.iterdir())
 
 
 def test_a_config_whose_step_is_one_micro_batch_is_divided_among_devices(tmp_path: Path) -> None:

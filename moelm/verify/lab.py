@@ -100,6 +100,7 @@ class Lab:
             raise UserError(
                 f"--devices: 1 to {self.most} here\n  remedy: trainer.accelerator=cpu takes processes for devices"
             )
+        micro_batch = self._micro_batch(config)
         try:
             Path(config.run.dir).mkdir(parents=True, exist_ok=True)
             self.folder = Path(tempfile.mkdtemp(prefix="verify-", dir=config.run.dir)).resolve()
@@ -110,7 +111,7 @@ class Lab:
             file = str(self.folder / "tiny.yaml")
             Path(file).write_text(json.dumps(TINY))
         self.arguments = ["--config", file, *overrides, *SHRUNK, *own, f"run.dir={self.folder}"]
-        self.arguments.append(f"optim.micro_batch_size={self._micro_batch(config)}")
+        self.arguments.append(f"optim.micro_batch_size={micro_batch}")
         self.config = load_config(file, self.arguments[2:])
         self.shards = prepare(self.config.data.corpus, progress=False)
         self.other_disk = other_disk(self.folder)
