@@ -120,9 +120,14 @@ def share_a_gpu(n_ranks: int) -> bool:
 
 @contextmanager
 def all_on_one_gpu(n_ranks: int) -> Iterator[None]:
-    """Lightning would give each rank a GPU of its own, and so would a mesh of devices."""
+    """Lightning would give each rank a GPU of its own, and so would a mesh of devices.
+
+    NCCL's kernels stay on their multiprocessors until those of the other ranks have come: if each took as many as on a
+    GPU of its own, those of four ranks and two groups would not all find room, and wait for ever.
+    """
     only, set_device = torch.device("cuda", 0), torch.cuda.set_device
     with (
+        patch.dict(os.environ, {"NCCL_MAX_CTAS": os.environ.get("NCCL_MAX_CTAS", "4")}),
         patch("lightning.fabric.accelerators.cuda.num_cuda_devices", lambda: n_ranks),
         patch.object(CUDAAccelerator, "get_parallel_devices", staticmethod(lambda devices: [only] * len(devices))),
         patch("torch.cuda.set_device", lambda _: set_device(only)),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import math
+import os
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -223,12 +224,15 @@ def test_all_ranks_are_given_the_only_gpu_if_that_is_asked_for(monkeypatch: pyte
     monkeypatch.setattr("torch.cuda.device_count", lambda: 1)
     assert not parallel.share_a_gpu(2)
     monkeypatch.setenv("NCCL_MULTI_RANK_GPU_ENABLE", "1")
+    monkeypatch.delenv("NCCL_MAX_CTAS", raising=False)
     assert [parallel.share_a_gpu(n) for n in (1, 2)] == [False, True]
     chosen: list[torch.device] = []
     monkeypatch.setattr("torch.cuda.set_device", chosen.append)
     with parallel.all_on_one_gpu(2):
         devices = CUDAAccelerator.get_parallel_devices(CUDAAccelerator.parse_devices(2))
         torch.cuda.set_device(1)
+        assert os.environ["NCCL_MAX_CTAS"] == "4"
+    assert "NCCL_MAX_CTAS" not in os.environ
     assert devices == [torch.device("cuda", 0)] * 2
     assert chosen == [torch.device("cuda", 0)]
     monkeypatch.setattr("torch.cuda.device_count", lambda: 2)
