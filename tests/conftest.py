@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import os
+from argparse import Namespace
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -79,3 +81,15 @@ def tiny_config() -> Callable[..., ModelConfig]:
         return config
 
     return make
+
+
+@pytest.fixture
+def in_this_process(monkeypatch: pytest.MonkeyPatch) -> None:
+    """`moelm.convert` verifies without a process of its own, which takes seconds to start."""
+
+    from moelm import convert
+
+    def verify(arguments: Namespace, folder: Path) -> int:
+        return convert.verify(convert.source_of(arguments), folder)
+
+    monkeypatch.setattr(convert, "verify_in_a_fresh_process", verify)

@@ -90,6 +90,7 @@ def test_the_table_of_presets_is_that_of_the_presets() -> None:
             assert measured == ["-"] * 3
 
 
+@pytest.mark.usefixtures("in_this_process")
 def test_the_commands_of_the_readme_run_in_their_order(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

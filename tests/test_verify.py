@@ -171,6 +171,7 @@ def test_a_mistake_is_said(arguments: list[str], message: str, tmp_path: Path) -
     assert not list(tmp_path.iterdir())
 
 
+@pytest.mark.slow
 def test_a_config_whose_step_is_one_micro_batch_is_divided_among_devices(tmp_path: Path) -> None:
     step = ["data.seq_len=32", "optim.batch_tokens=256", "optim.micro_batch_size=8"]
     lab = Lab(None, [f"run.dir={tmp_path}", *step], devices=[1, 2])

@@ -32,9 +32,8 @@ def sums(run_folder: Path, what: str = "load") -> list[int]:
     return torch.tensor([getattr(interval, what) for interval in intervals]).sum((0, 2)).tolist()
 
 
-@pytest.mark.parametrize("micro_batch", [16, 4])
-def test_the_sum_is_top_k_times_tokens(micro_batch: int, tiny: Callable[..., Config]) -> None:
-    config = tiny({**COUNTS, "optim.micro_batch_size": micro_batch, "trainer.max_steps": 47})
+def test_the_sum_is_top_k_times_tokens(tiny: Callable[..., Config]) -> None:
+    config = tiny({**COUNTS, "optim.micro_batch_size": 8, "trainer.max_steps": 47})
     train(config)
     assert sums(config.run_folder) == [2 * 47 * 512] * 2
     spans = [(each.first_step, each.last_step) for each in read_expert_counts(config.run_folder).intervals]
@@ -78,7 +77,7 @@ def test_validations_are_counted_by_domain(tiny: Callable[..., Config]) -> None:
     assert totals[0] == totals[1] == totals[2]
 
 
-@pytest.mark.parametrize("died_after", [33, 58])
+@pytest.mark.parametrize("died_after", [pytest.param(33, marks=pytest.mark.slow), 58])
 def test_a_run_that_died_and_resumed_leaves_the_file_of_the_uninterrupted_one(
     died_after: int, tiny: Callable[..., Config]
 ) -> None:

@@ -8,7 +8,6 @@ import pickle
 import shutil
 import subprocess
 import sys
-from argparse import Namespace
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -25,7 +24,7 @@ from tokenizers import Tokenizer, decoders, pre_tokenizers
 from tokenizers.models import WordLevel
 from tokenizers.processors import TemplateProcessing
 
-from moelm import command_line, convert
+from moelm import command_line
 from moelm.config import Config, TokenizerConfig, UserError, to_yaml
 from moelm.convert import main
 from moelm.data.tokenizer import encode_prompt
@@ -65,16 +64,6 @@ DEEPSEEK_V3 = {
     "model.multi_token_prediction": {"n_modules": 1, "coef": 0.3},
 }
 PROMPTS = ("def ", "class Reader:\n", "", "<|endoftext|>", "日本")
-
-
-@pytest.fixture
-def in_this_process(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Verification without a process of its own, which takes seconds to start."""
-
-    def verify(arguments: Namespace, folder: Path) -> int:
-        return convert.verify(convert.source_of(arguments), folder)
-
-    monkeypatch.setattr(convert, "verify_in_a_fresh_process", verify)
 
 
 def trained(tiny: Callable[..., Config], changes: Mapping[str, Any]) -> Config:

@@ -308,7 +308,7 @@ def test_clamped_swiglu_has_the_values_and_slopes_of_its_formula():
     assert (gate.grad == 0).tolist() == [False, True, False, False, False, False]  # 9 is above the limit, -9 is not
 
 
-@pytest.mark.parametrize("compiled", [False, True])
+@pytest.mark.parametrize("compiled", [False, pytest.param(True, marks=pytest.mark.slow)])
 def test_recomputing_blocks_changes_no_bit_of_a_model_with_biased_experts(tiny_config, device, compiled):
     experts = {"backend": "grouped", **KINDS["clamped_biased"]}
     model = GPT(tiny_config(moe={"experts": experts, "first_moe_layer": 1}))

@@ -48,7 +48,7 @@ def telling(config: Config, name: str) -> Config:
     [
         ("SIGTERM forward 0", 4, 1),
         ("SIGINT validation 0", 5, 1),
-        ("SIGUSR1 save 0", 6, 0),
+        pytest.param("SIGUSR1 save 0", 6, 0, marks=pytest.mark.slow),
     ],
 )
 def test_one_process_saves_the_step_it_is_in_and_continues_bitwise(

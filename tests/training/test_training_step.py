@@ -30,9 +30,9 @@ def recorded(config: Config, *, keep: bool = True, name: str = "tiny") -> Config
     return dataclasses.replace(config, callbacks=callbacks, run=dataclasses.replace(config.run, name=name))
 
 
-@pytest.mark.parametrize("checkpointing", ["none", "full"])
-@pytest.mark.parametrize("micro_batch", [16, 4])
-@pytest.mark.parametrize("top_k", [2, 8])
+@pytest.mark.parametrize(
+    ("checkpointing", "micro_batch", "top_k"), [("none", 16, 8), ("none", 4, 2), ("full", 16, 2), ("full", 4, 8)]
+)
 def test_counts_are_exactly_tokens_times_top_k_times_accumulation(
     tiny: Callable[..., Config], checkpointing: str, micro_batch: int, top_k: int
 ) -> None:
