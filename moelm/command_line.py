@@ -137,7 +137,8 @@ def run(main: Callable[[list[str]], None], outlives_console: bool = False) -> No
         main(sys.argv[1:])
         sys.stdout.flush()
     except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
+        remedy = f"\n  remedy: {error.remedy}" if error.remedy and "\n  remedy: " not in str(error) else ""
+        print(f"error: {error}{remedy}", file=sys.stderr)
         sys.exit(2)
     except BrokenPipeError:  # `... | head` closed the pipe
         _silence(sys.stdout)

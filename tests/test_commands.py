@@ -333,6 +333,7 @@ def test_gradients_lie_beside_all_activations_only_where_they_accumulate(tiny: C
     [
         ("evaluate", ["--checkpoint", "nowhere"], "nowhere: no such folder"),
         ("generate", ["--checkpoint", "nowhere"], "nowhere: no such folder"),
+        ("evaluate", ["--checkpoint", "."], ".: no valid checkpoint"),
         ("generate", ["--checkpoint", ".", "--top-p", "2"], "--top-p: 2.0"),
         ("generate", ["--checkpoint", ".", "--temperature", "-1"], "--temperature: -1"),
         ("info", ["--config", "nowhere.yaml"], "nowhere.yaml: no such file"),
@@ -352,7 +353,9 @@ def test_a_mistake_is_one_message_and_exit_code_2(
     with pytest.raises(SystemExit) as stop:
         command_line.run(MAINS[module])
     assert stop.value.code == 2
-    assert message in capsys.readouterr().err
+    said = capsys.readouterr().err
+    assert message in said
+    assert said.count("\n  remedy: ") == 1
     assert not list(tmp_path.iterdir())
 
 

@@ -19,8 +19,9 @@ from torch.utils.tensorboard import SummaryWriter
 
 from moelm.callbacks.heat_map import Pixels
 from moelm.callbacks.progress_bar import StepProgressBar
-from moelm.config import Config, ConfigError, UserError
+from moelm.config import Config, ConfigError
 from moelm.training.lightning_module import MoELightningModule
+from moelm.training.weight_files import CheckpointError
 
 T = TypeVar("T")
 Counts = npt.NDArray[np.float64]
@@ -53,10 +54,10 @@ class Observer(Callback):
 
 
 def saved_state(state: dict[str, Any], **kinds: Any) -> list[Any]:
-    """The values under the keys `kinds`, each of which `isinstance` must find to be of its kind. Raises UserError."""
+    """The values under the keys `kinds`, each of which must be of its kind. Raises CheckpointError."""
     for key, kind in kinds.items():
         if key not in state or not isinstance(state[key], kind):
-            raise UserError(f"the checkpoint's state of the callbacks is damaged: {key} is {state.get(key)!r:.80}")
+            raise CheckpointError(f"the saved state of a callback is damaged: {key} is {state.get(key)!r:.80}")
     return [state[key] for key in kinds]
 
 

@@ -5,11 +5,13 @@ from __future__ import annotations
 import difflib
 import re
 from collections.abc import Iterable
-from typing import Any
+from typing import Any, ClassVar
 
 
 class UserError(Exception):
     """Something the person at the terminal can put right. Commands print its message and exit with code 2."""
+
+    remedy: ClassVar[str] = ""  # of all errors of a class, where the message names no other
 
 
 class ConfigError(UserError):

@@ -63,8 +63,9 @@ def _read_manifest(folder: Path) -> dict[str, Any]:
     try:
         manifest: dict[str, Any] = read_json(folder / "manifest.json")
         if manifest["format"] not in (2, FORMAT):  # in 2 the moments lie in training.pt
-            older = "; an older moelm wrote it, which can still read it" if manifest["format"] == 1 else ""
-            raise CheckpointError(f"{folder}: format {manifest['format']}, this moelm reads {FORMAT} and 2{older}")
+            age = "an older" if manifest["format"] == 1 else "a newer"
+            problem = f"format {manifest['format']}, this moelm reads {FORMAT} and 2"
+            raise CheckpointError(f"{folder}: {problem}\n  remedy: {age} moelm wrote it, which can still read it")
         if type(manifest["step"]) is not int or not is_sealed(manifest):
             raise CheckpointError(f"{folder}: manifest.json is damaged: its content does not match its own sha256")
         _ = manifest["versions"]["lightning"]
@@ -289,7 +290,7 @@ def find_checkpoint(path: str | Path, share: slice | None = slice(None)) -> Path
     """A run folder (its newest valid checkpoint) or a step folder. Raises CheckpointError."""
     folder = Path(path)
     if not folder.is_dir():
-        raise CheckpointError(f"{folder}: no such folder; give a run's folder or one of its step-XXXXXXXX")
+        raise CheckpointError(f"{folder}: no such folder\n  remedy: give a run's folder or one of its step-XXXXXXXX")
     if (folder / "manifest.json").exists() or STEP_FOLDER.fullmatch(folder.resolve().name):
         verify_checkpoint(folder, share)
         return folder

@@ -286,7 +286,8 @@ def renamed_away(folder: Path) -> Path:
 
 
 def could_not(target: Path, error: str) -> str:
-    return f"{target}: the checkpoint could not be written: {error}"
+    remedy = "mend that (room, rights, the disk), then continue with --resume auto"
+    return f"{target}: the checkpoint could not be written: {error}\n  remedy: {remedy}"
 
 
 class StepCheckpoint(Checkpoint):

@@ -32,6 +32,8 @@ N_BYTES = {name: dtype.itemsize for dtype, name in DTYPES.items()}
 class CheckpointError(UserError):
     """A folder or file of weights that is not what it should be."""
 
+    remedy = "put a whole copy in its place, or name another checkpoint (step-XXXXXXXX)"
+
 
 class Place(NamedTuple):
     """Where a part lies in the whole tensor."""

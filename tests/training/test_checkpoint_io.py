@@ -212,8 +212,8 @@ def test_without_a_tokenizer_evaluate_and_generate_say_so(run: Config) -> None:
 
 
 MANIFESTS: list[tuple[Callable[[dict[str, Any]], Any], str]] = [
-    (lambda manifest: manifest.update(format=1), "format 1, this moelm reads 3 and 2; an older moelm wrote it"),
-    (lambda manifest: manifest.update(format=4), "format 4, this moelm reads 3 and 2$"),
+    (lambda manifest: manifest.update(format=1), r"format 1, this moelm reads 3 and 2\n  remedy: an older"),
+    (lambda manifest: manifest.update(format=4), r"format 4, this moelm reads 3 and 2\n  remedy: a newer"),
     (lambda manifest: manifest.pop("step"), "not a checkpoint"),
     (lambda manifest: manifest["files"].pop("model.safetensors"), r"model\*\.safetensors: missing in manifest"),
     (lambda manifest: manifest["files"].pop("optimizer.safetensors"), r"optimizer\*\.safetensors: missing in manifest"),
