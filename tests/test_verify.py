@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import shutil
+import signal
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -136,6 +137,21 @@ def test_a_promise_that_is_not_kept_ends_with_1_and_leaves_the_runs(
     assert "1 of 2 promises kept" in told.out
     (folder,) = tmp_path.glob("verify-*")
     assert str(folder) in told.err
+
+
+def test_runs_hear_an_interrupt_where_a_shell_began_it_in_the_background(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def hears() -> str:
+        assert signal.getsignal(signal.SIGINT) != signal.SIG_IGN
+        return "heard"
+
+    monkeypatch.setitem(command.SUBJECTS, "kill", lambda lab, full: iter([Row("one", hears)]))
+    before = signal.signal(signal.SIGINT, signal.SIG_IGN)
+    try:
+        command.main(["kill", f"run.dir={tmp_path}"])
+    finally:
+        signal.signal(signal.SIGINT, before)
 
 
 def test_a_run_that_does_not_go_on_after_a_kill_is_a_promise_broken(monkeypatch: pytest.MonkeyPatch) -> None:

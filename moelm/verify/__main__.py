@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import signal
 import sys
 import time
 from collections.abc import Callable, Iterator
@@ -60,6 +61,8 @@ def main(argv: list[str]) -> None:
             raise UserError(f"{word}: no subject\n  remedy: {', '.join(SUBJECTS)}, all or soak")
     if (arguments.n is not None and arguments.n < 1) or arguments.minutes <= 0:
         raise UserError("--n and --minutes: must be more than 0")
+    if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:  # a shell's job in the background; the runs would inherit it
+        signal.signal(signal.SIGINT, signal.default_int_handler)
     lab = Lab(arguments.config, overrides, arguments.devices, arguments.n or 0, arguments.plugin)
     n_failed = 0
     try:

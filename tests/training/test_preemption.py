@@ -11,7 +11,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from multiprocessing import active_children, get_context
 from pathlib import Path
 from types import SimpleNamespace
@@ -36,6 +36,17 @@ CHANGES = {
     "checkpoint.every_n_steps": 6,
     "optim.micro_batch_size": 8,
 }
+
+
+@pytest.fixture(autouse=True)
+def nothing_is_ignored() -> Iterator[None]:
+    """SIGINT is where a shell started the tests in the background, and SIGHUP under nohup."""
+    before = {each: signal.getsignal(each) for each in SIGNALS}
+    for each in SIGNALS:
+        signal.signal(each, signal.default_int_handler if each == signal.SIGINT else signal.SIG_DFL)
+    yield
+    for each, handler in before.items():
+        signal.signal(each, handler)
 
 
 def telling(config: Config, name: str) -> Config:
