@@ -92,7 +92,7 @@ def read_run(folder: Path) -> dict[str, Any]:
             "tokens_per_s": _number(summary, "tokens_per_s"),
             "alarms": len(summary["alarms"]),
         }
-    except (ValueError, KeyError, TypeError) as error:
+    except (OSError, ValueError, KeyError, TypeError) as error:
         raise UserError(f"{summary_file}: not the summary of a run ({type(error).__name__}: {error})") from None
 
 

@@ -15,7 +15,7 @@ from moelm.config import ModelConfig, load_corpus
 from moelm.data.datamodule import validation_loader
 from moelm.data.prepare import prepare, prepare_for_tokenizer
 from moelm.data.token_shards import DataError
-from moelm.moe.load_metrics import dead_experts, max_violation
+from moelm.moe.load_metrics import dead_experts, dropped, max_violation
 from moelm.training.checkpoint_io import find_checkpoint, has_file, tokenizer_file
 from moelm.training.evaluation import Evaluation, EvaluationSums, forward_batch
 from moelm.training.loading import autocast, check_tokenizer, load_model
@@ -83,7 +83,7 @@ def as_dict(result: Evaluation) -> dict[str, Any]:
         "load": result.load,
         "max_violation": max_violation(load).tolist() if result.load else [],
         "dead_experts": dead_experts(load).tolist() if result.load else [],
-        "dropped": (1 - torch.tensor(result.kept).sum(-1) / load.sum(-1).clamp(min=1)).tolist() if result.load else [],
+        "dropped": dropped(load, torch.tensor(result.kept, dtype=torch.float64)).tolist() if result.load else [],
     }
 
 

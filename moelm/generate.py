@@ -12,6 +12,7 @@ from torch import Tensor
 
 from moelm import command_line
 from moelm.config import ConfigError, ModelConfig, UserError
+from moelm.data.sources import encodable
 from moelm.data.tokenizer import encode_prompt, read_tokenizer
 from moelm.model.gpt import GPT
 from moelm.training.checkpoint_io import find_checkpoint, load_checkpoint_config, tokenizer_file
@@ -36,9 +37,10 @@ def main(argv: list[str]) -> None:
     parser.add_argument("--seed", type=int, default=0, metavar="S")
     arguments = command_line.parse(parser, argv)
     for key, holds, allowed in (
-        ("max_new_tokens", arguments.max_new_tokens >= 1, ">= 1"),
+        ("max_new_tokens", 1 <= arguments.max_new_tokens < 2**31, ">= 1 and < 2**31"),
         ("temperature", arguments.temperature >= 0, ">= 0"),
         ("top_p", 0 < arguments.top_p <= 1, "in (0, 1]"),
+        ("seed", 0 <= arguments.seed < 2**63, ">= 0 and < 2**63"),
     ):
         if not holds:
             raise ConfigError(f"--{key.replace('_', '-')}", f"{getattr(arguments, key)}", f"it must be {allowed}")
@@ -48,14 +50,15 @@ def main(argv: list[str]) -> None:
     tokenizer = read_tokenizer(str(tokenizer_file(folder)))
     section = saved.data.corpus.tokenizer
     end = tokenizer.token_to_id(section.end_of_text)
-    prompt = encode_prompt(tokenizer, section, arguments.prompt)
+    given = encodable(arguments.prompt)  # what a terminal sends need not be UTF-8
+    prompt = encode_prompt(tokenizer, section, given)
     model, config, device = load_model(folder)
     if len(prompt) + arguments.max_new_tokens > config.data.seq_len:
         print(
             f"note: trained on sequences of {config.data.seq_len} tokens; later text is worse",
             file=sys.stderr,
         )
-    print(arguments.prompt, end="", flush=True)
+    print(given, end="", flush=True)
     with autocast(config, device):
         ids = generate(
             model,
@@ -105,7 +108,11 @@ def generate(
     dtype = (
         torch.get_autocast_dtype(prompt_1L.device.type) if torch.is_autocast_enabled(prompt_1L.device.type) else None
     )
-    cache = model.init_cache(1, prompt_1L.shape[1] + max_new_tokens, dtype) if use_cache else None
+    try:
+        cache = model.init_cache(1, prompt_1L.shape[1] + max_new_tokens, dtype) if use_cache else None
+    except RuntimeError as error:
+        problem = f"no memory for the keys and values of {max_new_tokens:,} tokens"
+        raise ConfigError("--max-new-tokens", problem, "ask for fewer") from error
     generator = torch.Generator(device=prompt_1L.device).manual_seed(seed)
     tokens_1L = fed_1L = prompt_1L
     for _ in range(max_new_tokens):

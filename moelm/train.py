@@ -146,7 +146,7 @@ def _train(config: Config, resume: str | None) -> dict[str, Any]:
     summary = _summary(config, module, shards, time.perf_counter() - started, step or 0)
     if trainer.is_global_zero:
         _write(config.run_folder / "summary.json", json.dumps(summary, indent=1) + "\n")
-        _say_summary(summary, config)
+        _say_summary(summary, config, step)
     return summary
 
 
@@ -258,12 +258,13 @@ def _summary(
     size = model_size(config.model)
     everything = module.evaluation.get("all")
     tokens = module.step * config.optim.batch_tokens
+    tokens_here = (module.step - first_step) * config.optim.batch_tokens
     return {
         "run": config.run_name,
         "step": module.step,
         "tokens": tokens,
         "wall_s": round(wall_s, 1),
-        "tokens_per_s": round((module.step - first_step) * config.optim.batch_tokens / wall_s, 1),
+        "tokens_per_s": round(tokens_here / wall_s, 1) if tokens_here else None,
         "total_params": size.total,
         "active_params": size.active,
         "train_flops": tokens * flops_per_token(config.model, config.data.seq_len),
@@ -276,14 +277,17 @@ def _summary(
     }
 
 
-def _say_summary(summary: dict[str, Any], config: Config) -> None:
+def _say_summary(summary: dict[str, Any], config: Config, continued: int | None) -> None:
+    """`continued`: the step that this process went on from."""
+
     def number(key: str, form: str) -> str:
         value = summary[key]
         return "-" if value is None else format(value, form)
 
+    since = "" if continued is None else f" since step {continued:,}"
     rows = [
         ("steps", f"{summary['step']:,} ({summary['tokens']:,} tokens, {summary['train_flops']:.2e} FLOPs)"),
-        ("time", f"{summary['wall_s']:.0f} s with validation ({summary['tokens_per_s']:,.0f} tokens/s)"),
+        ("time", f"{summary['wall_s']:.0f} s{since} with validation ({number('tokens_per_s', ',.0f')} tokens/s)"),
         ("parameters", f"{summary['total_params']:,} total, {summary['active_params']:,} active"),
         ("training cross-entropy", f"{number('train/ce', '.4f')} nats/token (last batch)"),
         ("validation cross-entropy", f"{number('val/ce', '.4f')} nats/token"),

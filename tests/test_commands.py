@@ -283,6 +283,21 @@ def test_generate_streams_the_text_of_uncached_greedy_decoding(run: Config, caps
     assert shown == "def" + tokenizer.decode(ids) + "\n"
 
 
+def test_a_prompt_that_is_not_utf_8_is_continued_and_more_tokens_than_fit_are_refused(
+    run: Config, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    arguments = ["--checkpoint", str(run.run_folder), "--max-new-tokens", "2", "--prompt"]
+    generate_main([*arguments, "d\udcff"])  # as Python spells a byte that is none
+    assert capsys.readouterr().out.startswith("d\N{REPLACEMENT CHARACTER}")
+
+    def full(*sizes: Any) -> None:
+        raise RuntimeError("DefaultCPUAllocator: can't allocate memory")
+
+    monkeypatch.setattr(GPT, "init_cache", full)
+    with pytest.raises(ConfigError, match="--max-new-tokens: no memory for the keys and values of 2 tokens"):
+        generate_main([*arguments, "d"])
+
+
 def test_a_character_of_several_tokens_is_streamed_whole() -> None:
     class Bytes:
         def decode(self, ids: list[int]) -> str:
@@ -336,6 +351,8 @@ def test_gradients_lie_beside_all_activations_only_where_they_accumulate(tiny: C
         ("evaluate", ["--checkpoint", "."], ".: no valid checkpoint"),
         ("generate", ["--checkpoint", ".", "--top-p", "2"], "--top-p: 2.0"),
         ("generate", ["--checkpoint", ".", "--temperature", "-1"], "--temperature: -1"),
+        ("generate", ["--checkpoint", ".", "--seed", str(2**63)], "--seed: 9223372036854775808"),
+        ("generate", ["--checkpoint", ".", "--max-new-tokens", str(2**31)], "--max-new-tokens: 2147483648"),
         ("info", ["--config", "nowhere.yaml"], "nowhere.yaml: no such file"),
         ("train", ["--config", "nowhere.yaml"], "nowhere.yaml: no such file"),
     ],

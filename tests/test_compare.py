@@ -85,10 +85,11 @@ def test_a_run_that_cannot_be_read_takes_no_other_away(runs, tmp_path, capsys):
         (tmp_path / name).mkdir()
         (tmp_path / name / "summary.json").write_text("{}")
         (tmp_path / name / "config.yaml").write_text("model: {moe: {router: of_a_plugin}}")
+    (tmp_path / "three" / "summary.json").mkdir(parents=True)
     assert compare([runs, tmp_path]) == compare([runs])
     said = capsys.readouterr().err
     assert [line.partition(": ")[0] for line in said.splitlines() if line.startswith("left out")] == [
-        f"left out {tmp_path / name}" for name in ("one", "two")
+        f"left out {tmp_path / name}" for name in ("one", "three", "two")
     ]
     assert "'of_a_plugin' is not a known router" in said
     with pytest.raises(UserError, match="none of the runs can be read"):

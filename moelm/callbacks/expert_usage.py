@@ -17,6 +17,7 @@ from moelm.callbacks.observer import Observer, domain_loads, image_is_due, write
 from moelm.config import Config, NamedConfig, register, setting
 from moelm.moe.load_metrics import (
     dead_experts,
+    dropped,
     effective_experts,
     max_violation,
     mutual_information,
@@ -67,7 +68,7 @@ class ExpertUsage(Observer):
         moe = module.config.model.moe
         if moe is not None and moe.dispatch.drops:
             kept_ME = torch.tensor(module.evaluation["all"].kept, dtype=torch.float64)
-            numbers["val_dropped"] = 1 - kept_ME.sum(-1) / load_ME.sum(-1).clamp(min=1)
+            numbers["val_dropped"] = dropped(load_ME, kept_ME)
         domains = domain_loads(module)
         if len(domains) > 1 and "mutual_information" in self.per_layer:
             counts_MDE = torch.tensor(list(domains.values()), dtype=torch.float64).transpose(0, 1)
@@ -147,7 +148,7 @@ def training_numbers(module: MoELightningModule) -> dict[str, Tensor]:
     }
     moe = module.config.model.moe
     if moe is not None and moe.dispatch.drops and last.kept_ME is not None:
-        numbers["dropped"] = 1 - last.kept_ME.sum(-1) / last.load_ME.sum(-1).clamp(min=1)
+        numbers["dropped"] = dropped(last.load_ME, last.kept_ME)
     numbers |= last.observed_M
     if "logit_sq" in numbers:
         numbers["logit_rms"] = numbers.pop("logit_sq").sqrt()

@@ -12,8 +12,14 @@ def relative_load(load_E: Tensor) -> Tensor:
 
 
 def max_violation(load_E: Tensor) -> Tensor:
-    """MaxVio = (max load - mean load) / mean load (arXiv 2408.15664, eq. 4): 0 is balanced, E / k - 1 is collapse."""
-    return relative_load(load_E).amax(-1) - 1
+    """MaxVio = (max load - mean load) / mean load (arXiv 2408.15664, eq. 4): 0 is balanced, E / k - 1 is collapse. 0
+    where nothing was counted."""
+    return (relative_load(load_E).amax(-1) - 1).clamp(min=0)
+
+
+def dropped(load_E: Tensor, kept_E: Tensor) -> Tensor:
+    """The share of the choices made, `load_E`, that are not among `kept_E`. 0 where nothing was counted."""
+    return (load_E - kept_E).sum(-1) / load_E.sum(-1).clamp(min=1)
 
 
 def load_entropy(load_E: Tensor) -> Tensor:

@@ -423,11 +423,11 @@ class MoELightningModule(pl.LightningModule):
 
     def load_summary(self) -> dict[str, float | None]:
         """`moe/max_violation` of the last batch (mean over layers) and the dead experts of the last steps."""
-        if self.last_step is None or self.last_step.load_ME is None:
-            return {"moe/max_violation": None, "moe/dead_experts": None}
+        load_ME = None if self.last_step is None else self.last_step.load_ME
+        ring = self.recent_load.ring  # of a checkpoint where no step came after it
         return {
-            "moe/max_violation": float(max_violation(self.last_step.load_ME).mean()),
-            "moe/dead_experts": int(dead_experts(self.recent_load.total()).sum()),
+            "moe/max_violation": None if load_ME is None else float(max_violation(load_ME).mean()),
+            "moe/dead_experts": None if ring is None else int(dead_experts(self.recent_load.total()).sum()),
         }
 
 

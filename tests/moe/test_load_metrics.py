@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 
-from moelm.moe.load_metrics import dead_experts, load_entropy, max_violation, relative_load
+from moelm.moe.load_metrics import dead_experts, dropped, load_entropy, max_violation, relative_load
 
 LOADS = {  # load: (relative load, MaxVio, entropy, dead)
     "balanced": ([5, 5, 5, 5], [1, 1, 1, 1], 0.0, math.log(4), 0),
@@ -39,6 +39,11 @@ def test_the_scale_of_the_counts_does_not_matter():
         torch.testing.assert_close(metric(load_E * 1e6), metric(load_E))
 
 
+def test_dropped_is_the_share_of_the_choices_that_were_not_kept():
+    load_ME, kept_ME = torch.tensor([[6.0, 2.0], [4.0, 4.0]]), torch.tensor([[4.0, 2.0], [4.0, 4.0]])
+    assert dropped(load_ME, kept_ME).tolist() == [0.25, 0]
+
+
 def test_collapse_is_the_number_of_experts_less_one():
     for n_experts in (2, 64, 256):
         load_E = torch.zeros(n_experts)
@@ -49,6 +54,7 @@ def test_collapse_is_the_number_of_experts_less_one():
 def test_nothing_counted_gives_finite_values():
     zeros_E = torch.zeros(4)
     assert relative_load(zeros_E).tolist() == [0, 0, 0, 0]
-    assert max_violation(zeros_E).isfinite()
+    assert max_violation(zeros_E).item() == 0
+    assert dropped(zeros_E, zeros_E).item() == 0
     assert load_entropy(zeros_E).item() == 0
     assert dead_experts(zeros_E).item() == 4

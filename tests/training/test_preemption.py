@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import dataclasses
+import json
 import os
 import re
 import signal
@@ -83,7 +84,7 @@ def test_one_process_saves_the_step_it_is_in_and_continues_bitwise(
 
 
 def test_a_signal_in_the_last_step_leaves_the_validation_to_the_run_that_continues(
-    tiny: Callable[..., Config], monkeypatch: pytest.MonkeyPatch
+    tiny: Callable[..., Config], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     straight, stopped = (telling(tiny({**CHANGES, "trainer.max_steps": 4}), name) for name in ("straight", "stopped"))
     train(straight)
@@ -91,7 +92,13 @@ def test_a_signal_in_the_last_step_leaves_the_validation_to_the_run_that_continu
     with pytest.raises(Preempted, match="step 4 is saved"):
         train(stopped)
     monkeypatch.delenv("TOLD")
-    assert train(stopped, resume="auto")["step"] == 4
+    wanted = json.loads((straight.run_folder / "summary.json").read_text())
+    capsys.readouterr()
+    summary = train(stopped, resume="auto")
+    assert summary["val/ce"] == wanted["val/ce"]
+    assert (summary["step"], summary["moe/dead_experts"]) == (4, wanted["moe/dead_experts"])
+    assert summary["tokens_per_s"] is None
+    assert " s since step 4 with validation (- tokens/s)" in capsys.readouterr().out
     assert_same_state(step_folder(straight.run_folder, 4), step_folder(stopped.run_folder, 4))
     assert_same_curves(straight.run_folder, stopped.run_folder)
     with pytest.raises(ConfigError, match="4 steps are done already"):
