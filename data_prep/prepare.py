@@ -19,7 +19,7 @@ def main(arguments: list[str]) -> None:
     parser = command_line.make_parser(
         "data_prep.prepare", "Split, tokenise and store a corpus. What is there already is kept.", EXAMPLE
     )
-    parser.add_argument("--config", required=True, metavar="YAML", help="a corpus, such as configs/data/stdlib.yaml")
+    parser.add_argument("--config", required=True, metavar="YAML", help="such as configs/data/stdlib.yaml, or of a run")
     parser.add_argument("--force", action="store_true", help="prepare again and replace what is there")
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="change a setting of the config")
     options = command_line.parse(parser, arguments)

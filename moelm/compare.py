@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import sys
 from collections.abc import Iterable
 from pathlib import Path
@@ -112,6 +113,7 @@ def _count(summary: dict[str, Any], key: str) -> int | None:
 
 
 def _scalars(folder: Path, tag: str) -> list[tuple[int, float]]:
+    logging.getLogger("tensorboard").setLevel(logging.ERROR)  # it warns of steps that a continued run made again
     events = EventAccumulator(str(folder), size_guidance={"scalars": 0})
     events.Reload()
     if tag not in events.Tags()["scalars"]:

@@ -156,14 +156,15 @@ def _checkpoint_to_resume(config: Config, resume: str | None) -> Path | None:
     if (folder / "manifest.json").exists():  # an imported model, whose config.yaml a run would write over
         problem = f"{folder} is itself a checkpoint, not the folder of a run"
         raise ConfigError("run.name", problem, "choose another run.name or run.dir")
+    continues = resume == "auto" or (resume is not None and Path(resume).resolve().is_relative_to(folder.resolve()))
+    trained = [*folder.glob("step-*"), *folder.glob("events.*"), *folder.glob("summary.json")]
+    if trained and not continues and is_first:  # the others may come after rank 0 has begun
+        raise ConfigError(
+            "run.name",
+            f"the run {folder} exists" + (f", and {resume} is of another one" if resume else ""),
+            "continue it with --resume auto, choose another run.name, or delete the folder",
+        )
     if resume is None:
-        trained = [*folder.glob("step-*"), *folder.glob("events.*"), *folder.glob("summary.json")]
-        if trained and is_first:  # the others may come after rank 0 has begun
-            raise ConfigError(
-                "run.name",
-                f"the run {folder} exists",
-                "continue it with --resume auto, choose another run.name, or delete the folder",
-            )
         return None
     if is_first:
         finish_rename(folder)
@@ -208,7 +209,7 @@ MAY_CHANGE = {
 }
 MAY_CHANGE_AND_IS_SAID = (
     *("optim.lr", "optim.betas.", "optim.momentum", "optim.eps", "optim.weight_decay", "optim.schedule."),
-    "trainer.",
+    *("model.moe.dispatch.eval_", "trainer."),
 )
 
 
@@ -235,6 +236,11 @@ def _say_start(
     seq_len = config.data.seq_len
     short = [name for name in shards.domains if name not in texts or texts[name].tokens < seq_len]
     notes = [note for note in (caution, why_stale(config.data.corpus, shards)) if note]
+    tokenizer, moe = config.data.corpus.tokenizer, config.model.moe
+    if tokenizer.file is None and shards.vocab_size < tokenizer.vocab_size:
+        notes.append(f"the text gave a tokenizer of {shards.vocab_size:,} tokens, not of {tokenizer.vocab_size:,}")
+    if moe is not None and moe.dispatch.no_generation:
+        notes.append(f"moelm.generate will refuse it: {moe.dispatch.no_generation}")
     if short:  # of each domain training takes whole sequences
         notes.append(f"less than one sequence of {seq_len} tokens, so never trained on: {', '.join(short)}")
     accumulation = int(trainer.accumulate_grad_batches)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import subprocess
 import sys
 from collections.abc import Callable
@@ -213,6 +214,26 @@ def test_a_domain_that_is_shorter_than_a_sequence_is_named(
     train(config)
     said = capsys.readouterr().err
     assert "note   less than one sequence of 256 tokens, so never trained on: short" in said
+
+
+def test_a_smaller_tokenizer_and_a_model_that_will_not_generate_are_said_and_may_still_generate(
+    tiny: Callable[..., Config], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "text.txt").write_text("some words that are text\n\n" * 400)
+    source = {"name": "files", "path": str(tmp_path / "text.txt"), "separator": ""}
+    corpus = {"dir": str(tmp_path / "shards"), "sources": [source], "tokenizer": {"vocab_size": 500}}
+    changes = {"data.corpus": corpus, "trainer.max_steps": 1}
+    train(tiny({**changes, "model.moe.dispatch": "capacity"}))
+    said = capsys.readouterr().err
+    assert re.search(r"note   the text gave a tokenizer of 2\d\d tokens, not of 500\n", said)
+    assert "note   moelm.generate will refuse it: with capacity in evaluation" in said
+    dropless = {"name": "capacity", "eval_dispatch": "dropless"}
+    config = tiny({**changes, "trainer.max_steps": 2, "model.moe.dispatch": dropless})
+    train(config, resume="auto")
+    said = capsys.readouterr().err
+    assert "change model.moe.dispatch.eval_dispatch capacity -> dropless, trainer.max_steps 1 -> 2" in said
+    assert "will refuse" not in said
+    generate_main(["--checkpoint", str(config.run_folder), "--max-new-tokens", "2"])
 
 
 def test_a_model_that_cannot_generate_is_refused_before_a_device_is_touched(

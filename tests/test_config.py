@@ -389,8 +389,8 @@ FILES = {
     "a control sign": ("run: {name: \x01}", ["not valid YAML"]),
     "an unclosed reference": ("run: {name: '${'}", ["not valid YAML", "run.name"]),
     "a list": ("- run", ["not a mapping"]),
-    "empty": ("", ["not a mapping"]),
-    "only comments": ("# run:", ["not a mapping"]),
+    "empty": ("", ["broken.yaml: is empty"]),
+    "only comments": ("# run:", ["broken.yaml: is empty"]),
     "a number": ("3", ["broken.yaml"]),
     "a word": ("hello", ["hello: unknown key"]),
     "its own parent": ("extends: broken.yaml", ["extends: broken.yaml: is part of itself"]),
@@ -441,6 +441,9 @@ OVERRIDES = [
     ("run.name=a b", "run.name: 'a b' is not allowed"),
     ("trainer.max_step=3", "trainer.max_step: unknown key"),
     ("trainer=3", "trainer: 3 is not a mapping"),
+    ("model.moe=none", "model.moe: 'none' is not a mapping\n  remedy: give null, or its keys, of: n_experts"),
+    ("moe.top_k=3", "moe: unknown key\n  remedy: did you mean model.moe? allowed: run"),
+    ("lr=3", "lr: unknown key\n  remedy: did you mean optim.lr? allowed: run"),
     ("model=null", "model: null is not a mapping"),
     ("extends=base.yaml", "extends: unknown key"),
     ("optim.lr=fast", "optim.lr: 'fast' is not a finite number"),
@@ -674,5 +677,9 @@ def test_a_corpus_and_the_config_of_a_run_are_told_apart():
         ConfigError, match=r"texts\.yaml: is a corpus, not the config of a run\n.*data\.corpus=texts\.yaml"
     ):
         load_config("texts.yaml")
-    with pytest.raises(ConfigError, match=r"base\.yaml: is the config of a run, not a corpus"):
-        load_corpus("base.yaml")
+    with pytest.raises(ConfigError, match=r"data\.corpus: base\.yaml is the config of a run, not a corpus"):
+        load_config("base.yaml", ["data.corpus=base.yaml"])
+    write("model: {n_layers: 2}\ndata: {corpus: {sources: [stdlib], name: own}}", "run.yaml")
+    seed = ["data.corpus.seed=3"]
+    assert load_corpus("run.yaml", seed) == load_config("run.yaml", seed).data.corpus
+    assert load_corpus("run.yaml").name == "own"

@@ -42,14 +42,17 @@ def load_config(file: str | Path, overrides: Iterable[str] = ()) -> Config:
 
 
 def load_corpus(file: str | Path, overrides: Iterable[str] = ()) -> CorpusConfig:
-    """The same for a `configs/data/*.yaml`."""
-    raw = {"name": Path(file).stem} | _override(read_yaml(file), overrides)
-    if "model" in raw or "trainer" in raw:
-        remedy = "give a file such as configs/data/stdlib.yaml"
-        raise ConfigError(str(file), "is the config of a run, not a corpus", remedy)
-    corpus = from_dict(CorpusConfig, raw)
+    """The same for a `configs/data/*.yaml`, or the corpus of the config of a run."""
+    loaded = read_yaml(file)
+    if _is_of_a_run(loaded):
+        return load_config(file, overrides).data.corpus
+    corpus = from_dict(CorpusConfig, {"name": Path(file).stem} | _override(loaded, overrides))
     check_corpus(corpus, "")
     return corpus
+
+
+def _is_of_a_run(raw: dict[str, Any]) -> bool:
+    return not {"model", "data", "optim", "trainer"}.isdisjoint(raw)
 
 
 def read_yaml(file: str | Path, named_by: str = "", seen: tuple[Path, ...] = ()) -> dict[str, Any]:
@@ -84,7 +87,8 @@ def _read_over(
     except _UNPARSABLE as error:
         raise ConfigError(where, f"is not valid YAML: {reason(error)}", "correct it, or quote the value") from None
     if not isinstance(loaded, dict) or not loaded:
-        raise ConfigError(where, "is not a mapping of sections", "see configs/quickstart.yaml")
+        problem = "is empty" if not loaded else "is not a mapping of sections"
+        raise ConfigError(where, problem, "see configs/quickstart.yaml")
     raw = {str(key): value for key, value in loaded.items()}
     parents = raw.pop("extends", None) or []
     seen = (*seen, real)
@@ -102,7 +106,8 @@ def _override(raw: dict[str, Any], overrides: Iterable[str]) -> dict[str, Any]:
     for text in sorted(overrides, key=lambda text: text.partition("=")[0].removesuffix(".name").count(".")):
         key = text.partition("=")[0]
         if "=" not in text or not re.fullmatch(r"\w+(\.\w+)*", key):
-            raise ConfigError(text, "is not of the form key=value", "for example trainer.max_steps=100")
+            remedy = "no spaces beside =, for example trainer.max_steps=100"
+            raise ConfigError(text, "is not of the form key=value", remedy)
         try:
             parsed = OmegaConf.to_container(OmegaConf.from_dotlist([text]), resolve=False)
         except _UNPARSABLE as error:
@@ -117,6 +122,9 @@ def _merge_file(base: Any, change: Any, folder: Path, seen: tuple[Path, ...] = (
     data = change.get("data")
     if isinstance(data, dict) and isinstance(data.get("corpus"), str):
         corpus = read_yaml(folder / data["corpus"], "data.corpus", seen)
+        if _is_of_a_run(corpus):
+            problem = f"{data['corpus']} is the config of a run, not a corpus"
+            raise ConfigError("data.corpus", problem, "name a file such as configs/data/stdlib.yaml")
         merged["data"]["corpus"] = {"name": Path(data["corpus"]).stem} | corpus
     return merged
 

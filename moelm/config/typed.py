@@ -40,14 +40,20 @@ def from_dict(cls: type[C], raw: Any, key: str = "") -> C:
         if cls is TrainerConfig and name in MANAGED_TRAINER_ARGUMENTS:
             raise ConfigError(join(key, name), "is managed by moelm", MANAGED_TRAINER_ARGUMENTS[name])
         if name not in known:
-            remedy = f"{did_you_mean(name, known)}allowed: {listed}"
-            raise ConfigError(join(key, name), "unknown key", remedy)
+            elsewhere = [section for section in known if name in _keys_of(cls, section)] if not key else []
+            hint = f"did you mean {elsewhere[0]}.{name}? " if elsewhere else did_you_mean(name, known)
+            raise ConfigError(join(key, name), "unknown key", f"{hint}allowed: {listed}")
     for name, f in known.items():
         if name not in raw and f.default is f.default_factory is REQUIRED:
             raise ConfigError(join(key, name), "is missing", f"give all of: {listed}")
     hints = typing.get_type_hints(cls)
     values = {name: _from_value(hints[name], known[name], value, join(key, name)) for name, value in raw.items()}
     return typing.cast(C, cls(**values))
+
+
+def _keys_of(cls: type[Any], section: str) -> list[str]:
+    hint = typing.get_type_hints(cls)[section]
+    return [f.name for f in fields(hint)] if is_dataclass(hint) else []
 
 
 def _from_value(hint: Any, f: dataclasses.Field[Any], value: Any, key: str) -> Any:
@@ -68,6 +74,9 @@ def _from_value(hint: Any, f: dataclasses.Field[Any], value: Any, key: str) -> A
     if element is not None and isinstance(value, list):
         return [from_dict(typing.cast(type[Any], element), each, f"{key}.{i}") for i, each in enumerate(value)]
     if section is not None:
+        if not isinstance(value, dict) and NoneType in options:
+            listed = ", ".join(each.name for each in fields(section))
+            raise ConfigError(key, f"{show(value)} is not a mapping", f"give null, or its keys, of: {listed}")
         return from_dict(typing.cast(type[Any], section), value, key)
     if element is not None:
         listed = ", ".join(f"{each.name}: ..." for each in fields(element))

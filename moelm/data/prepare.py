@@ -353,7 +353,8 @@ def why_stale(corpus: CorpusConfig, shards: TokenShards) -> str | None:
         return None
     return (
         f"{shards.folder} was made of other files than are there now (their names or sizes, or the tokenizer's file, "
-        "have changed) and is used as it is; python -m data_prep.prepare --config ... --force makes it again"
+        "have changed) and is used as it is; python -m data_prep.prepare --config ... --force makes it again, but runs "
+        "that were trained on it cannot go on then: to keep them, give the new text another data.corpus.name"
     )
 
 

@@ -290,9 +290,14 @@ def _row_pieces(row: Mapping[str, Any], config: RowsConfig, domain: str, where: 
     _check_columns(config, row, where)
     text = row[config.text_key]
     if config.domain_key is not None and row[config.domain_key] is not None:
-        domain = str(row[config.domain_key])
+        domain = row[config.domain_key]
+        if isinstance(domain, dict | list):
+            problem = f"{config.domain_key!r} is {type(domain).__name__}, not the name of a domain"
+            raise UserError(f"{where}: {problem}\n  remedy: set domain_key{_others(row, config)}")
+        domain = str(domain)
     if not isinstance(text, str | None):
-        raise UserError(f"{where}: {config.text_key!r} is {type(text).__name__}, not text\n  remedy: set text_key")
+        problem = f"{config.text_key!r} is {type(text).__name__}, not text"
+        raise UserError(f"{where}: {problem}\n  remedy: set text_key{_others(row, config)}")
     yield from cut(text or "", domain)
 
 
@@ -301,8 +306,17 @@ def _check_columns(config: RowsConfig, columns: Iterable[str], where: str) -> No
         if column is not None and column not in columns:
             raise UserError(
                 f"source {config.name}, {where}: no column {column!r}\n"
-                f"  remedy: set {setting_name} to one of: {', '.join(sorted(map(str, columns)))}"
+                f"  remedy: set {setting_name} to one of: {_names(columns)}"
             )
+
+
+def _others(row: Mapping[str, Any], config: RowsConfig) -> str:
+    others = row.keys() - {*config.columns}
+    return f" to one of: {_names(others)}" if others else " to another column"
+
+
+def _names(columns: Iterable[str]) -> str:
+    return ", ".join(sorted(map(repr, columns)))
 
 
 # ------------------------------------------------------------------------------------------- files on disk

@@ -211,18 +211,25 @@ def test_a_row_without_a_domain_has_that_of_its_source(form, tmp_path):
 @FORMS
 def test_a_missing_column_is_named_with_those_that_exist(form, tmp_path):
     source = make_rows(form, tmp_path / "rows", ROWS)
-    with pytest.raises(UserError, match=r"no column 'content'\n.*text_key to one of: kind, text") as error:
+    with pytest.raises(UserError, match=r"no column 'content'\n.*text_key to one of: 'kind', 'text'") as error:
         read(**source, text_key="content")
     assert str(error.value).startswith(f"source {source['name']}, ")
-    with pytest.raises(UserError, match=r"no column 'topic'\n.*domain_key to one of: kind, text"):
+    with pytest.raises(UserError, match=r"no column 'topic'\n.*domain_key to one of: 'kind', 'text'"):
         read(**source, domain_key="topic")
 
 
 @FORMS
 def test_a_column_that_is_not_text_is_named(form, tmp_path):
     source = make_rows(form, tmp_path / "rows", [{"text": 3, "kind": "a"}, {"text": 4, "kind": "a"}])
-    with pytest.raises(UserError, match="'text' is int, not text"):
+    others = "one of: 'kind'" if form == "jsonl" else "another column"
+    with pytest.raises(UserError, match=rf"'text' is int, not text\n  remedy: set text_key to {others}"):
         read(**source)
+
+
+def test_a_domain_that_is_no_name_is_named(tmp_path):
+    source = make_rows("jsonl", tmp_path / "rows", [{"text": "words", "kind": {"source": "a"}}])
+    with pytest.raises(UserError, match="'kind' is dict, not the name of a domain"):
+        read(**source, domain_key="kind")
 
 
 @pytest.mark.parametrize(

@@ -88,6 +88,8 @@ def test_none_stands_alone(tiny_config):
 def test_loss_free_needs_a_router_that_uses_the_bias(tiny_config):
     with pytest.raises(ConfigError, match="selection_bias=true"):
         tiny_config(moe={"balancers": ["loss_free"]})
+    with pytest.raises(ConfigError, match=r"'hash' does not use\n  remedy: remove it"):
+        tiny_config(moe={"router": "hash", "balancers": ["loss_free"]})
 
 
 def test_settings_outside_their_limits_are_refused(tiny_config):

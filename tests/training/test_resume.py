@@ -169,6 +169,20 @@ def test_resume_auto_without_a_checkpoint_starts_from_the_beginning(tiny: Callab
     assert not stage.exists()
 
 
+def test_a_run_is_not_continued_over_another(tiny: Callable[..., Config]) -> None:
+    one, other = (tiny({"trainer.max_steps": 3, "run.name": name}) for name in ("one", "other"))
+    train(one)
+    train(other)
+    before = sorted(path.stat().st_mtime_ns for path in one.run_folder.rglob("*"))
+    longer = tiny({"trainer.max_steps": 5, "run.name": "one"})
+    for path in (other.run_folder, step_folder(other.run_folder, 3)):
+        with pytest.raises(ConfigError, match=rf"run\.name: the run {one.run_folder} exists, and {path} is of another"):
+            train(longer, resume=str(path))
+    assert sorted(path.stat().st_mtime_ns for path in one.run_folder.rglob("*")) == before
+    assert train(tiny({"trainer.max_steps": 5, "run.name": "new"}), resume=str(other.run_folder))["step"] == 5
+    assert train(longer, resume=str(one.run_folder))["step"] == 5
+
+
 def test_a_run_that_exists_is_refused_and_left_as_it_was(tiny: Callable[..., Config]) -> None:
     config = tiny({"trainer.max_steps": 3})
     train(config)

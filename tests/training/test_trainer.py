@@ -93,3 +93,9 @@ def test_ddp_cuts_nothing_that_is_compiled_and_products_let_nccl_in(
         build_trainer(tiny({"trainer.devices": 2, "trainer.strategy": "ddp", "optim.micro_batch_size": 8}))
         assert not torch._dynamo.config.optimize_ddp
     assert kernels.rounds > 1
+
+
+def test_a_gpu_that_is_not_there_is_named(tiny: Callable[..., Config], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    with pytest.raises(ConfigError, match=r"trainer\.accelerator: gpu, but there is no CUDA device\n  remedy: use cpu"):
+        build_trainer(tiny({"trainer.accelerator": "gpu"}))

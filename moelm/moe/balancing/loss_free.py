@@ -23,11 +23,10 @@ class LossFreeConfig(NamedConfig):
 
     def check(self, key: str, config: MoEConfig) -> None:
         if not getattr(config.router, "selection_bias", False):
-            raise ConfigError(
-                key,
-                f"loss_free moves a bias that the router {config.router.name!r} does not use here",
-                "set model.moe.router.selection_bias=true",
-            )
+            problem = f"loss_free moves a bias that the router {config.router.name!r} does not use"
+            can = hasattr(config.router, "selection_bias")
+            remedy = "set model.moe.router.selection_bias=true" if can else "remove it, or use a router such as top_k"
+            raise ConfigError(key, problem, remedy)
         if self.rule == "proportional" and not self.centred:
             problem = "false has no effect with rule: proportional, whose steps have the mean 0"
             raise ConfigError(f"{key}.centred", problem, "remove it")
