@@ -161,7 +161,7 @@ def _checkpoint_to_resume(config: Config, resume: str | None) -> Path | None:
     if trained and not continues and is_first:  # the others may come after rank 0 has begun
         raise ConfigError(
             "run.name",
-            f"the run {folder} exists" + (f", and {resume} is of another one" if resume else ""),
+            f"the run {folder} exists" + (f", and {resume} is not of it" if resume else ""),
             "continue it with --resume auto, choose another run.name, or delete the folder",
         )
     if resume is None:

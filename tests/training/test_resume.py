@@ -176,7 +176,7 @@ def test_a_run_is_not_continued_over_another(tiny: Callable[..., Config]) -> Non
     before = sorted(path.stat().st_mtime_ns for path in one.run_folder.rglob("*"))
     longer = tiny({"trainer.max_steps": 5, "run.name": "one"})
     for path in (other.run_folder, step_folder(other.run_folder, 3)):
-        with pytest.raises(ConfigError, match=rf"run\.name: the run {one.run_folder} exists, and {path} is of another"):
+        with pytest.raises(ConfigError, match=rf"run\.name: the run {one.run_folder} exists, and {path} is not of it"):
             train(longer, resume=str(path))
     assert sorted(path.stat().st_mtime_ns for path in one.run_folder.rglob("*")) == before
     assert train(tiny({"trainer.max_steps": 5, "run.name": "new"}), resume=str(other.run_folder))["step"] == 5
