@@ -38,10 +38,10 @@ def build_trainer(config: Config, resume_step: int | None = None) -> pl.Trainer:
     progress = options.pop("enable_progress_bar")
     if options["accelerator"] != "cpu":  # Lightning's auto would take an Apple GPU, which has no float64
         options["accelerator"] = "cuda" if torch.cuda.is_available() or options["accelerator"] != "auto" else "cpu"
+    _check_fused(config, options["accelerator"])
     if options["accelerator"] != "cpu" and not torch.cuda.is_available():
         problem = f"{config.trainer.accelerator}, but there is no CUDA device"
         raise ConfigError("trainer.accelerator", problem, "use cpu or auto")
-    _check_fused(config, options["accelerator"])
     strategy = build_strategy(config)
     options |= {"strategy": strategy} if strategy is not None else {}
     callbacks: list[Callback] = [Profile(config)] if config.trainer.profile else []
